@@ -1,0 +1,1 @@
+"""swift: pre-train, scale and fine-tune 4D Swin transformers on functional MRI."""

@@ -1,0 +1,179 @@
+"""Every setting of swift, typed, in one place. Values live in conf/*.yaml; here are names, types and meaning.
+
+Plain dataclasses without any dependency, so that `swift.models` and `swift.data` may import them. Fields without a
+default must be given by a YAML file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass
+class ModelConfig:
+    """Architecture of the 4D Swin encoder and its pre-training decoder."""
+
+    name: str
+    """Shown in run names and tables."""
+    embed_dim: int
+    """Width E of stage 1; stages have E, 2E, 4E, 8E."""
+    depths: list[int]
+    """Blocks in each stage."""
+    num_heads: list[int]
+    """Attention heads in each stage; each divides its stage's width."""
+    variant: str
+    """v1 | joint | factorized: the preset the other fields came from (a label, read by nothing)."""
+    patch_size: list[int]
+    """Voxels x, y, z and frames of one patch."""
+    patch_norm: bool
+    """LayerNorm after the patch embedding."""
+    position: str
+    """absolute: learned tables at the entry of every stage | rope | rope_global: rope + axial tables after the patch
+    embedding | none."""
+    attention: str
+    """joint: one 4D window | factorized: a space window, then a time window."""
+    window: list[int]
+    """Tokens x, y, z, t of a window. Factorized attention uses x, y, z for space and t for time."""
+    last_stage: str
+    """windowed: like the others | full: one window over the whole grid | unshifted: windowed, never shifted."""
+    order: str
+    """Factorized: st, space then time | ts."""
+    mlp: str
+    """Factorized: shared, one MLP a block | each, one after each attention."""
+    mlp_ratio: float
+    layer_scale: Optional[float]
+    """Initial LayerScale of every residual branch; null for none."""
+    final_norm: bool
+    """Apply the final LayerNorm (its parameters exist either way, as in SwiFT v1)."""
+    rope_base: float
+    """Base of the rotary frequencies."""
+    dropout: float
+    """After the patch embedding, attention projections and MLP layers."""
+    attention_dropout: float
+    """On attention weights."""
+    drop_path: float
+    """Stochastic depth, rising linearly from 0 over the blocks."""
+    decoder: str
+    """local: per-patch head over the features of all scales | linear: one linear map a cell of the last stage."""
+    decoder_dim: int
+    """Width of the local decoder."""
+
+
+@dataclass
+class DataConfig:
+    """Which scans, how they are cut into clips, and how their values are scaled (the input contract of a model)."""
+
+    name: str
+    """sample: the bundled real scans | synthetic: a generated cohort | store: a store made by `swift.data ingest`."""
+    path: Optional[str]
+    """Folder of the store; null: a folder in swift's cache (sample, synthetic)."""
+    grid: list[int]
+    """Voxels x, y, z a scan is brought to."""
+    spacing: float
+    """Isotropic voxel size, mm."""
+    frames: int
+    """Frames in a clip."""
+    frame_stride: int
+    """Step between the frames of a clip."""
+    clip_stride: int
+    """Frames between the starts of consecutive training clips."""
+    normalization: str
+    """zscore_voxel | zscore_global | percent | minmax | robust | none."""
+    background: float
+    """Value outside the brain mask, after normalization."""
+    batch_size: int
+    """Clips a device a step (before gradient accumulation)."""
+    workers: int
+    """DataLoader worker processes a rank."""
+    val_fraction: float
+    """Last part of every scan that is held out in time, when there is no split file."""
+    val_gap: int
+    """Frames left out between training and held-out frames."""
+    split: Optional[str]
+    """File of a split by subject (made by `swift.data split`); null: hold out in time."""
+    verify: bool
+    """Check the checksum of every frame that is read."""
+
+
+@dataclass
+class TaskConfig:
+    """What the model is trained to do."""
+
+    name: str
+    mask_ratio: float
+    """Part of the mask units that is hidden, inside (0, 1)."""
+    mask_kind: str
+    """random | tube: the same places in every frame | temporal: the last frames."""
+    mask_unit: Optional[list[int]]
+    """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch."""
+    loss: str
+    """l1 | smooth_l1 | l2."""
+    loss_background: bool
+    """Include masked voxels outside the brain."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: str
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    """On matrices; never on biases, norms, LayerScale, tables and tokens."""
+    betas: list[float]
+    eps: float
+    warmup_steps: int
+    min_lr_ratio: float
+    """Final learning rate of the cosine, as a part of lr."""
+
+
+@dataclass
+class ParallelConfig:
+    name: str
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int
+    """Optimizer steps."""
+    val_every: int
+    """Optimizer steps between validations."""
+    val_batches: int
+    """Batches a validation at most; 0: all."""
+    log_every: int
+    """Optimizer steps between logged points."""
+    accumulate: int
+    """Micro-batches an optimizer step."""
+    clip_norm: float
+    """Largest global gradient norm; 0: no clipping."""
+    precision: str
+    """auto | 32 | bf16. auto: bf16 where the device has it in hardware, else 32."""
+    accelerator: str
+    """auto | cpu | gpu."""
+    threads: int
+    """CPU threads of torch; 0: torch's own choice."""
+    keep_checkpoints: int
+    figures: bool
+    """Draw the loss curve and a reconstruction at the end."""
+    wandb: bool
+
+
+@dataclass
+class Config:
+    """The root: what `python -m swift.train` composes."""
+
+    model: ModelConfig
+    data: DataConfig
+    task: TaskConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    trainer: TrainerConfig
+    seed: int
+    run_dir: str
+    """Folder of this run."""
+    init: Optional[str]
+    """Run or checkpoint whose weights to start from."""
+    resume: Optional[str]
+    """Run to go on with, exactly where it stopped."""
+    launcher: Optional[dict[str, Any]] = field(default=None)
+    """Set by +launcher=...: submit instead of running here."""

@@ -1,0 +1,63 @@
+"""Masked autoencoder: a 4D Swin encoder that sees mask tokens in place of hidden patches, and a decoder to voxels.
+
+As in SimMIM (Xie et al. 2022): the mask token replaces the embedding, and the loss counts hidden voxels only.
+Shapes: B batch, X Y Z T voxels and frames, x y z t token grid, E width of stage 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from swift.config.schema import ModelConfig
+from swift.models.decoders import build_decoder
+from swift.models.encoder import SwinEncoder
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder, mask token and decoder for clips of `grid` voxels and `frames` frames."""
+
+    def __init__(self, cfg: ModelConfig, grid: Sequence[int], frames: int):
+        super().__init__()
+        self.encoder = SwinEncoder(cfg, grid, frames)
+        self.mask_token = nn.Parameter(torch.zeros(cfg.embed_dim))
+        self.decoder = build_decoder(cfg, grid, frames)
+        trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Reconstruct a clip from its visible patches.
+
+        Args:
+            x: (B, 1, X, Y, Z, T) voxels.
+            mask: bool (B, x, y, z, t), True = the patch is hidden.
+
+        Returns:
+            (B, 1, X, Y, Z, T) prediction for every voxel, visible ones included.
+        """
+        tokens = self.encoder.embed(x)
+        tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        return self.decoder(self.encoder.encode(tokens))
+
+
+LOSSES = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, counted: Tensor, kind: str) -> Tensor:
+    """Mean loss over the counted voxels of the batch.
+
+    Args:
+        prediction: (B, 1, X, Y, Z, T).
+        target: the same shape.
+        counted: bool (B, X, Y, Z, T): hidden, in the brain, in a real sample.
+        kind: l1 | smooth_l1 | l2.
+
+    Returns:
+        A scalar in float32 (0 if nothing is counted).
+    """
+    each = LOSSES[kind](prediction.squeeze(1).float(), target.squeeze(1).float(), reduction="none")
+    # where, not a product: 0 * NaN outside the counted voxels would be NaN.
+    return torch.where(counted, each, 0.0).sum() / counted.sum().clamp(min=1)

@@ -1,0 +1,84 @@
+"""Decoders of masked pre-training: features of the encoder -> voxels.
+
+Shapes: B batch, X Y Z T voxels and frames, x y z t token grid, C channels, D decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from swift.config.schema import ModelConfig
+from swift.models.encoder import _init_weights, stage_grids
+from swift.models.layers import unpatchify
+
+
+class LocalDecoder(nn.Module):
+    """Per-patch head over the features of all stages, each brought back to the patch grid.
+
+    A token reaches only the voxels of its own cell: nothing is mixed across patches here.
+    """
+
+    def __init__(self, cfg: ModelConfig, grid: Sequence[int], frames: int):
+        super().__init__()
+        self.patch = tuple(cfg.patch_size)
+        self.volume = (*grid, frames)
+        dims = [cfg.embed_dim * 2**stage for stage in range(len(cfg.depths))]
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in dims)
+        self.laterals = nn.ModuleList(nn.Linear(dim, cfg.decoder_dim) for dim in dims)
+        self.norm = nn.LayerNorm(cfg.decoder_dim)
+        px, py, pz, pt = self.patch
+        self.head = nn.Linear(cfg.decoder_dim, px * py * pz * pt)
+        self.apply(_init_weights)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Features (B, Xs, Ys, Zs, t, C_s) of every stage -> voxels (B, 1, X, Y, Z, T)."""
+        # From coarse to fine, doubling each time, so that no stage is repeated to the full grid by itself.
+        hidden: Tensor | None = None
+        for feature, norm, lateral in zip(reversed(features), reversed(self.norms), reversed(self.laterals)):
+            here = lateral(norm(feature))
+            if hidden is not None:
+                x, y, z = here.shape[1:4]
+                doubled = hidden.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+                here = here + doubled[:, :x, :y, :z]
+            hidden = here
+        assert hidden is not None
+        return unpatchify(self.head(F.gelu(self.norm(hidden))), self.patch, self.volume)
+
+
+class LinearDecoder(nn.Module):
+    """The report's decoder: one linear map from a token of the last stage to the voxels of its cell.
+
+    `expand` and the time table turn a latent frame into its patch's frames; `head` maps C channels to the cell
+    (48^3 voxels for a patch of 6 and four stages).
+    """
+
+    def __init__(self, cfg: ModelConfig, grid: Sequence[int], frames: int):
+        super().__init__()
+        dim = cfg.embed_dim * 2 ** (len(cfg.depths) - 1)
+        self.cell = tuple(p * 2 ** (len(cfg.depths) - 1) for p in cfg.patch_size[:3])
+        self.patch_frames = cfg.patch_size[3]
+        self.volume = (*grid, frames)
+        self.expand = nn.Linear(dim, self.patch_frames * dim, bias=False)
+        self.time_embed = nn.Parameter(torch.zeros(self.patch_frames, dim))
+        self.head = nn.Linear(dim, self.cell[0] * self.cell[1] * self.cell[2])
+        self.apply(_init_weights)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Features of every stage, of which the last (B, x, y, z, t, C) is used -> voxels (B, 1, X, Y, Z, T)."""
+        x = self.expand(features[-1]).unflatten(-1, (self.patch_frames, -1)) + self.time_embed
+        cx, cy, cz = self.cell
+        pattern = "b x y z t pt (cx cy cz) -> b 1 (x cx) (y cy) (z cz) (t pt)"
+        voxels = rearrange(self.head(x), pattern, cx=cx, cy=cy, cz=cz)
+        nx, ny, nz, nt = self.volume
+        return voxels[:, :, :nx, :ny, :nz, :nt]
+
+
+def build_decoder(cfg: ModelConfig, grid: Sequence[int], frames: int) -> nn.Module:
+    """The decoder that `cfg.decoder` names, for a volume of `grid` voxels and `frames` frames."""
+    stage_grids(cfg, (*grid, frames))
+    return {"local": LocalDecoder, "linear": LinearDecoder}[cfg.decoder](cfg, grid, frames)

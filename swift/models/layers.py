@@ -1,0 +1,133 @@
+"""Small parts of the encoder: patch embedding, patch merging, position tables, residual branches.
+
+Shapes: B batch, X Y Z T voxels and frames or their token grid, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath, trunc_normal_
+from torch import Tensor, nn
+
+
+def tokens_along(length: int, patch: int) -> int:
+    """Patches that cover `length` voxels or frames, the last one padded."""
+    return -(-length // patch)
+
+
+def token_grid(volume: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Token grid of a volume of x, y, z voxels and t frames."""
+    return tuple(tokens_along(n, p) for n, p in zip(volume, patch, strict=True))
+
+
+def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
+    """(B, C, X, Y, Z, T) voxels -> (B, x, y, z, t, px*py*pz*pt*C) patches, padded at the end with 0.
+
+    Voxels of a patch are ordered x, y, z, t, channel, as in SwiFT v1.
+    """
+    pads = [-n % p for n, p in zip(x.shape[2:], patch, strict=True)]
+    if any(pads):
+        x = F.pad(x, [value for pad in reversed(pads) for value in (0, pad)])
+    px, py, pz, pt = patch
+    pattern = "b c (x px) (y py) (z pz) (t pt) -> b x y z t (px py pz pt c)"
+    return rearrange(x, pattern, px=px, py=py, pz=pz, pt=pt)
+
+
+def unpatchify(patches: Tensor, patch: Sequence[int], volume: Sequence[int]) -> Tensor:
+    """(B, x, y, z, t, px*py*pz*pt) -> (B, 1, X, Y, Z, T), the padding of `patchify` cut off."""
+    px, py, pz, pt = patch
+    pattern = "b x y z t (px py pz pt) -> b 1 (x px) (y py) (z pz) (t pt)"
+    x = rearrange(patches, pattern, px=px, py=py, pz=pz, pt=pt)
+    nx, ny, nz, nt = volume
+    return x[:, :, :nx, :ny, :nz, :nt]
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping 4D patches."""
+
+    def __init__(self, patch: Sequence[int], in_channels: int, dim: int, norm: bool):
+        super().__init__()
+        self.patch = tuple(patch)
+        self.proj = nn.Linear(in_channels * patch[0] * patch[1] * patch[2] * patch[3], dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, C) tokens."""
+        return self.norm(self.proj(patchify(x, self.patch)))
+
+
+class PatchMerging(nn.Module):
+    """Merge 2x2x2 tokens in space, never in time: concatenate 8C, LayerNorm, project to 2C."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(8 * dim)
+        self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, X, Y, Z, T, C) -> (B, ceil(X/2), ceil(Y/2), ceil(Z/2), T, 2C); a missing neighbour counts as zeros."""
+        pads = [n % 2 for n in x.shape[1:4]]
+        if any(pads):
+            x = F.pad(x, (0, 0, 0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
+        x = rearrange(x, "b (x i) (y j) (z k) t c -> b x y z t (i j k c)", i=2, j=2, k=2)
+        return self.reduction(self.norm(x))
+
+
+class AbsolutePosition(nn.Module):
+    """Learned tables of SwiFT v1: one over space, one over time, summed."""
+
+    def __init__(self, grid: Sequence[int], dim: int):
+        super().__init__()
+        self.space = nn.Parameter(torch.zeros(*grid[:3], dim))
+        self.time = nn.Parameter(torch.zeros(grid[3], dim))
+        trunc_normal_(self.space, std=0.02)
+        trunc_normal_(self.time, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to (B, X, Y, Z, T, C); a clip may have fewer frames than the table."""
+        if x.shape[1:4] != self.space.shape[:3] or x.shape[4] > self.time.shape[0]:
+            raise ValueError(
+                f"token grid {tuple(x.shape[1:5])} does not fit the learned positions of "
+                f"{(*self.space.shape[:3], self.time.shape[0])}: model.position=rope has no tables"
+            )
+        return x + self.space.unsqueeze(3) + self.time[: x.shape[4]]
+
+
+class AxialPosition(nn.Module):
+    """Global place of a token as the sum of four learned tables, one an axis."""
+
+    def __init__(self, grid: Sequence[int], dim: int):
+        super().__init__()
+        for axis, length in zip("xyzt", grid, strict=True):
+            self.register_parameter(axis, nn.Parameter(trunc_normal_(torch.zeros(length, dim), std=0.02)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table."""
+        tables = [getattr(self, axis) for axis in "xyzt"]
+        for axis, length, table in zip("xyzt", x.shape[1:5], tables):
+            if length > table.shape[0]:
+                raise ValueError(f"{length} tokens along {axis}, but the position table has {table.shape[0]}")
+        tx, ty, tz, tt = (table[:length] for table, length in zip(tables, x.shape[1:5]))
+        return x + (tx[:, None, None, None] + ty[:, None, None] + tz[:, None] + tt)
+
+
+class Residual(nn.Module):
+    """Pre-norm residual branch x + drop_path(gamma * fn(norm(x))) with an optional LayerScale gamma (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int, fn: nn.Module, layer_scale: float | None, drop_path: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+        self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale is not None else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, X, Y, Z, T, C) -> the same."""
+        y = self.fn(self.norm(x))
+        if self.gamma is not None:
+            y = y * self.gamma
+        return x + self.drop_path(y)

@@ -1,0 +1,85 @@
+"""Masks for masked reconstruction: exact in ratio, the same for a sample whatever the batch, rank or device.
+
+The noise is a counter-based hash of (seed, sample, unit), computed in 64-bit integers on the device, so nothing has to be
+stored or resumed: sample 17 has the same mask on one rank and on a thousand, on a CPU and on a GPU.
+
+Shapes: B batch, X Y Z T token grid, U mask units of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swift.models.layers import token_grid
+
+MASK_KINDS = ("random", "tube", "temporal")
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer (Steele et al. 2014) on int64, which wraps around; logical shifts by masking."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def unit_noise(seed: int, sample_id: Tensor, units: int) -> Tensor:
+    """Pseudo-random int64 (B, U) that depends on seed, sample and unit only. `sample_id`: int64 (B,)."""
+    golden = _signed(0x9E3779B97F4A7C15)
+    key = _mix(_mix(sample_id + seed * golden) + golden)
+    return _mix(key[:, None] + torch.arange(1, units + 1, device=sample_id.device) * golden)
+
+
+def draw_mask(
+    seed: int, sample_id: Tensor, volume: Sequence[int], patch: Sequence[int], unit: Sequence[int], ratio: float, kind: str
+) -> Tensor:
+    """Which tokens of each sample are hidden.
+
+    Args:
+        seed: of the run.
+        sample_id: int64 (B,), the identity of each sample; the mask depends on it and on nothing else of the batch.
+        volume: voxels x, y, z and frames.
+        patch: voxels and frames of a token.
+        unit: voxels and frames hidden together, a multiple of the patch on each axis.
+        ratio: part of the units that is hidden; round(ratio * U) of them exactly, at least one hidden and one visible.
+        kind: random: any units | tube: the same places in all frames | temporal: the last frames, all places.
+
+    Returns:
+        bool (B, X, Y, Z, T), True = hidden.
+    """
+    tokens = token_grid(volume, patch)
+    units = token_grid(volume, unit)
+    per_unit = [u // p for u, p in zip(unit, patch, strict=True)]
+    if kind == "temporal":
+        hidden = torch.arange(units[3], device=sample_id.device) >= units[3] - _hidden_count(ratio, units[3])
+        mask = hidden.expand(len(sample_id), *units[:3], units[3])
+    else:
+        drawn = units if kind == "random" else (*units[:3], 1)
+        count = drawn[0] * drawn[1] * drawn[2] * drawn[3]
+        noise = unit_noise(seed, sample_id, count)
+        chosen = noise.argsort(dim=1)[:, : _hidden_count(ratio, count)]
+        flat = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter_(1, chosen, True)
+        mask = flat.view(-1, *drawn).expand(-1, *units)
+    for axis, repeat in enumerate(per_unit, start=1):
+        mask = mask.repeat_interleave(repeat, axis)
+    return mask[:, : tokens[0], : tokens[1], : tokens[2], : tokens[3]]
+
+
+def _hidden_count(ratio: float, units: int) -> int:
+    """Hidden units of `units`: exact to rounding, and never all or none."""
+    if units < 2:
+        raise ValueError(f"a mask needs at least 2 units and the clip has {units}: use a smaller task.mask_unit")
+    return min(max(round(ratio * units), 1), units - 1)
+
+
+def mask_voxels(mask: Tensor, patch: Sequence[int], volume: Sequence[int]) -> Tensor:
+    """Token mask (B, x, y, z, t) -> voxel mask (B, X, Y, Z, T)."""
+    for axis, size in enumerate(patch, start=1):
+        mask = mask.repeat_interleave(size, axis)
+    return mask[:, : volume[0], : volume[1], : volume[2], : volume[3]]

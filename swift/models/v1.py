@@ -1,0 +1,104 @@
+"""Import of SwiFT v1 weights (Kim et al. 2023) into the encoder's v1 preset."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swift.models.encoder import SwinEncoder
+
+_RENAMES = (
+    (r"^patch_embed\.fc\.", "patch_embed.proj."),
+    (r"^pos_embeds\.(\d+)\.pos_embed$", r"stages.\1.position.space"),
+    (r"^pos_embeds\.(\d+)\.time_embed$", r"stages.\1.position.time"),
+    (r"^layers\.(\d+)\.downsample\.", r"stages.\1.downsample."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.norm1\.", r"stages.\1.blocks.\2.attn.norm."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.", r"stages.\1.blocks.\2.attn.fn."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.norm2\.", r"stages.\1.blocks.\2.mlp.norm."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.mlp\.linear(\d)\.", r"stages.\1.blocks.\2.mlp.fn.fc\3."),
+)
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import matched and what it left out; names of the source, then of the encoder."""
+
+    matched: list[str]
+    left_out: list[str]
+    """Tensors of the checkpoint that have no place in the encoder (output heads)."""
+    missing: list[str]
+    """Tensors of the encoder that the checkpoint does not give; they keep their values."""
+
+    def __str__(self) -> str:
+        lines = [f"SwiFT v1 import: {len(self.matched)} tensors matched, {len(self.left_out)} left out"]
+        if self.left_out:
+            lines.append("left out: " + ", ".join(self.left_out))
+        if self.missing:
+            lines.append("not in the checkpoint, kept as they were: " + ", ".join(self.missing))
+        return "\n".join(lines)
+
+
+def _rename(key: str) -> str:
+    for pattern, name in _RENAMES:
+        key, count = re.subn(pattern, name, key)
+        if count:
+            return key
+    return key
+
+
+def _reshape(key: str, value: Tensor) -> Tensor:
+    """Position tables (1, C, x, y, z, 1) and (1, C, 1, 1, 1, T) -> (x, y, z, C) and (T, C)."""
+    if key.endswith("position.space"):
+        return value[0, ..., 0].permute(1, 2, 3, 0)
+    if key.endswith("position.time"):
+        return value[0, :, 0, 0, 0, :].T
+    return value
+
+
+def read_v1(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a SwiFT v1 file: a bare state dict, or a Lightning checkpoint whose keys start with `model.`.
+
+    Nothing but tensors is unpickled.
+
+    Raises:
+        ValueError: no tensors in the file, or it needs unsafe unpickling.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds, none of which says what the user can do
+        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]})") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no state dict")
+    if any(key.startswith("model.") for key in tensors):
+        # A head beside the model (output_head.*) keeps its own name and is reported as left out.
+        tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
+    return tensors
+
+
+def load_v1(encoder: SwinEncoder, tensors: dict[str, Tensor]) -> ImportReport:
+    """Copy SwiFT v1 tensors into an encoder built with model=v1 for the same grid.
+
+    Raises:
+        ValueError: tensors of another shape; the first five are named with both shapes.
+    """
+    target = encoder.state_dict()
+    renamed = {_rename(key): (key, value) for key, value in tensors.items()}
+    found = {new: _reshape(new, value) for new, (_, value) in renamed.items() if new in target}
+    wrong = [
+        f"{key}: {tuple(value.shape)} in the file, {tuple(target[key].shape)} in the model"
+        for key, value in found.items()
+        if value.shape != target[key].shape
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors of another shape, " + "; ".join(wrong[:5]))
+    if not found:
+        raise ValueError("no tensor of the file has a place in the encoder: is it a SwiFT v1 checkpoint?")
+    encoder.load_state_dict(found, strict=False)
+    left_out = [key for new, (key, _) in renamed.items() if new not in target]
+    return ImportReport([renamed[key][0] for key in found], left_out, [key for key in target if key not in found])

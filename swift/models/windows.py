@@ -1,0 +1,166 @@
+"""Splitting a 4D token grid into attention windows without masks.
+
+A shifted or ragged window layout is a set of rectangular groups. Along one axis of L tokens, windows of w tokens and a
+shift s cut at 0, s, s+w, s+2w, ..., L: full windows in the middle and smaller ones at the ends. This equals the
+roll-and-mask of Swin (Liu et al. 2021, section 3.2) with wrapped and padding tokens masked out, but computes no score
+that is thrown away and needs no mask. Equal-sized windows of an axis form a `Run`; the product of the runs of the four
+axes gives the groups, each of which is plain attention over windows of one shape.
+
+Shapes: B batch, X Y Z T token grid, C channels, M = B*X*Y*Z*T tokens, W windows of a group, N tokens of a window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    """`count` windows of `size` tokens along one axis; window k starts at `start + k * step`."""
+
+    start: int
+    step: int
+    count: int
+    size: int
+
+
+class Group(NamedTuple):
+    """Windows of one shape: a run for each of the axes x, y, z, t."""
+
+    runs: tuple[Run, Run, Run, Run]
+
+    @property
+    def windows(self) -> int:
+        """Windows of this group in one sample."""
+        return math.prod(run.count for run in self.runs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens of a window along x, y, z, t."""
+        return tuple(run.size for run in self.runs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return math.prod(self.shape)
+
+
+def axis_runs(length: int, window: int, shift: int) -> list[Run]:
+    """Runs of equal windows that tile an axis of `length` tokens, in tokens. An axis no longer than the window is one window."""
+    if length <= window:
+        return [Run(0, length, 1, length)]
+    cuts = [0, *range(shift or window, length, window), length]
+    windows = list(zip(cuts, (b - a for a, b in itertools.pairwise(cuts))))
+    runs = []
+    for size in sorted({size for _, size in windows}, reverse=True):
+        starts = [start for start, s in windows if s == size]
+        # Equal windows are evenly spaced: the full ones by `window`, the two halves at the ends by the rest.
+        step = starts[1] - starts[0] if len(starts) > 1 else size
+        assert starts == [starts[0] + k * step for k in range(len(starts))]
+        runs.append(Run(starts[0], step, len(starts), size))
+    return runs
+
+
+@lru_cache(maxsize=1024)
+def plan_groups(grid: tuple[int, ...], window: tuple[int, ...], shifted: bool) -> tuple[Group, ...]:
+    """The groups that tile a grid of x, y, z, t tokens. Shifted layouts shift by half a window on each axis longer than it."""
+    axes = [axis_runs(n, w, w // 2 if shifted else 0) for n, w in zip(grid, window, strict=True)]
+    groups = tuple(Group(runs) for runs in itertools.product(*axes))
+    assert sum(group.windows * group.tokens for group in groups) == math.prod(grid)
+    return groups
+
+
+def _is_identity(groups: tuple[Group, ...]) -> bool:
+    """Whether windows already lie one after the other in memory (only the last axis is cut, into equal windows)."""
+    return len(groups) == 1 and all(run.count == 1 or run.size == 1 for run in groups[0].runs[:3]) and (
+        groups[0].runs[3].count == 1 or all(size == 1 for size in groups[0].shape[:3])
+    )
+
+
+def _group_view(x: Tensor, group: Group) -> Tensor:
+    """View of a contiguous (B, X, Y, Z, T, C) grid as (B, x, y, z, t windows, x, y, z, t tokens, C)."""
+    strides = x.stride()
+    counts = tuple(run.count for run in group.runs)
+    steps = tuple(run.step * stride for run, stride in zip(group.runs, strides[1:5]))
+    offset = x.storage_offset() + sum(run.start * stride for run, stride in zip(group.runs, strides[1:5]))
+    return x.as_strided(
+        (x.shape[0], *counts, *group.shape, x.shape[5]), (strides[0], *steps, *strides[1:5], strides[5]), offset
+    )
+
+
+def _to_windows(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
+    """(B, X, Y, Z, T, C) -> (M, C), the groups one after the other, window-major inside."""
+    x = x.contiguous()
+    out = x.new_empty(x.shape[:5].numel(), x.shape[5])
+    start = 0
+    for group in groups:
+        view = _group_view(x, group)
+        stop = start + view.shape[:9].numel()
+        out[start:stop].view(view.shape).copy_(view)
+        start = stop
+    return out
+
+
+def _to_grid(x: Tensor, groups: tuple[Group, ...], shape: torch.Size) -> Tensor:
+    """The inverse of `_to_windows`."""
+    x = x.contiguous()
+    out = x.new_empty(shape)
+    start = 0
+    for group in groups:
+        view = _group_view(out, group)
+        stop = start + view.shape[:9].numel()
+        view.copy_(x[start:stop].view(view.shape))
+        start = stop
+    return out
+
+
+class _Partition(torch.autograd.Function):
+    """Reordering is a permutation: its gradient is the inverse reordering, one copy instead of autograd's scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: tuple[Group, ...]) -> Tensor:
+        ctx.groups, ctx.shape = groups, x.shape
+        return _to_windows(x, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _to_grid(grads[0], ctx.groups, ctx.shape), None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: tuple[Group, ...], shape: torch.Size) -> Tensor:
+        ctx.groups = groups
+        return _to_grid(x, groups, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _to_windows(grads[0], ctx.groups), None, None
+
+
+def partition(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
+    """Reorder a grid (B, X, Y, Z, T, C) to window-major tokens (M, C), group after group.
+
+    The slab of a group with W windows of N tokens (in one sample) is (B * W * N, C): see `slabs`.
+    """
+    if _is_identity(groups):
+        return x.reshape(-1, x.shape[5])
+    return _Partition.apply(x, groups)
+
+
+def merge(x: Tensor, groups: tuple[Group, ...], shape: torch.Size) -> Tensor:
+    """The inverse of `partition`: (M, C) -> `shape` = (B, X, Y, Z, T, C)."""
+    if _is_identity(groups):
+        return x.reshape(shape)
+    return _Merge.apply(x, groups, shape)
+
+
+def slabs(x: Tensor, groups: tuple[Group, ...], batch: int) -> list[Tensor]:
+    """Cut window-major tokens (M, D) into one (B * W, N, D) tensor a group."""
+    rows = [batch * group.windows * group.tokens for group in groups]
+    return [part.view(-1, group.tokens, x.shape[1]) for part, group in zip(x.split(rows), groups)]

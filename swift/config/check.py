@@ -1,0 +1,139 @@
+"""Cross-field checks: everything that can be said to be wrong before a model is built or a scan is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from swift.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainerConfig
+from swift.utils.errors import UserError
+
+CHOICES = {
+    "model.position": ("absolute", "rope", "rope_global", "none"),
+    "model.attention": ("joint", "factorized"),
+    "model.last_stage": ("windowed", "full", "unshifted"),
+    "model.order": ("st", "ts"),
+    "model.mlp": ("shared", "each"),
+    "model.decoder": ("local", "linear"),
+    "data.name": ("sample", "synthetic", "store"),
+    "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
+    "task.name": ("pretrain",),
+    "task.mask_kind": ("random", "tube", "temporal"),
+    "task.loss": ("l1", "smooth_l1", "l2"),
+    "optimizer.name": ("adamw",),
+    "trainer.precision": ("auto", "32", "bf16"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+}
+
+
+def _require(condition: bool, name: str, value: object, legal: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value}: {legal}")
+
+
+def _check_choices(section: str, cfg: object) -> None:
+    for name, choices in CHOICES.items():
+        head, field = name.split(".")
+        if head == section:
+            _require(getattr(cfg, field) in choices, name, getattr(cfg, field), "must be one of " + ", ".join(choices))
+
+
+def _check_positive(name: str, values: Sequence[int], length: int) -> None:
+    _require(
+        len(values) == length and all(value >= 1 for value in values),
+        name,
+        list(values),
+        f"must be {length} positive integers",
+    )
+
+
+def check_model(cfg: ModelConfig) -> None:
+    """Raise UserError where the fields of the architecture contradict each other."""
+    _check_choices("model", cfg)
+    _require(cfg.embed_dim >= 1, "model.embed_dim", cfg.embed_dim, "must be at least 1")
+    stages = len(cfg.depths)
+    _require(stages >= 1, "model.depths", cfg.depths, "must name at least one stage")
+    _check_positive("model.depths", cfg.depths, stages)
+    _check_positive("model.num_heads", cfg.num_heads, stages)
+    _check_positive("model.patch_size", cfg.patch_size, 4)
+    _check_positive("model.window", cfg.window, 4)
+    _require(cfg.decoder_dim >= 1, "model.decoder_dim", cfg.decoder_dim, "must be at least 1")
+    _require(cfg.mlp_ratio > 0, "model.mlp_ratio", cfg.mlp_ratio, "must be above 0")
+    for name in ("dropout", "attention_dropout", "drop_path"):
+        _require(0 <= getattr(cfg, name) < 1, f"model.{name}", getattr(cfg, name), "must lie in [0, 1)")
+    axes = 4 if cfg.attention == "joint" else 3
+    for stage, heads in enumerate(cfg.num_heads):
+        width = cfg.embed_dim * 2**stage
+        place = f"stage {stage + 1} has width {width}"
+        _require(width % heads == 0, "model.num_heads", cfg.num_heads, f"{place}, which {heads} heads do not divide")
+        if cfg.position.startswith("rope"):
+            legal = f"{place}, so a head has {width // heads} channels; rotary positions over {axes} axes need an even number, at least {2 * axes}"
+            _require((width // heads) % 2 == 0 and width // heads >= 2 * axes, "model.num_heads", cfg.num_heads, legal)
+
+
+def check_data(cfg: DataConfig) -> None:
+    """Raise UserError where a clip could not be cut or scaled."""
+    _check_choices("data", cfg)
+    _check_positive("data.grid", cfg.grid, 3)
+    for name in ("frames", "frame_stride", "clip_stride", "batch_size"):
+        _require(getattr(cfg, name) >= 1, f"data.{name}", getattr(cfg, name), "must be at least 1")
+    for name in ("workers", "val_gap"):
+        _require(getattr(cfg, name) >= 0, f"data.{name}", getattr(cfg, name), "must not be negative")
+    _require(cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0")
+    _require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
+    _require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
+    if cfg.name == "store":
+        _require(bool(cfg.path), "data.path", cfg.path, "data=store needs the folder of a store")
+
+
+def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
+    """Voxels x, y, z and frames hidden together: the patch unless the task names a unit."""
+    return list(task.mask_unit or model.patch_size)
+
+
+def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
+    """Raise UserError where the mask does not fit the patches or the clip."""
+    _check_choices("task", task)
+    _require(0 < task.mask_ratio < 1, "task.mask_ratio", task.mask_ratio, "must lie inside (0, 1)")
+    unit = mask_unit(task, model)
+    _check_positive("task.mask_unit", unit, 4)
+    legal = f"must be a multiple of model.patch_size={model.patch_size} on every axis"
+    _require(all(u % p == 0 for u, p in zip(unit, model.patch_size)), "task.mask_unit", unit, legal)
+    volume = [*data.grid, data.frames]
+    legal = f"must not be larger than a clip of {volume} voxels and frames"
+    _require(all(p <= n for p, n in zip(model.patch_size, volume)), "model.patch_size", model.patch_size, legal)
+    _require(all(u <= n for u, n in zip(unit, volume)), "task.mask_unit", unit, legal)
+
+
+def check_optimizer(cfg: OptimizerConfig) -> None:
+    """Raise UserError for rates and betas no optimizer can use."""
+    _check_choices("optimizer", cfg)
+    _require(cfg.lr > 0, "optimizer.lr", cfg.lr, "must be above 0")
+    _require(cfg.weight_decay >= 0, "optimizer.weight_decay", cfg.weight_decay, "must not be negative")
+    legal = "must be two numbers in [0, 1)"
+    _require(len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas), "optimizer.betas", cfg.betas, legal)
+    _require(cfg.eps > 0, "optimizer.eps", cfg.eps, "must be above 0")
+    _require(cfg.warmup_steps >= 0, "optimizer.warmup_steps", cfg.warmup_steps, "must not be negative")
+    _require(0 <= cfg.min_lr_ratio <= 1, "optimizer.min_lr_ratio", cfg.min_lr_ratio, "must lie in [0, 1]")
+
+
+def check_trainer(cfg: TrainerConfig) -> None:
+    """Raise UserError for counts that no run can have."""
+    _check_choices("trainer", cfg)
+    for name in ("max_steps", "val_every", "log_every", "accumulate", "keep_checkpoints"):
+        _require(getattr(cfg, name) >= 1, f"trainer.{name}", getattr(cfg, name), "must be at least 1")
+    for name in ("val_batches", "clip_norm", "threads"):
+        _require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
+
+
+def check(cfg: Config) -> None:
+    """All cross-field checks of a composed configuration.
+
+    Raises:
+        UserError: names the value and what is legal.
+    """
+    check_model(cfg.model)
+    check_data(cfg.data)
+    check_task(cfg.task, cfg.model, cfg.data)
+    check_optimizer(cfg.optimizer)
+    check_trainer(cfg.trainer)

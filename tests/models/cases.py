@@ -66,6 +66,8 @@ SHAPES: dict[str, Shape] = {
     "long": Shape((9, 6, 12), 9, (3, 3, 3, 1), (2, 2, 2, 4), (2, 2), 10, (1, 2)),
     # Tokens 5x3x1x7, then 3x2x1x7, 2x1x1x7: axes of one token, one axis shorter than its window, frames not divisible.
     "thin": Shape((10, 5, 2), 13, (2, 2, 2, 2), (4, 3, 2, 3), (2, 1, 2), 12, (1, 2, 2)),
+    # Tokens 4x3x5x4, then 2x2x3x4: windows of one token on some axes, next to an axis that one window covers.
+    "slices": Shape((8, 6, 10), 4, (2, 2, 2, 1), (4, 1, 1, 4), (2, 2), 16, (2, 4)),
 }
 
 

@@ -1,7 +1,7 @@
 """The slow reference of the model: plain functions over a state dict, written to be read, not to be fast.
 
-Every attention is a full N x N softmax over all tokens of the clip with a boolean "same window" mask; nothing is rolled,
-partitioned or fused. The fast code in `swift.models` must equal this one, outputs and gradients, in float64.
+Every attention is a full N x N softmax over all tokens of the clip with a boolean "same window" mask; nothing is
+rolled, partitioned or fused. The fast code in `swift.models` must equal this one, outputs and gradients, in float64.
 
 Legend: B batch, X Y Z T voxels and frames (tokens where a stage is meant), C channels, N tokens of the clip, H heads,
 D channels of a head, P = D/2 rotated pairs.

@@ -63,6 +63,10 @@ class Volumes:
         """(3,) voxel size in mm along the RAS+ axes."""
         return np.asarray(np.linalg.norm(self.affine[:3, :3], axis=0))
 
+    def read(self) -> Iterator[np.ndarray]:
+        """Yield float32 (X, Y, Z) frames; see iter_frames."""
+        return iter_frames(self)
+
 
 def strip_suffix(path: Path) -> str:
     """Name of a file without .nii or .nii.gz."""

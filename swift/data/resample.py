@@ -43,7 +43,7 @@ def plan_grid(brain: np.ndarray, affine: np.ndarray, grid: tuple[int, int, int],
     Returns:
         The plan; the planning itself reads no voxel of the scan.
     """
-    _, full = vox2out_vox((brain.shape, affine), voxel_sizes=spacing)
+    _, full = vox2out_vox((brain.shape, affine), voxel_sizes=(spacing,) * 3)
     source_to_full = np.linalg.inv(full) @ affine
     places = np.argwhere(brain) @ source_to_full[:3, :3].T + source_to_full[:3, 3]
     size = np.asarray(grid)

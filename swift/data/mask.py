@@ -128,7 +128,8 @@ def compute_mask(mean: np.ndarray, affine: np.ndarray, name: str) -> np.ndarray:
     Raises:
         BadScan: no brain is found; the message asks for a mask.
     """
-    from nilearn.masking import compute_epi_mask  # scikit-learn behind it takes a second to import
+    # Imported here: scikit-learn behind it takes a second.
+    from nilearn.masking import compute_epi_mask
 
     zeros = float((mean == 0).mean())
     try:

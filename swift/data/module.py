@@ -1,0 +1,176 @@
+"""ClipDataModule: from a store to dense batches on the device, in an order that continues exactly."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from swift.config.schema import DataConfig
+from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans
+from swift.data.dataset import PREFETCH, ClipDataset, check_fresh, identity
+from swift.data.order import Order, TrainBatches, ValBatches
+from swift.data.scatter import PACKED, to_dense
+from swift.data.splits import load_split
+from swift.data.stats import KINDS
+from swift.data.store import Store
+from swift.utils.errors import UserError
+
+Loader = DataLoader[dict[str, Any]]
+
+
+class ClipDataModule(lightning.LightningDataModule):
+    """Training and held-out clips of a store.
+
+    The Trainer must be made with `use_distributed_sampler=False`, as ranks are dealt with here, and with an int
+    `val_check_interval`, as the training loader is endless.
+
+    Args:
+        data: Settings.
+        store_path: Folder of the store.
+        seed: Of the order of training samples.
+        rank, world: This process and how many there are; None: from the Trainer (1 of 1 without one).
+        dtype: Of the dense clips.
+
+    Attributes:
+        consumed: Training samples that all ranks together have taken; set it (or load the state) to go on from there.
+            It counts a batch when it is moved to the device, not when a worker reads it ahead.
+        store, spec, train_index, val_index: What the batches come from.
+
+    Raises:
+        UserError: a setting that is not legal, scans too short, a split that leaves nothing to train on.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        store_path: str | os.PathLike[str],
+        seed: int,
+        rank: int | None = None,
+        world: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if data.normalization not in KINDS:
+            raise UserError(f"data.normalization={data.normalization}: legal are {', '.join(KINDS)}")
+        if data.workers < 0 or data.batch_size < 1:
+            raise UserError(
+                f"data.workers={data.workers} must be at least 0, data.batch_size={data.batch_size} at least 1"
+            )
+        self.data, self.seed, self.dtype = data, seed, dtype
+        self._rank, self._world = rank, world
+        self.store = Store(store_path)
+        if list(self.store.grid) != list(data.grid) or self.store.spacing != data.spacing:
+            raise UserError(
+                f"data.grid={list(data.grid)} and data.spacing={data.spacing}, but the store {store_path} has grid "
+                f"{list(self.store.grid)} at {self.store.spacing} mm"
+            )
+        self.spec = ClipSpec(data.frames, data.frame_stride, data.clip_stride)
+        self.split_hash: str | None = None
+        self.train_index, self.val_index = self._clips()
+        self.order = Order(len(self.train_index), seed)
+        self.consumed = 0
+        self._train_batches: TrainBatches | None = None
+
+    def _clips(self) -> tuple[ClipIndex, ClipIndex]:
+        scans = self.store.scans
+        frames, names = [scan.frames for scan in scans], [scan.scan_id for scan in scans]
+        if self.data.split is None:
+            return time_split(frames, names, self.spec, self.data.val_fraction, self.data.val_gap)
+        split = load_split(self.data.split)
+        self.split_hash = split.hash
+        parts = split.places([scan.subject for scan in scans])
+        train = whole_scans(parts["train"], frames, names, self.spec, self.spec.clip_stride)
+        return train, whole_scans(parts["val"], frames, names, self.spec, self.spec.span)
+
+    def contract(self) -> dict[str, Any]:
+        """What a model trained on these batches must be given: plain values, to be kept with its weights."""
+        data = self.data
+        return {
+            "grid": list(self.store.grid),
+            "spacing": self.store.spacing,
+            "orientation": "RAS",
+            "frames": data.frames,
+            "frame_stride": data.frame_stride,
+            "clip_stride": data.clip_stride,
+            "normalization": data.normalization,
+            "background": data.background,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that exact continuation needs, and what it must find again."""
+        return {
+            "consumed": self.consumed,
+            "seed": self.seed,
+            "clips": len(self.train_index),
+            "split": self.split_hash,
+            "contract": self.contract(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after `consumed` samples; UserError if the data are not those of the state."""
+        mine = self.state_dict()
+        for name in ("seed", "clips", "split", "contract"):
+            if state_dict[name] != mine[name]:
+                raise UserError(
+                    f"cannot go on exactly: the run had {name} {state_dict[name]}, now it is {mine[name]}; restore it "
+                    "or start a new run with init= instead of resume="
+                )
+        self.consumed = int(state_dict["consumed"])
+
+    # ------------------------------------------------------------------------------------------------- loaders
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        rank = self._rank if self._rank is not None else trainer.global_rank if trainer else 0
+        world = self._world if self._world is not None else trainer.world_size if trainer else 1
+        return rank, world
+
+    def _loader(self, index: ClipIndex, batches: TrainBatches | ValBatches, train: bool) -> Loader:
+        data = self.data
+        dataset = ClipDataset(self.store, index, self.spec, data.normalization, data.verify, train)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=identity,
+            num_workers=data.workers,
+            prefetch_factor=PREFETCH if data.workers else None,
+            persistent_workers=data.workers > 0,
+            pin_memory=on_gpu,
+        )
+
+    def train_dataloader(self) -> Loader:
+        """Endless; begins after `consumed` samples."""
+        rank, world = self._place()
+        self._train_batches = TrainBatches(self.order, self.data.batch_size, rank, world, self.consumed)
+        return self._loader(self.train_index, self._train_batches, True)
+
+    def val_dataloader(self) -> Loader | list[Any]:
+        """Every held-out clip once; an empty list where nothing is held out."""
+        if not len(self.val_index):
+            return []
+        rank, world = self._place()
+        return self._loader(self.val_index, ValBatches(len(self.val_index), self.data.batch_size, rank, world), False)
+
+    # -------------------------------------------------------------------------------------------- to the device
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
+        """Count the batch, while it is on the CPU, and leave behind what the device does not need."""
+        if "codes" not in batch:
+            return batch
+        check_fresh(batch)
+        if batch["train"] and self._train_batches is not None:
+            self.consumed = self._train_batches.consumed_after(int(batch["meta"][0, 0]))
+        return {name: batch[name] for name in (*PACKED, "voxels")}
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
+        """Packed to dense: the dictionary that `swift.data.scatter.to_dense` describes."""
+        if "codes" not in batch:
+            return batch
+        return to_dense(batch, self.store.grid, self.data.frames, self.data.background, self.dtype)
+
+    def dense(self, packed: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Both steps at once, on the CPU, without a Trainer."""
+        return self.on_after_batch_transfer(self.on_before_batch_transfer(packed))

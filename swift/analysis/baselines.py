@@ -1,10 +1,10 @@
 """What a masked-reconstruction model must beat: four predictions that need no training.
 
 Shapes: bold (B, 1, X, Y, Z, T) normalized signal; masked (B, X, Y, Z, T) bool, True = hidden from the model; brain
-(B, X, Y, Z) bool; predictions (B, 1, X, Y, Z, T) float32. A prediction uses visible values of brain voxels only, so changing a
-hidden value, or one outside the brain, changes nothing. Outside the brain predictions are 0 and never scored.
+(B, X, Y, Z) bool; predictions (B, 1, X, Y, Z, T) float32. A prediction uses visible values of brain voxels only, so
+changing a hidden value, or one outside the brain, changes nothing. Outside the brain predictions are 0, never scored.
 
-Where a voxel has no visible frame, all fall back to the brain mean; where a clip shows no brain voxel at all, that is 0.
+Where a voxel has no visible frame, all fall back to the brain mean; where a clip shows no brain voxel, that is 0.
 """
 
 from __future__ import annotations
@@ -156,6 +156,6 @@ class BaselineScores:
         self.count = self.count + count
 
     def compute(self) -> dict[str, float]:
-        """Name -> mean L1; NaN where nothing was masked. Of this process only: add `sums` and `count` over ranks first."""
+        """Name -> mean L1; NaN where nothing was masked. Of this process: add `sums` and `count` over ranks first."""
         count = float(self.count)
         return {name: float(total) / count if count else float("nan") for name, total in self.sums.items()}

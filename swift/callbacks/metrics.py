@@ -1,9 +1,9 @@
 """metrics.jsonl: the numbers of a run, one JSON object a line, which every figure and table is made from.
 
-A line is {"step": optimizer steps done, "time": unix seconds, "epoch": ..., "train/loss": ..., ...}; lines hold whatever
-keys were logged together. The file holds one trajectory: a run that goes on from step S first drops what a lost future
-wrote, that is every line with step > S (`TrimMetrics`). Where a step still has several lines, the last value of a key
-wins.
+A line is {"step": optimizer steps done, "time": unix seconds, "epoch": ..., "train/loss": ..., ...}; lines hold
+whatever keys were logged together. The file holds one trajectory: a run that goes on from step S first drops what a
+lost future wrote, that is every line with step > S (`TrimMetrics`). Where a step still has several lines, the last
+value of a key wins.
 """
 
 from __future__ import annotations

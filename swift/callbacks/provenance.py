@@ -52,8 +52,8 @@ def git_state(folder: Path) -> dict[str, Any]:
     in `folder` must be tracked.
 
     Returns:
-        {"revision": 40 hex digits, "dirty": bool} (dirty: changed or untracked files), or {"revision": why there is none,
-        "dirty": None}.
+        {"revision": 40 hex digits, "dirty": bool} (dirty: changed or untracked files), or {"revision": why there is
+        none, "dirty": None}.
     """
     # variables of a calling git hook would point git at another repository
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | {"LC_ALL": "C"}
@@ -109,8 +109,8 @@ def host() -> dict[str, Any]:
     """Kind of machine, without its name.
 
     Returns:
-        "system", "cpu" (model), "cores" (this process may use), "gpus" (names), "accelerator" (CUDA or ROCm version torch was
-        built for, or None), "slurm_job" (id or None).
+        "system", "cpu" (model), "cores" (this process may use), "gpus" (names), "accelerator" (CUDA or ROCm version
+        torch was built for, or None), "slurm_job" (id or None).
     """
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else None
@@ -138,8 +138,8 @@ def _cpu_model() -> str:
 def record(run_dir: str | Path, now: dict[str, Any], step: int = 0) -> dict[str, Any]:
     """Write or continue RUN/provenance.json.
 
-    The first start is kept as it was; each later one is added to "restarts" with its time, its step and whatever differs
-    from the first start.
+    The first start is kept as it was; each later one is added to "restarts" with its time, its step and whatever
+    differs from the first start.
 
     Args:
         run_dir: Folder of the run.

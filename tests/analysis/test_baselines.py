@@ -14,7 +14,7 @@ SHAPE = (2, 3, 4, 2, 7)  # B, X, Y, Z, T
 
 def make(seed=0, ratio=0.7):
     rng = torch.Generator().manual_seed(seed)
-    bold = torch.randn(SHAPE[:1] + (1,) + SHAPE[1:], generator=rng)
+    bold = torch.randn((SHAPE[0], 1, *SHAPE[1:]), generator=rng)
     masked = torch.rand(SHAPE, generator=rng) < ratio
     brain = torch.rand(SHAPE[:-1], generator=rng) < 0.7
     brain[:, 0, 0, 0] = brain[:, 0, 0, 1] = True

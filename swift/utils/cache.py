@@ -14,12 +14,11 @@ def cache_dir() -> Path:
 
     Raises:
         UserError: it cannot be made or written; the message says how to choose another.
+
     """
     own, general = os.environ.get("SWIFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        folder = Path(own).expanduser()
-    else:
-        folder = (Path(general) if general else Path.home() / ".cache") / "swift-fmri"
+    usual = (Path(general) if general else Path.home() / ".cache") / "swift-fmri"
+    folder = Path(own).expanduser() if own else usual
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell (read-only mounts, root)

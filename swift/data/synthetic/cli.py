@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: an illegal value, or a folder that is not empty or cannot be written.
+
     """
     spec = CohortSpec(
         n_subjects=args.subjects,

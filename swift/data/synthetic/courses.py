@@ -1,7 +1,7 @@
 """Time: network courses, their coupling, and the valence course that drives one network.
 
-A network's neural activity has a spectrum of 1/f above a knee; convolved with the canonical haemodynamic response it gives
-the BOLD course. Its autocorrelation is known in closed form (`course_autocorrelation`): at one frame 0.98 for a
+A network's neural activity has a spectrum of 1/f above a knee; convolved with the canonical haemodynamic response it
+gives the BOLD course. Its autocorrelation is known in closed form (`course_autocorrelation`): at one frame 0.98 for a
 TR of 0.72 s, 0.84 for 2 s, 0.68 for 3 s.
 """
 

@@ -1,8 +1,8 @@
 """Space: the head, its mask and mean image, the networks' maps and the planted regions.
 
 Everything is defined in head coordinates (-1 to 1 from surface to surface along each axis), so that one seed gives the
-same cohort on any grid. Smooth random fields are white noise on a coarse lattice times separable Gaussian kernels: three
-small matrix products instead of a filter over the volume, and a variance that is known exactly.
+same cohort on any grid. Smooth random fields are white noise on a coarse lattice times separable Gaussian kernels:
+three small matrix products instead of a filter over the volume, and a variance that is known exactly.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def kernels(axis: np.ndarray, width: float, step: float, reach: float) -> np.nda
 
     Returns:
         (points, lattice) float32 with rows of unit length, so that white noise on the lattice gives unit variance.
+
     """
     count = max(2, int(np.ceil(2 * reach / step)) + 1)
     lattice = np.linspace(-reach, reach, count)
@@ -92,8 +93,9 @@ def kernels(axis: np.ndarray, width: float, step: float, reach: float) -> np.nda
 def spread(noise: np.ndarray, bases: Bases) -> np.ndarray:
     """(n, a, b, c) values on the lattice -> (n, X, Y, Z) smooth fields."""
     bx, by, bz = bases
-    n, a = noise.shape[:2]
-    planes = by @ (noise @ bz.T)  # (n, a, Y, Z)
+    n, a, b, c = noise.shape
+    rows = (noise.reshape(-1, c) @ bz.T).reshape(n, a, b, len(bz))
+    planes = by @ rows  # (n, a, Y, Z)
     lines = bx @ planes.reshape(n, a, -1)  # (n, X, Y*Z)
     return lines.reshape(n, len(bx), len(by), len(bz))
 
@@ -196,6 +198,7 @@ def subject_anatomy(spec: CohortSpec, subject: int) -> tuple[np.ndarray, np.ndar
     Returns:
         mask (X, Y, Z) bool; mean (X, Y, Z) float32: bright ventricles, white matter, a folded grey ribbon, and a scalp
         side that falls off outside the brain (so that a moving head changes its rim).
+
     """
     shared = geometry(spec)
     rng = stream(spec.seed, "subject_anatomy", subject)

@@ -150,8 +150,7 @@ def _add_smooth_noise(
     rng = stream(spec.seed, "smooth", *key)
     inside = np.nonzero(mask)
     low, high = [i.min() for i in inside], [i.max() + 1 for i in inside]
-    # A field made with kernels of width w has a correlation of width sqrt(2) w.
-    width = max(spec.smoothness / 2.3548 / np.sqrt(2), 0.6 * spec.spacing)
+    width = max(spec.smoothness / np.sqrt(8 * np.log(2)), 0.6 * spec.spacing)
     bases = []
     for start, stop in zip(low, high):
         line = (np.arange(start, stop) - (start + stop - 1) / 2) * spec.spacing
@@ -170,7 +169,7 @@ def _add_smooth_noise(
             state += innovation * frame
             frame[:] = state
         fields = space.spread(noise, (bx, by, bz)).reshape(len(noise), -1)
-        out[first : first + len(noise)] += np.float32(scale) * fields[:, flat]
+        out[first : first + len(noise)] += np.float32(scale) * fields.take(flat, axis=1)
 
 
 def _planted_maps(spec: CohortSpec, who: Person, mask: np.ndarray) -> np.ndarray:
@@ -193,6 +192,7 @@ def make_subject(spec: CohortSpec, i: int, run: int = 0) -> SyntheticScan:
 
     Raises:
         UserError: a negative subject, or a run the cohort does not have.
+
     """
     if i < 0 or not 0 <= run < spec.runs:
         raise UserError(f"synthetic cohort: no subject {i}, run {run}; subjects from 0, runs 0 to {spec.runs - 1}")

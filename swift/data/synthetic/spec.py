@@ -20,7 +20,8 @@ BASELINE = 10000.0
 RECIPE = 1
 """Raised when the generator changes: a cohort of an older recipe is another cohort, whatever its spec."""
 
-# One number a random stream. Each part of a scan draws from its own, so switching one part leaves the others bit for bit.
+# One number a random stream.
+# Each part of a scan draws from its own, so that switching one part leaves the others as they are.
 STREAMS = {
     name: number
     for number, name in enumerate(
@@ -82,8 +83,8 @@ class CohortSpec:
     noise_white: float = 1.0
     noise_smooth: float = 0.8
     """Spatially smooth, AR(1) in time (0.3 a frame at a TR of 2 s)."""
-    smoothness: float = 8.0
-    """FWHM of the smooth noise, mm (never below 1.4 voxels)."""
+    smoothness: float = 6.0
+    """FWHM of the Gaussian kernel behind the smooth noise, mm (never below 1.4 voxels)."""
     drift: float = 1.0
     """Standard deviation of the scanner drift, %; 0: none."""
     motion: float = 1.0
@@ -103,6 +104,7 @@ class CohortSpec:
 
         Raises:
             UserError: a value outside its legal range, named.
+
         """
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
         if self.site_tr is not None:
@@ -127,6 +129,7 @@ class CohortSpec:
 
         Raises:
             UserError: another recipe, or unknown fields (written by another version).
+
         """
         values = json.loads(text)
         recipe = values.pop("recipe", None)
@@ -193,6 +196,7 @@ def stream(seed: int, name: str, *key: int) -> np.random.Generator:
         seed: seed of the cohort.
         name: a key of STREAMS.
         key: site, subject or (subject, run); nothing for a part the whole cohort shares.
+
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(STREAMS[name], *key))
     return np.random.Generator(np.random.PCG64(sequence))

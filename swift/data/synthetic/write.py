@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def load_truth(folder: Path | str) -> dict[str, Any]:
 
     Raises:
         UserError: no truth in this folder.
+
     """
     truth = Path(folder) / "truth"
     if not (truth / "spec.json").is_file():
@@ -127,7 +129,7 @@ def load_truth(folder: Path | str) -> dict[str, Any]:
 
 
 def _confounds(scan: SyntheticScan) -> list[dict[str, Any]]:
-    """fMRIPrep's columns; the first framewise displacement is not defined."""
+    """The columns of fMRIPrep; the first framewise displacement is not defined."""
     whole = scan.bold.mean(1)
     rows = []
     for t, (moved, fd) in enumerate(zip(scan.motion, scan.framewise_displacement)):
@@ -199,6 +201,7 @@ def write_bids(spec: CohortSpec, folder: Path | str, progress: Progress | None =
 
     Raises:
         UserError: the folder holds something or cannot be written.
+
     """
     folder = _new_folder(Path(folder))
     _json(
@@ -250,6 +253,7 @@ def write_store(spec: CohortSpec, folder: Path | str, progress: Progress | None 
 
     Raises:
         UserError: the folder holds something or cannot be written.
+
     """
     from swift.data.store import ScanHeader, StoreWriter
 
@@ -299,9 +303,9 @@ def spec_for(data: DataConfig, seed: int) -> CohortSpec:
 def synthetic_store(data: DataConfig, seed: int) -> Path:
     """The store of a small synthetic cohort for pre-training, made on the first call and kept.
 
-    It lies at `data.path` or, where that is null, in swift's cache under a name made from everything it depends on. It is
-    made in a neighbouring folder and renamed, so that several processes may call this at once and a killed one leaves
-    nothing half-made.
+    It lies at `data.path` or, where that is null, in swift's cache under a name made from everything it depends on. It
+    is made in a hidden folder beside and renamed, so that several processes may call this at once and what a killed one
+    leaves is never taken for a cohort.
 
     Args:
         data: grid, spacing, frames and strides are read.
@@ -309,6 +313,7 @@ def synthetic_store(data: DataConfig, seed: int) -> Path:
 
     Raises:
         UserError: the folder cannot be written, or `data.path` holds something else than this cohort.
+
     """
     spec = spec_for(data, seed)
     key = hashlib.sha256(spec.to_json().encode()).hexdigest()[:16]
@@ -317,7 +322,7 @@ def synthetic_store(data: DataConfig, seed: int) -> Path:
         return target
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"data.path={target}: holds something else than this synthetic cohort; use a new folder")
-    building = target.with_name(f".{target.name}.{os.getpid()}")
+    building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     try:
         write_store(spec, building)
         if target.is_dir() and not any(target.iterdir()):

@@ -1,0 +1,321 @@
+"""`python -m swift.data`: scans into a store, and everything that is done to a store."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swift.utils.entry import reported, set_up_logging
+from swift.utils.errors import UserError
+
+Command = Callable[[argparse.Namespace], int]
+log = logging.getLogger("swift.data")
+
+
+def _ingest(options: argparse.Namespace) -> int:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from swift.data.bids import find_sources
+    from swift.data.ingest import ingest
+    from swift.data.prepare import Recipe
+
+    x, y, z = options.grid if len(options.grid) == 3 else options.grid * 3
+    recipe = Recipe(
+        grid=(x, y, z),
+        spacing=options.spacing,
+        tr=options.tr,
+        tr_resample=options.tr_resample,
+        frame_spacing=options.frame_spacing,
+        confounds=not options.no_confounds,
+    )
+    recipe.check()
+    sources = find_sources(
+        options.inputs,
+        layout=options.layout,
+        space=options.space,
+        task=options.task,
+        participants=options.participants,
+    )
+    if options.list:
+        rows = [{"scan_id": s.scan_id, "path": str(s.path), "mask": str(s.mask or "")} for s in sources]
+        lines = [f"{row['scan_id']}  {row['path']}  mask: {row['mask'] or 'to be computed'}" for row in rows]
+        _show(options, rows, lines)
+        return 0
+    if options.out is None:
+        raise UserError("--out STORE is missing: the folder of the store to make or add to")
+    shard_bytes = int(options.shard_gb * 1e9) or 1
+    with logging_redirect_tqdm():
+        report = ingest(
+            sources, options.out, recipe, workers=options.workers, shard_bytes=shard_bytes, progress=not options.quiet
+        )
+    figures = report.summary()
+    line = (
+        "{store}: {added} added, {present} there already, {failed} failed, "
+        "{seconds:g} s, {scans_per_minute:g} scans/min"
+    )
+    _show(options, figures, [line.format(**figures)])
+    if report.exit_code:
+        print(f"the failed ones are named in {options.out / 'ingest_report.csv'}", file=sys.stderr)
+    return report.exit_code
+
+
+def _info(options: argparse.Namespace) -> int:
+    from swift.data import format as fmt
+    from swift.data.export import quality_picture
+    from swift.data.store import Store
+
+    store = Store(options.store)
+    places = [store.find(name) for name in options.scan] if options.scan else list(range(len(store.scans)))
+    description = fmt.read_json(options.store / "store.json")
+    frames = sum(scan.frames for scan in store.scans)
+    figures: dict[str, Any] = {
+        "store": str(options.store),
+        "format_version": description["format_version"],
+        "tool_version": description.get("tool_version", ""),
+        "grid": list(store.grid),
+        "spacing_mm": store.spacing,
+        "shards": len(store.shards),
+        "bytes": sum(entry["bytes"] for entry in store.shards.values()),
+        "scans": len(store.scans),
+        "subjects": len({scan.subject for scan in store.scans}),
+        "sites": sorted({scan.site for scan in store.scans} - {""}),
+        "tasks": sorted({scan.task for scan in store.scans} - {""}),
+        "frames": frames,
+        "hours": round(sum(scan.frames * scan.tr for scan in store.scans) / 3600, 3),
+        "tr": {f"{tr:g}": count for tr, count in sorted(Counter(scan.tr for scan in store.scans).items())},
+        "phenotypes": sorted({name for scan in store.scans for name in scan.phenotypes}),
+    }
+    rows = []
+    for place in places if options.scan or options.qc or options.scans or options.json else []:
+        row = _scan_row(store, place)
+        if options.qc:
+            picture = options.qc / f"{store.scans[place].scan_id}.png"
+            row |= {"picture": str(picture), **quality_picture(store, place, picture)}
+        rows.append(row)
+    lines = [f"{name:<15} {value}" for name, value in figures.items()]
+    for row in rows:
+        lines.append(f"\n{row['scan_id']}")
+        lines += [f"  {name:<15} {value}" for name, value in row.items() if name not in ("scan_id", "notes")]
+        lines += [f"  note: {note}" for note in row["notes"]]
+    _show(options, {**figures, "scan_list": rows}, lines)
+    return 0
+
+
+def _scan_row(store: Any, place: int) -> dict[str, Any]:
+    scan, attributes = store.scans[place], store.attributes(place)
+    names = ("orientation", "source", "source_sha256")
+    counts = ("nan_voxels", "flat_voxels", "clipped")
+    row = {name: getattr(scan, name) for name in ("scan_id", "subject", "session", "task", "run", "site", "shard")}
+    row |= {"frames": scan.frames, "voxels": scan.voxels, "tr": scan.tr, "phenotypes": scan.phenotypes}
+    row |= {name: attributes[name] for name in names} | {name: int(attributes[name]) for name in counts}
+    row |= {name: float(value) for name, value in attributes.items() if name.startswith("global_")}
+    return row | {"affine": attributes["affine"].tolist(), "notes": json.loads(attributes["notes"])}
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from swift.data.maintain import describe, verify
+
+    bar, tick = _bar(options, options.store, "verify")
+    with bar:
+        damage = verify(options.store, workers=options.workers, progress=tick)
+    rows = [vars(one) for one in damage]
+    good = f"{options.store}: every checksum is right"
+    _show(options, {"damaged": rows}, [f"damaged: {describe(one)}" for one in damage] or [good])
+    return 1 if damage else 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from swift.data.bids import find_sources
+    from swift.data.maintain import describe, repair
+
+    sources = find_sources(options.source, layout=options.layout, space=options.space) if options.source else []
+    outcome = repair(options.store, replica=options.replica, sources=sources)
+    lines = [f"restored from {giver}: {describe(one)}" for one, giver in outcome.fixed]
+    lines += [f"still damaged: {describe(one)}: {why}" for one, why in outcome.left]
+    figures = {
+        "restored": [{**vars(one), "from": giver} for one, giver in outcome.fixed],
+        "damaged": [{**vars(one), "reason": why} for one, why in outcome.left],
+    }
+    _show(options, figures, lines or [f"{options.store}: nothing to repair"])
+    return 1 if outcome.left else 0
+
+
+def _split(options: argparse.Namespace) -> int:
+    from swift.data.people import people_of
+    from swift.data.splits import audit, k_fold, make_split, save_splits
+    from swift.data.store import Store
+
+    scans = [scan for path in options.stores for scan in Store(path).scans]
+    people = people_of(scans, label=options.label, family=options.family, continuous=options.continuous)
+    if options.folds:
+        splits = k_fold(people, options.folds, options.val, options.seed, options.repeats)
+    else:
+        splits = [make_split(people, options.val, options.test, options.seed)]
+    seen = {scan.subject for path in options.pretrained for scan in Store(path).scans}
+    for warning in sorted({warning for split in splits for warning in audit(split, people, seen)}):
+        log.warning("%s", warning)
+    hashes = save_splits(options.out, splits)
+    rows = [
+        {"hash": digest, **{part: len(names) for part, names in split.parts.items()}, **split.how}
+        for digest, split in zip(hashes, splits, strict=True)
+    ]
+    lines = [f"{options.out}#{n}  " + "  ".join(f"{k} {v}" for k, v in row.items()) for n, row in enumerate(rows)]
+    _show(options, rows, lines)
+    return 0
+
+
+def _copy(options: argparse.Namespace) -> int:
+    from swift.data.maintain import copy
+
+    bar, tick = _bar(options, options.store, "copy")
+    with bar:
+        figures = copy(options.store, options.target, workers=options.workers, progress=tick)
+    line = (
+        f"{options.target}: {figures['copied']} shards copied ({figures['bytes'] / 1e6:.1f} MB), {figures['kept']} kept"
+    )
+    _show(options, figures, [line + ", all verified"])
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from swift.data.export import export_scan
+    from swift.data.store import Store
+
+    store = Store(options.store)
+    places = [store.find(name) for name in options.scan] if options.scan else range(len(store.scans))
+    rows = []
+    for place in places:
+        bold, mask = export_scan(store, place, options.out)
+        rows.append({"scan_id": store.scans[place].scan_id, "bold": str(bold), "mask": str(mask)})
+    _show(options, rows, [row["bold"] for row in rows])
+    return 0
+
+
+def _bar(options: argparse.Namespace, store: Path, what: str) -> tuple[Any, Callable[[str], None]]:
+    from tqdm import tqdm
+
+    from swift.data import format as fmt
+
+    total = len(fmt.read_json(store / "store.json").get("shards", {}))
+    bar = tqdm(total=total, unit="shard", desc=what, disable=options.quiet or options.json)
+
+    def tick(_: str) -> None:
+        bar.update()
+
+    return bar, tick
+
+
+def _show(options: argparse.Namespace, figures: Any, lines: list[str]) -> None:
+    print(json.dumps(figures, indent=2) if options.json else "\n".join(lines))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m swift.data",
+        description="NIfTI and BIDS derivatives into a checksummed HDF5 store, and the store's upkeep.",
+        epilog="Exit status: 0 well, 1 some scan failed or some data are damaged, 2 a mistake in what was asked.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print figures as JSON")
+    common.add_argument("--quiet", action="store_true", help="no progress bar, no notes")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    _add_ingest(add("ingest", _ingest, "bring scans into a store; run it again to go on where it stopped"))
+    info = add("info", _info, "what is in a store")
+    info.add_argument("store", type=Path)
+    info.add_argument("--scans", action="store_true", help="also every scan, with its notes")
+    info.add_argument("--scan", action="append", default=[], metavar="ID", help="only this scan (may be repeated)")
+    info.add_argument("--qc", type=Path, metavar="FOLDER", help="draw mean, tSNR and carpet of each scan there")
+    check = add("verify", _verify, "compare every checksum; name damage by shard, scan and frame")
+    check.add_argument("store", type=Path)
+    check.add_argument("--workers", type=int, default=2, help="shards read at once (2)")
+    _add_repair(add("repair", _repair, "write damaged bytes anew from a replica or from the sources"))
+    _add_split(add("split", _split, "train, validation and test subjects, saved to a file with a hash"))
+    copy = add("copy", _copy, "copy a store elsewhere, verified; run it again to go on where it stopped")
+    copy.add_argument("store", type=Path)
+    copy.add_argument("target", type=Path)
+    copy.add_argument("--workers", type=int, default=2, help="shards copied at once (2)")
+    export = add("export", _export, "scans back to NIfTI, with the right affine")
+    export.add_argument("store", type=Path)
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    export.add_argument("--scan", action="append", default=[], metavar="ID", help="only this scan (may be repeated)")
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", default="auto", help="auto | bids | folder | table | frames (SwiFT v1)")
+    parser.add_argument("--space", help="BIDS: only this space, such as MNI152NLin2009cAsym")
+
+
+def _add_ingest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        help="fMRIPrep derivatives, a folder of NIfTI, NIfTI files, a CSV/TSV with a column path, SwiFT v1 folders",
+    )
+    parser.add_argument("--out", type=Path, metavar="STORE", help="folder of the store")
+    parser.add_argument("--grid", type=int, nargs="+", default=[96], metavar="N", help="voxels, one or three (96)")
+    parser.add_argument("--spacing", type=float, default=2.0, help="isotropic voxel size, mm (2)")
+    parser.add_argument("--tr", type=float, help="seconds between frames, where the files do not say (wins over them)")
+    parser.add_argument("--tr-resample", type=float, metavar="TR", help="bring every scan to this TR, seconds")
+    parser.add_argument("--frame-spacing", type=float, help="voxel size of SwiFT v1 frames, mm (as --spacing)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (2)")
+    parser.add_argument("--shard-gb", type=float, default=4.0, help="target size of a shard; 0: one scan each (4)")
+    parser.add_argument("--task", help="BIDS: only this task")
+    parser.add_argument("--participants", type=Path, help="BIDS: participants.tsv that lies elsewhere")
+    parser.add_argument("--no-confounds", action="store_true", help="leave fMRIPrep's confounds out")
+    parser.add_argument("--list", action="store_true", help="only say what would be ingested")
+    _add_places(parser)
+
+
+def _add_repair(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--replica", type=Path, metavar="STORE", help="another copy of the store")
+    parser.add_argument("--source", type=Path, nargs="+", default=[], help="what the store was ingested from")
+    _add_places(parser)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stores", type=Path, nargs="+", metavar="store")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--val", type=float, default=0.15, help="share of validation subjects (0.15)")
+    parser.add_argument("--test", type=float, default=0.15, help="share of test subjects (0.15)")
+    parser.add_argument("--folds", type=int, default=0, help="k folds instead; --val is then of the rest")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats of the folds (1)")
+    parser.add_argument("--label", help="stratify by this phenotype column")
+    parser.add_argument("--continuous", action="store_true", help="the label is a number: stratify by quantiles")
+    parser.add_argument("--family", help="phenotype column whose members must stay together")
+    parser.add_argument("--pretrained", type=Path, nargs="+", default=[], help="stores that a model has seen: warn")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exits with its status."""
+    options = _parser().parse_args(arguments)
+    set_up_logging()
+    if options.quiet:
+        log.setLevel(logging.WARNING)
+    status = 0
+
+    def work() -> None:
+        nonlocal status
+        status = options.run(options)
+
+    reported(work)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

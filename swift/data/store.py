@@ -218,9 +218,9 @@ class Store:
         """
         known = self._scan(scan)
         info = self.scans[scan]
-        frames = range(start, stop, step)
-        if start < 0 or stop > known.frames or step < 1 or not len(frames):
+        if not 0 <= start < stop <= known.frames or step < 1:
             raise UserError(f"scan {info.scan_id}: frames {start}:{stop}:{step}; it has frames 0:{known.frames}")
+        frames = range(start, stop, step)
         if out is None:
             out = np.empty((len(frames), known.voxels), np.int16)
         assert out.shape == (len(frames), known.voxels) and out.dtype == np.int16 and out.flags.c_contiguous

@@ -318,16 +318,33 @@ def read_staged(path: Path) -> Staged:
     return attributes, arrays, (frames, voxels), blocks
 
 
+def _room(scans: list[Staged]) -> int:
+    """Bytes that a shard of these scans takes at most."""
+    total = 1 << 16
+    for attributes, arrays, (frames, voxels), _ in scans:
+        texts = sum(len(value.encode()) for value in attributes.values() if isinstance(value, str))
+        small = sum(array.nbytes for array in arrays.values()) + 8 * frames
+        total += 2 * frames * voxels + small + texts + (len(arrays) + 3) * 4096 + (1 << 15)
+    return total
+
+
 def _write_scans(temp: Path, scans: list[Staged]) -> None:
-    """Write a shard. The big arrays go past HDF5: room is reserved first, so a full disk is found before it hurts."""
+    """Write a shard. The voxels go past HDF5, row by row, with their checksums.
+
+    All room is reserved first, without HDF5: it does not survive a disk that fills up under it (it crashes in close).
+    HDF5 gives back what was too much.
+    """
+    room = _room(scans)
+    with temp.open("wb") as trial:
+        _reserve(trial.fileno(), room)
     file = h5py.File(temp, "w", locking=False, **fmt.HDF5_OPTIONS)
     handle = os.open(temp, os.O_RDWR)
     try:
+        _reserve(handle, room)  # opening gave the room back
         for attributes, arrays, shape, blocks in scans:
             fmt.put_scan(file, attributes, arrays, *shape)
             group = file["scans"][attributes["scan_id"]]
-            offset, size = group["bold"].id.get_offset(), group["bold"].id.get_storage_size()
-            _reserve(handle, offset, size)
+            offset = group["bold"].id.get_offset()
             hashes = []
             for block in blocks():
                 hashes.append(fmt.row_hashes(block))
@@ -336,18 +353,15 @@ def _write_scans(temp: Path, scans: list[Staged]) -> None:
             assert len(checksum) == shape[0]
             dataset = group.create_dataset("checksum", data=checksum, track_times=False)
             dataset.attrs.create("xxh3_64", fmt.array_hash(checksum))
-    except BaseException:
-        with contextlib.suppress(OSError, RuntimeError):  # closing flushes, and fails again on a full disk
-            file.close()
-        raise
     finally:
         os.close(handle)
-    file.close()
+        file.close()
+    assert temp.stat().st_size <= room, (temp, room)
 
 
-def _reserve(handle: int, offset: int, size: int) -> None:
+def _reserve(handle: int, size: int) -> None:
     try:
-        os.posix_fallocate(handle, offset, size)
+        os.posix_fallocate(handle, 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # file systems without it
             raise

@@ -42,13 +42,18 @@ MAX_ATTRIBUTE = 60_000  # HDF5 keeps attributes below 64 KiB in an object header
 
 
 class CorruptData(UserError):
-    """Stored bytes differ from their checksum. `shard`, `scan` (scan_id) and `frame` (None: not a frame) say where."""
+    """Stored bytes differ from their checksum.
 
-    def __init__(self, message: str, shard: str, scan: str, frame: int | None = None) -> None:
-        super().__init__(message)
+    `shard`, `scan` (scan_id) and `frame` (None: not a frame) say where; they are empty if the error comes out of a
+    DataLoader worker, which keeps the message only.
+    """
+
+    def __init__(self, message: str, shard: str = "", scan: str = "", frame: int | None = None) -> None:
+        # A DataLoader makes the error again from the worker's whole traceback; its last line is our message.
+        super().__init__(message.rstrip().rpartition("CorruptData: ")[2])
         self.shard, self.scan, self.frame = shard, scan, frame
 
-    def __reduce__(self) -> tuple[Any, ...]:  # crosses from a DataLoader worker to the main process
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.shard, self.scan, self.frame)
 
 

@@ -223,7 +223,9 @@ class Store:
         frames = range(start, stop, step)
         if out is None:
             out = np.empty((len(frames), known.voxels), np.int16)
-        assert out.shape == (len(frames), known.voxels) and out.dtype == np.int16 and out.flags.c_contiguous
+        assert out.shape == (len(frames), known.voxels)
+        assert out.dtype == np.int16
+        assert out.flags.c_contiguous
         handle = self._shard(known.handle_of).handle
         row = 2 * known.voxels
         if step == 1:

@@ -80,8 +80,8 @@ class StoreWriter:
             have = fmt.read_json(description)
             if tuple(have["grid"]) != self.grid or float(have["spacing"]) != self.spacing:
                 raise UserError(
-                    f"{self.path}: holds scans of grid {have['grid']} at {have['spacing']} mm, not {list(self.grid)} at "
-                    f"{self.spacing} mm; use another folder"
+                    f"{self.path}: holds scans of grid {have['grid']} at {have['spacing']} mm, not {list(self.grid)} "
+                    f"at {self.spacing} mm; use another folder"
                 )
         else:
             self._write_description({})

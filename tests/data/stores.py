@@ -18,7 +18,7 @@ def scan(number: int, frames: int = 24, grid: tuple[int, int, int] = GRID) -> tu
     rng = np.random.default_rng(number)
     mask = rng.random(grid) > 0.4
     voxels = int(mask.sum())
-    bold = 900 + 60 * rng.normal(size=voxels) + 12 * rng.normal(size=(frames, voxels)) * rng.random(voxels)
+    bold = 900 + 60 * rng.normal(size=voxels) + 12 * rng.normal(size=(frames, voxels)) * (0.1 + rng.random(voxels))
     bold[:, 1] = 77.25
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     affine[:3, 3] = [-5.0, -6.0, number]

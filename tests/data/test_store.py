@@ -45,7 +45,8 @@ def test_error_bound_of_the_codes(values: list[float], offset: float) -> None:
     low, high = x.min(0).astype(np.float64), x.max(0).astype(np.float64)
     scale, centre = voxel_code(low, high)
     codes = quantize(x, scale, centre)
-    assert codes.dtype == np.dtype("<i2") and np.abs(codes.astype(int)).max() <= LEVELS
+    assert codes.dtype == np.dtype("<i2")
+    assert np.abs(codes.astype(int)).max() <= LEVELS
     exact = codes.astype(np.float64) * scale.astype(np.float64) + centre.astype(np.float64)
     error = np.abs(exact - x).max()
     assert error <= scale[0] / 2 * (1 + 1e-9)
@@ -71,7 +72,9 @@ def test_statistics_against_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     want = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "median": median}
     for name, array in (want | {"iqr": third - first}).items():
         np.testing.assert_allclose(got.voxel[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
-    assert got.voxel["std"][1] == 0 and got.voxel["mean"][1] == np.float32(77.25) and got.constant == 1
+    assert got.voxel["std"][1] == 0
+    assert got.voxel["mean"][1] == np.float32(77.25)
+    assert got.constant == 1
     assert got.brain["global_mean"] == pytest.approx(x.mean(), rel=1e-12)
     assert got.brain["global_std"] == pytest.approx(x.std(), rel=1e-10)
     assert (got.brain["global_min"], got.brain["global_max"]) == (x.min(), x.max())
@@ -125,7 +128,8 @@ def test_manifest_and_attributes(made: Path) -> None:
     assert [s.scan_id for s in store.scans] == [f"sub-{n:02d}_task-rest" for n in range(5)]
     one = store.scans[3]
     assert (one.subject, one.task, one.site, one.frames, one.tr) == ("03", "rest", "B", 24, 0.72)
-    assert one.phenotypes == {"age": "23", "sex": "F"} and one.voxels == int(scan(3)[1].sum())
+    assert one.phenotypes == {"age": "23", "sex": "F"}
+    assert one.voxels == int(scan(3)[1].sum())
     assert len({s.shard for s in store.scans}) > 1  # several shards, several scans in one
     assert len({s.shard for s in store.scans}) < 5
     np.testing.assert_array_equal(store.affine(3), scan(3)[0].affine)
@@ -140,7 +144,8 @@ def test_a_shard_is_plain_hdf5(made: Path) -> None:
     header, mask, bold = scan(2)
     with h5py.File(made / "shards" / info.shard, "r") as file:
         group = file["scans"][info.scan_id]
-        assert group["bold"].dtype == np.dtype("<i2") and group["bold"].chunks is None
+        assert group["bold"].dtype == np.dtype("<i2")
+        assert group["bold"].chunks is None
         assert group["bold"].id.get_offset() % 8 == 0
         values = group["bold"][...] * group["scale"][...] + group["offset"][...]
         np.testing.assert_allclose(values, bold, atol=2e-3)
@@ -149,7 +154,8 @@ def test_a_shard_is_plain_hdf5(made: Path) -> None:
         assert group["checksum"][...].tolist() == hashes
         np.testing.assert_array_equal(group.attrs["affine"], header.affine)
         assert (group.attrs["orientation"], group.attrs["tr"]) == (b"RAS", 0.72)
-        assert group.attrs["tool_version"] and group.attrs["source"] == b"sub-02.nii.gz"
+        assert group.attrs["tool_version"]
+        assert group.attrs["source"] == b"sub-02.nii.gz"
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,7 +205,8 @@ def test_few_handles_and_little_memory(made: Path, monkeypatch: pytest.MonkeyPat
     store._room = 2
     for place in [0, 4, 2, 0, 3, 1, 4]:
         store.read(place, 0, 2, verify=True)
-        assert len(store._shards) == 1 and len(store._cache) <= 2
+        assert len(store._shards) == 1
+        assert len(store._cache) <= 2
 
 
 # ------------------------------------------------------------------------------------------------------- damage
@@ -219,7 +226,7 @@ def test_a_flipped_bit_is_named(own: Path) -> None:
     assert store.read(2, 0, 7, verify=True).shape == (7, info.voxels)
     with pytest.raises(CorruptData, match=rf"{info.shard}.*{info.scan_id}, frame 7") as caught:
         store.read(2, 1, 20, 2, verify=True)
-    again = pickle.loads(pickle.dumps(caught.value))  # as it comes out of a DataLoader worker
+    again = pickle.loads(pickle.dumps(caught.value))  # as it comes out of a process pool
     assert (again.shard, again.scan, again.frame) == (info.shard, info.scan_id, 7)
     assert [(d.part, d.frame) for d in Store(own).check(2)] == [("bold", 7)]
     assert Store(own).check(1) == []

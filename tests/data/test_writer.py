@@ -53,7 +53,8 @@ def test_more_scans_go_to_new_shards(tmp_path: Path) -> None:
 def test_done_and_doubles(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, GRID, 2.0)
     info = writer.add(*scan(1))
-    assert (info.shard, info.scan_id) == ("", "sub-01_task-rest") and writer.done() == {info.scan_id}
+    assert (info.shard, info.scan_id) == ("", "sub-01_task-rest")
+    assert writer.done() == {info.scan_id}
     with pytest.raises(UserError, match="already a scan sub-01_task-rest"):
         writer.add(*scan(1))
     with pytest.raises(UserError, match="holds no scans"):
@@ -181,7 +182,8 @@ def test_killed_anywhere_and_continued_gives_the_same_store(tmp_path: Path, monk
         if status == 0:
             break
         assert status == -signal.SIGKILL
-    assert survived == 1 and trial > 30
+    assert survived == 1
+    assert trial > 30
 
 
 # ----------------------------------------------------------------------------------------------------- full disk

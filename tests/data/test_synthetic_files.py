@@ -76,6 +76,7 @@ def test_store_holds_the_scans_and_their_frame_labels(tmp_path: Path) -> None:
         step = np.ptp(scan.bold, axis=0) / 65534
         assert (np.abs(store.read(number, 0, 40) * a + b - scan.bold) <= step / 2 + 2e-3).all()
         assert info.tr == 2.0
+        assert info.subject == f"sub-{scan.person.subject}"
         assert info.site == scan.person.site
         assert info.phenotypes["label_binary"] == str(scan.person.label_binary)
         assert "latent_binary" not in info.phenotypes

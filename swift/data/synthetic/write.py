@@ -272,7 +272,7 @@ def write_store(spec: CohortSpec, folder: Path | str, progress: Progress | None 
             table = {key: str(value) for key, value in phenotypes(who).items() if key != "site"}
             header = ScanHeader(
                 scan_id=scan_id(spec, who, scan.run),
-                subject=who.subject,
+                subject=f"sub-{who.subject}",  # as ingestion names the subjects of the same cohort in BIDS
                 tr=scan.tr,
                 affine=scan.affine,
                 task=spec.task,

@@ -67,7 +67,10 @@ def check_model(cfg: ModelConfig) -> None:
         place = f"stage {stage + 1} has width {width}"
         _require(width % heads == 0, "model.num_heads", cfg.num_heads, f"{place}, which {heads} heads do not divide")
         if cfg.position.startswith("rope"):
-            legal = f"{place}, so a head has {width // heads} channels; rotary positions over {axes} axes need an even number, at least {2 * axes}"
+            legal = (
+                f"{place}, so a head has {width // heads} channels; rotary positions over {axes} axes need "
+                f"an even number, at least {2 * axes}"
+            )
             _require((width // heads) % 2 == 0 and width // heads >= 2 * axes, "model.num_heads", cfg.num_heads, legal)
 
 
@@ -79,7 +82,9 @@ def check_data(cfg: DataConfig) -> None:
         _require(getattr(cfg, name) >= 1, f"data.{name}", getattr(cfg, name), "must be at least 1")
     for name in ("workers", "val_gap"):
         _require(getattr(cfg, name) >= 0, f"data.{name}", getattr(cfg, name), "must not be negative")
-    _require(cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0")
+    _require(
+        cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0"
+    )
     _require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
     _require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
     if cfg.name == "store":

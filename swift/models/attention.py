@@ -1,6 +1,6 @@
 """Multi-head self-attention inside 4D windows.
 
-Shapes: B batch, X Y Z T token grid, C channels, M = B*X*Y*Z*T, W windows of a group (batch included), N tokens a window.
+Shapes: B batch, X Y Z T token grid, C channels, M = B*X*Y*Z*T, W windows of a group (batch included), N tokens of one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class WindowAttention(nn.Module):
         if self.rotary is None:
             q, k, v = qkv.unbind(2)
         else:
-            q, k = self.rotary(qkv[:, :, :2], shape).unbind(2)
-            v = qkv[:, :, 2]
+            # split, not slices: its gradient is one concatenation instead of a zero-filled tensor a slice.
+            qk, v = qkv.split((2, 1), dim=2)
+            q, k = self.rotary(qk, shape).unbind(2)
+            v = v.squeeze(2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         drop = self.attention_dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)

@@ -91,7 +91,7 @@ def _attention(
 
 
 class Stage(nn.Module):
-    """Optional position tables, then the blocks; every second block is shifted. `downsample` leads to the next stage."""
+    """Optional position tables, the blocks, of which every second is shifted, and the merging for the next stage."""
 
     def __init__(self, cfg: ModelConfig, stage: int, grid: tuple[int, ...], drop_paths: Sequence[float]):
         super().__init__()
@@ -100,14 +100,14 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(
             SwinBlock(cfg, stage, grid, shifted=index % 2 == 1, drop_path=rate) for index, rate in enumerate(drop_paths)
         )
-        self.downsample = PatchMerging(dim) if stage < len(cfg.depths) - 1 else None
+        self.downsample = PatchMerging(dim) if stage < len(cfg.depths) - 1 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, X, Y, Z, T, C) -> the same, before merging."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, X, Y, Z, T, C) -> the features of this stage, the same shape, and the tokens of the next one."""
         x = self.position(x)
         for block in self.blocks:
             x = block(x)
-        return x
+        return x, self.downsample(x)
 
 
 class SwinEncoder(nn.Module):
@@ -129,9 +129,7 @@ class SwinEncoder(nn.Module):
         self.volume = (*grid, frames)
         self.grids = stage_grids(cfg, self.volume)
         self.patch_embed = PatchEmbed(cfg.patch_size, in_channels, cfg.embed_dim, cfg.patch_norm)
-        self.position = (
-            AxialPosition(self.grids[0], cfg.embed_dim) if cfg.position == "rope_global" else nn.Identity()
-        )
+        self.position = AxialPosition(self.grids[0], cfg.embed_dim) if cfg.position == "rope_global" else nn.Identity()
         self.dropout = nn.Dropout(cfg.dropout)
         rates = iter(torch.linspace(0, cfg.drop_path, sum(cfg.depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
@@ -150,16 +148,14 @@ class SwinEncoder(nn.Module):
         x = self.dropout(self.position(tokens))
         features = []
         for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+            feature, x = stage(x)
+            features.append(feature)
         if self.cfg.final_norm:
             features[-1] = self.norm(features[-1])
         return features
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, C_in, X, Y, Z, T) voxels -> the features of every stage, the last one after the final norm if it is used."""
+        """(B, C_in, X, Y, Z, T) voxels -> the features of every stage, the last one after the final norm if used."""
         return self.encode(self.embed(x))
 
 

@@ -116,7 +116,7 @@ class AxialPosition(nn.Module):
 
 
 class Residual(nn.Module):
-    """Pre-norm residual branch x + drop_path(gamma * fn(norm(x))) with an optional LayerScale gamma (Touvron et al. 2021)."""
+    """Pre-norm branch x + gamma * drop_path(fn(norm(x))), gamma an optional LayerScale (Touvron et al. 2021)."""
 
     def __init__(self, dim: int, fn: nn.Module, layer_scale: float | None, drop_path: float):
         super().__init__()
@@ -127,7 +127,5 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same."""
-        y = self.fn(self.norm(x))
-        if self.gamma is not None:
-            y = y * self.gamma
-        return x + self.drop_path(y)
+        y = self.drop_path(self.fn(self.norm(x)))
+        return x + y if self.gamma is None else torch.addcmul(x, y, self.gamma)

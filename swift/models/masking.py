@@ -1,7 +1,7 @@
 """Masks for masked reconstruction: exact in ratio, the same for a sample whatever the batch, rank or device.
 
-The noise is a counter-based hash of (seed, sample, unit), computed in 64-bit integers on the device, so nothing has to be
-stored or resumed: sample 17 has the same mask on one rank and on a thousand, on a CPU and on a GPU.
+The noise is a counter-based hash of (seed, sample, unit), computed in 64-bit integers on the device, so nothing has to
+be stored or resumed: sample 17 has the same mask on one rank and on a thousand, on a CPU and on a GPU.
 
 Shapes: B batch, X Y Z T token grid, U mask units of a sample.
 """
@@ -37,7 +37,13 @@ def unit_noise(seed: int, sample_id: Tensor, units: int) -> Tensor:
 
 
 def draw_mask(
-    seed: int, sample_id: Tensor, volume: Sequence[int], patch: Sequence[int], unit: Sequence[int], ratio: float, kind: str
+    seed: int,
+    sample_id: Tensor,
+    volume: Sequence[int],
+    patch: Sequence[int],
+    unit: Sequence[int],
+    ratio: float,
+    kind: str,
 ) -> Tensor:
     """Which tokens of each sample are hidden.
 

@@ -21,23 +21,23 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """`count` windows of `size` tokens along one axis; window k starts at `start + k * step`."""
+    """`windows` windows of `size` tokens along one axis; window k starts at `start + k * step`."""
 
     start: int
     step: int
-    count: int
+    windows: int
     size: int
 
 
 class Group(NamedTuple):
     """Windows of one shape: a run for each of the axes x, y, z, t."""
 
-    runs: tuple[Run, Run, Run, Run]
+    runs: tuple[Run, ...]
 
     @property
     def windows(self) -> int:
         """Windows of this group in one sample."""
-        return math.prod(run.count for run in self.runs)
+        return math.prod(run.windows for run in self.runs)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ class Group(NamedTuple):
 
 
 def axis_runs(length: int, window: int, shift: int) -> list[Run]:
-    """Runs of equal windows that tile an axis of `length` tokens, in tokens. An axis no longer than the window is one window."""
+    """Runs of equal windows that tile an axis of `length` tokens; one that is no longer than the window is one window."""
     if length <= window:
         return [Run(0, length, 1, length)]
     cuts = [0, *range(shift or window, length, window), length]
@@ -68,7 +68,7 @@ def axis_runs(length: int, window: int, shift: int) -> list[Run]:
 
 @lru_cache(maxsize=1024)
 def plan_groups(grid: tuple[int, ...], window: tuple[int, ...], shifted: bool) -> tuple[Group, ...]:
-    """The groups that tile a grid of x, y, z, t tokens. Shifted layouts shift by half a window on each axis longer than it."""
+    """The groups that tile a grid of x, y, z, t tokens; `shifted` by half a window on each axis longer than it."""
     axes = [axis_runs(n, w, w // 2 if shifted else 0) for n, w in zip(grid, window, strict=True)]
     groups = tuple(Group(runs) for runs in itertools.product(*axes))
     assert sum(group.windows * group.tokens for group in groups) == math.prod(grid)
@@ -77,15 +77,17 @@ def plan_groups(grid: tuple[int, ...], window: tuple[int, ...], shifted: bool) -
 
 def _is_identity(groups: tuple[Group, ...]) -> bool:
     """Whether windows already lie one after the other in memory (only the last axis is cut, into equal windows)."""
-    return len(groups) == 1 and all(run.count == 1 or run.size == 1 for run in groups[0].runs[:3]) and (
-        groups[0].runs[3].count == 1 or all(size == 1 for size in groups[0].shape[:3])
+    return (
+        len(groups) == 1
+        and all(run.windows == 1 or run.size == 1 for run in groups[0].runs[:3])
+        and (groups[0].runs[3].count == 1 or all(size == 1 for size in groups[0].shape[:3]))
     )
 
 
 def _group_view(x: Tensor, group: Group) -> Tensor:
     """View of a contiguous (B, X, Y, Z, T, C) grid as (B, x, y, z, t windows, x, y, z, t tokens, C)."""
     strides = x.stride()
-    counts = tuple(run.count for run in group.runs)
+    counts = tuple(run.windows for run in group.runs)
     steps = tuple(run.step * stride for run, stride in zip(group.runs, strides[1:5]))
     offset = x.storage_offset() + sum(run.start * stride for run, stride in zip(group.runs, strides[1:5]))
     return x.as_strided(
@@ -120,7 +122,7 @@ def _to_grid(x: Tensor, groups: tuple[Group, ...], shape: torch.Size) -> Tensor:
 
 
 class _Partition(torch.autograd.Function):
-    """Reordering is a permutation: its gradient is the inverse reordering, one copy instead of autograd's scatter-add."""
+    """Reordering is a permutation, so its gradient is the inverse reordering: one copy, no scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: tuple[Group, ...]) -> Tensor:

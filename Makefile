@@ -1,0 +1,50 @@
+# Every target does its own set-up: it needs Python (3.10 or newer) and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check format demo sizes bench bench-data clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Make .venv and install swift in it (again only when pyproject.toml changes)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "swift needs Python 3.10 or newer; name one with make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "could not make $(VENV): install Python's venv module (Debian: python3-venv)" >&2; exit 2; }
+	@echo "installing swift and what it needs into $(VENV) (about 6 GB with torch's CUDA libraries; minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+test: setup ## Run the CPU test suite
+	$(BIN)/python -m pytest
+
+check: setup ## Format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" lint-imports
+
+format: setup ## Format the code in place
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: setup ## Pre-train the tiny model on real fMRI on a CPU (about two minutes after set-up)
+	$(BIN)/python -m swift.train
+
+sizes: setup ## Print the exact parameter counts of every size
+	$(BIN)/python -m swift.plan
+
+bench: setup ## Time the encoder against the slow reference: CPU-seconds and peak memory
+	$(BIN)/python -m tests.bench_encoder
+
+bench-data: setup ## Time reading clips: raw reads, the store, per-frame files, gzip HDF5
+	$(BIN)/python -m tests.bench_data
+
+clean: ## Remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,169 @@
+"""From settings to objects: the only wiring, in plain Python."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from swift.callbacks.metrics import JsonlLogger, TrimMetrics
+from swift.callbacks.progress import ClipProgress
+from swift.callbacks.provenance import Provenance
+from swift.config.schema import Config
+from swift.data.module import ClipDataModule
+from swift.data.samples import SamplesUnavailable, sample_store
+from swift.data.synthetic import synthetic_store
+from swift.modules.pretrain import PretrainModule
+from swift.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Weights, gradients and two AdamW moments in float32.
+BYTES_PER_PARAMETER = 16
+
+
+def store_path(cfg: Config) -> Path:
+    """Folder of the store that `cfg.data` names, made first where it is the sample or a synthetic cohort."""
+    if cfg.data.name == "store":
+        assert cfg.data.path is not None
+        return Path(cfg.data.path)
+    if cfg.data.name == "sample":
+        try:
+            return sample_store(cfg.data)
+        except SamplesUnavailable as error:
+            log.warning("sample scans not available (%s): going on with the synthetic cohort instead", error)
+    return synthetic_store(cfg.data, cfg.seed)
+
+
+def build_data(cfg: Config) -> ClipDataModule:
+    """The DataModule over the store of `cfg.data`."""
+    return ClipDataModule(cfg.data, store_path(cfg), seed=cfg.seed)
+
+
+def build_module(cfg: Config) -> PretrainModule:
+    """The LightningModule, its weights drawn from `cfg.seed`.
+
+    Raises:
+        UserError: the architecture does not fit the grid, or its states do not fit this machine's memory.
+    """
+    check_memory(cfg)
+    pl.seed_everything(cfg.seed, verbose=False)
+    return PretrainModule(cfg)
+
+
+def count_parameters(cfg: Config) -> int:
+    """Parameters of the model in pre-training (encoder, mask token, decoder), without allocating them.
+
+    Raises:
+        UserError: the architecture does not fit the grid.
+    """
+    try:
+        with torch.device("meta"):
+            module = PretrainModule(cfg)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check_memory(cfg: Config) -> None:
+    """Refuse a model whose training states alone exceed the memory of the device.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    need = count_parameters(cfg) * BYTES_PER_PARAMETER
+    if accelerator(cfg) == "gpu":
+        have, where = torch.cuda.get_device_properties(0).total_memory, "this GPU"
+    else:
+        have, where = psutil.virtual_memory().total, "this machine"
+    if need > have:
+        raise UserError(
+            f"model={cfg.model.name} needs {need / 2**30:.0f} GiB for weights, gradients and optimizer, "
+            f"and {where} has {have / 2**30:.0f} GiB: choose a smaller model or shard it with parallel= and +launcher="
+        )
+
+
+def accelerator(cfg: Config) -> str:
+    """Lightning's name of the device: cpu or gpu.
+
+    Raises:
+        UserError: a GPU is asked for and none is there.
+    """
+    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use cpu or auto")
+    if cfg.trainer.accelerator == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return cfg.trainer.accelerator
+
+
+def precision(cfg: Config) -> str:
+    """Lightning's name of the precision; auto is bf16 where a GPU has it in hardware, else float32.
+
+    Raises:
+        UserError: bf16 on a GPU without it.
+    """
+    has_bf16 = accelerator(cfg) == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.trainer.precision == "bf16" and accelerator(cfg) == "gpu" and not has_bf16:
+        raise UserError("trainer.precision=bf16: this GPU has no bf16; use 32")
+    wanted = cfg.trainer.precision
+    return "bf16-mixed" if wanted == "bf16" or (wanted == "auto" and has_bf16) else "32-true"
+
+
+def build_callbacks(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> list[Callback]:
+    """Checkpoints (the last, and the best by validation), metrics, progress, provenance."""
+    checkpoints = ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="step-{step:07d}",
+        auto_insert_metric_name=False,
+        monitor="val/l1",
+        save_top_k=cfg.trainer.keep_checkpoints,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    return [checkpoints, TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides)]
+
+
+def build_loggers(cfg: Config, run_dir: Path) -> list[Logger]:
+    """metrics.jsonl and TensorBoard; Weights & Biases by option."""
+    loggers: list[Logger] = [JsonlLogger(run_dir), TensorBoardLogger(run_dir, name="tensorboard", version="")]
+    if cfg.trainer.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        try:
+            loggers.append(WandbLogger(name=run_dir.name, save_dir=run_dir))
+        except ModuleNotFoundError as error:
+            raise UserError("trainer.wandb=true needs the extra: pip install 'swift-fmri[wandb]'") from error
+    return loggers
+
+
+def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Trainer:
+    """The Trainer of a run on one device."""
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    # Lightning sets its own level when it is imported; its notes on devices and products are not the user's concern.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return pl.Trainer(
+        accelerator=accelerator(cfg),
+        devices=1,
+        precision=precision(cfg),  # type: ignore[arg-type]  # one of Lightning's literals
+        max_steps=cfg.trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=cfg.trainer.accumulate,
+        gradient_clip_val=cfg.trainer.clip_norm or None,
+        val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=cfg.trainer.val_batches or 1.0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=cfg.trainer.log_every,
+        logger=build_loggers(cfg, run_dir),
+        callbacks=build_callbacks(cfg, run_dir, overrides),
+        default_root_dir=run_dir,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )

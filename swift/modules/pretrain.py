@@ -1,0 +1,92 @@
+"""Masked pre-training as a LightningModule.
+
+Shapes: B batch, X Y Z T voxels and frames, x y z t token grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from swift.config.check import mask_unit
+from swift.config.schema import Config
+from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
+from swift.models.masking import draw_mask, mask_voxels
+from swift.modules.optim import build_optimizer, build_schedule
+
+Batch = dict[str, Tensor]
+
+
+class PretrainModule(pl.LightningModule):
+    """Hide patches of a clip, reconstruct them, count the loss on hidden brain voxels.
+
+    A batch has bold (B, 1, X, Y, Z, T), brain bool (B, X, Y, Z), sample_id int64 (B,), valid bool (B,).
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.model = MaskedAutoencoder(cfg.model, cfg.data.grid, cfg.data.frames)
+        self.val_loss = MeanMetric()
+        self.val_l1 = MeanMetric()
+
+    def draw_mask(self, batch: Batch) -> Tensor:
+        """Hidden tokens, bool (B, x, y, z, t): for each sample a function of the run's seed and its identity."""
+        task, model, data = self.cfg.task, self.cfg.model, self.cfg.data
+        volume = (*data.grid, data.frames)
+        unit = mask_unit(task, model)
+        sample = batch["sample_id"]
+        return draw_mask(self.cfg.seed, sample, volume, model.patch_size, unit, task.mask_ratio, task.mask_kind)
+
+    def counted_voxels(self, batch: Batch, mask: Tensor) -> Tensor:
+        """Voxels in the loss, bool (B, X, Y, Z, T): hidden, in the brain (or anywhere, by option), not padding."""
+        data = self.cfg.data
+        hidden = mask_voxels(mask, self.cfg.model.patch_size, (*data.grid, data.frames))
+        counted = hidden & batch["valid"].view(-1, 1, 1, 1, 1)
+        return counted if self.cfg.task.loss_background else counted & batch["brain"].unsqueeze(-1)
+
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Prediction (B, 1, X, Y, Z, T) and the token mask (B, x, y, z, t) it was made under."""
+        mask = self.draw_mask(batch)
+        return self.model(batch["bold"], mask), mask
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        prediction, mask = self.reconstruct(batch)
+        counted = self.counted_voxels(batch, mask)
+        loss = reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss)
+        self.log("train/loss", loss, batch_size=len(mask))
+        # Lightning numbers a step from 0; everything swift writes counts optimizer steps done.
+        self.log("step", self.global_step + 1.0)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        prediction, mask = self.reconstruct(batch)
+        counted = self.counted_voxels(batch, mask)
+        weight = counted.sum()
+        # Weighted by voxels and gathered over ranks, so that neither the batch size nor the ranks change the figure.
+        self.val_loss.update(reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss), weight)
+        self.val_l1.update(reconstruction_loss(prediction, batch["bold"], counted, "l1"), weight)
+        self.log("val/loss", self.val_loss, batch_size=len(mask))
+        self.log("val/l1", self.val_l1, batch_size=len(mask))
+        self.log("step", float(self.global_step))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm before clipping, and the rate of this step."""
+        if self.global_step % self.cfg.trainer.log_every == 0:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self, self.cfg.optimizer)
+        schedule = build_schedule(optimizer, self.cfg.optimizer, self.cfg.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint carries its configuration, and with it the input contract of the weights."""
+        checkpoint["config"] = asdict(self.cfg)

@@ -1,0 +1,34 @@
+"""What every command does around its work: logging to stderr, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from swift.utils.errors import UserError
+
+USER_ERROR_STATUS = 2
+
+
+def set_up_logging() -> None:
+    """Messages of swift go to stderr as plain lines; libraries speak from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("swift").setLevel(logging.INFO)
+    for quiet in (r".*does not have many workers.*", r".*LeafSpec.*", r".*`isinstance\(treespec.*"):
+        warnings.filterwarnings("ignore", message=quiet)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def reported(work: Callable[[], object]) -> None:
+    """Run `work`; a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

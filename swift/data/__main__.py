@@ -25,6 +25,8 @@ def _ingest(options: argparse.Namespace) -> int:
     from swift.data.ingest import ingest
     from swift.data.prepare import Recipe
 
+    if len(options.grid) not in (1, 3):
+        raise UserError(f"--grid {' '.join(map(str, options.grid))}: one number or three")
     x, y, z = options.grid if len(options.grid) == 3 else options.grid * 3
     recipe = Recipe(
         grid=(x, y, z),
@@ -305,8 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with its status."""
     options = _parser().parse_args(arguments)
     set_up_logging()
-    if options.quiet:
-        log.setLevel(logging.WARNING)
+    log.setLevel(logging.WARNING if options.quiet else logging.NOTSET)
     status = 0
 
     def work() -> None:

@@ -10,7 +10,7 @@ D channels of a head, P = D/2 rotated pairs.
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def labels(length: int, window: int, shifted: bool) -> Tensor:
     """For every token of an axis, the number of its window."""
     edges = boundaries(length, window, shifted)
     out = torch.zeros(length, dtype=torch.long)
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(edges)):
         for token in range(start, stop):
             out[token] = number
     return out
@@ -356,7 +356,7 @@ def random_state(shapes: dict[str, tuple[int, ...]], generator: torch.Generator)
         value = torch.randn(shape, generator=generator, dtype=torch.float64)
         if len(shape) == 2 and "position" not in name:
             value = value / math.sqrt(shape[1])
-        elif name.endswith((".gamma", "norm.weight")) or ".norms." in name and name.endswith("weight"):
+        elif name.endswith((".gamma", "norm.weight")) or (".norms." in name and name.endswith("weight")):
             value = 1.0 + 0.2 * value
         else:
             value = 0.3 * value

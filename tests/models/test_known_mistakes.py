@@ -199,7 +199,8 @@ def test_5_every_option_changes_the_parameters_or_the_prediction(name: str, valu
         return
     if name == "layer_scale":  # it says where a parameter starts
         gammas = [parameter for key, parameter in models[1].named_parameters() if key.endswith("gamma")]
-        assert gammas and all((gamma == value).all() for gamma in gammas)
+        assert gammas
+        assert all((gamma == value).all() for gamma in gammas)
         return
     # Norms and scales start at 0 or 1: ordinary values instead, so that nothing is invisible.
     state = ref.random_state(shapes_of(models[0]), seeded(2))
@@ -284,7 +285,8 @@ def test_7_no_mask_is_built_in_a_forward_pass(variant: str) -> None:
     assert "addmm" in recorder.operators or "linear" in recorder.operators
     assert not recorder.operators & FACTORIES
     assert not recorder.masks
-    assert plan_groups.cache_info().misses == planned.misses and plan_groups.cache_info().hits > planned.hits
+    assert plan_groups.cache_info().misses == planned.misses
+    assert plan_groups.cache_info().hits > planned.hits
 
 
 @pytest.mark.parametrize("variant", ["v1", "joint-rope", "factorized", "factorized-rope_global"])
@@ -362,7 +364,8 @@ def test_9_drop_path_rises_linearly_and_drops_samples_not_tokens() -> None:
         for block in stage.blocks:
             drops = [branch.drop_path for branch in block.children()]
             found = {drop.drop_prob if isinstance(drop, DropPath) else 0.0 for drop in drops}
-            assert len(drops) == 3 and len(found) == 1
+            assert len(drops) == 3
+            assert len(found) == 1
             rates.append(found.pop())
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert all(module.p == 0.0 for module in model.modules() if isinstance(module, nn.Dropout))

@@ -41,7 +41,8 @@ def check_gradients(
 ) -> None:
     """Gradients of two equal scalars with respect to the input and every parameter."""
     names = [name for name, _ in model.named_parameters()]
-    assert names and set(names) == set(state)
+    assert names
+    assert set(names) == set(state)
     parameters = [inputs[0], *(dict(model.named_parameters())[name] for name in names)]
     fast_grads = torch.autograd.grad(fast, parameters, allow_unused=True)
     slow_grads = torch.autograd.grad(slow, [inputs[1], *(state[name] for name in names)], allow_unused=True)

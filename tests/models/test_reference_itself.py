@@ -129,7 +129,8 @@ def test_rope_rotation_by_hand() -> None:
     x[..., 4] = 1.0
     turned = ref.rotate(x, angles)[0, 0, 0]
     assert turned.nonzero().flatten().tolist() == [4, 5]
-    assert turned[4].item() == pytest.approx(math.cos(0.2)) and turned[5].item() == pytest.approx(math.sin(0.2))
+    assert turned[4].item() == pytest.approx(math.cos(0.2))
+    assert turned[5].item() == pytest.approx(math.sin(0.2))
 
 
 def test_rope_pairs_are_dealt_evenly_first_axes_first() -> None:
@@ -216,7 +217,8 @@ def test_voxels_of_patches() -> None:
     masked[0, 1, 0, 0, 0] = True
     voxels = ref.voxels_of_patches(masked, cfg, (3, 2, 2), 3)
     assert voxels.shape == (1, 1, 3, 2, 2, 3)
-    assert voxels[0, 0, 2, :, :, :2].all() and voxels.sum() == 8
+    assert voxels[0, 0, 2, :, :, :2].all()
+    assert voxels.sum() == 8
 
 
 @pytest.mark.parametrize("shape", list(cases.SHAPES))

@@ -312,7 +312,8 @@ def test_8_low_precision_keeps_the_tables_exact() -> None:
         tables = dict(model.named_buffers())
         assert tables.keys() == exact.keys()
         for name, table in tables.items():
-            assert table.dtype == torch.float32 and torch.equal(table, exact[name]), name
+            assert table.dtype == torch.float32, name
+            assert torch.equal(table, exact[name]), name
 
 
 # --- 9: one rate for three kinds of dropping ----------------------------------------------------------------------

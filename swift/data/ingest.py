@@ -1,7 +1,7 @@
 """Sources -> scans -> store: a pool of processes, a report, and nothing lost when it is stopped.
 
-Every scan is written whole by the process that prepared it (StoreWriter.add stages it under a temporary name and renames
-it), so running the same command again goes on where the last one stopped.
+Every scan is written whole by the process that prepared it (StoreWriter.add stages it under a temporary name and
+renames it), so running the same command again goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import multiprocessing
+import signal
 import time
 from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -171,6 +172,9 @@ def _run(todo: list[Source], recipe: Recipe, writer: StoreWriter, workers: int) 
                     yield future.result()
                 except BrokenProcessPool:
                     lost.append(futures[future])
+        except KeyboardInterrupt:
+            log.warning("stopping after the scans in hand; run the same command again to go on")
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     done = writer.done()
@@ -194,7 +198,12 @@ def _alone(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Not fork: HDF5 and thread pools of the parent do not survive it.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_leave_stopping_to_parent)
+
+
+def _leave_stopping_to_parent() -> None:
+    """On Ctrl-C workers finish the scan in hand, which is then in the store, and get no other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def ingest_one(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:

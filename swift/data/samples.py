@@ -84,7 +84,8 @@ def pip_download(requirement: str, folder: Path) -> None:
         if shutil.disk_usage(folder).free < 200e6:
             raise UserError(f"{folder}: {WHEEL_MB:g} MB are to be fetched and the disk is nearly full; set SWIFT_CACHE")
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        raise SamplesUnavailable(f"sample scans: pip could not fetch {requirement} ({lines[-1].strip()})")
+        reason = lines[-1].strip()
+        raise SamplesUnavailable(f"sample scans: pip reached no registry that has {requirement} ({reason})")
 
 
 def fetch_samples(cache: Path | None = None, download: Downloader = pip_download, wheel: Wheel | None = None) -> Path:

@@ -48,7 +48,7 @@ class Source:
 
 def legal_name(text: str) -> str:
     """A scan_id from any text: letters, digits and _ . + - stay, the rest becomes a dash."""
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).lstrip(".+-")[:200]
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip(".+-")[:200]
     if not name:
         raise UserError(f"no scan name can be made from {text!r}; use letters or digits")
     return name
@@ -111,8 +111,8 @@ def find_frames(root: Path) -> list[Source]:
 def find_table(path: Path) -> list[Source]:
     """A CSV or TSV file with a column `path`.
 
-    Known columns: scan_id, subject, session, task, run, site, mask, confounds, sidecar, tr. Every other one is kept as a
-    phenotype. Relative paths count from the table's folder.
+    Known columns: scan_id, subject, session, task, run, site, mask, confounds, sidecar, tr. Every other one is kept as
+    a phenotype. Relative paths count from the table's folder.
 
     Raises:
         UserError: no such column, or a line without a path or with a TR that is no number.

@@ -92,8 +92,8 @@ def test_folder_of_any_nifti(tmp_path: Path) -> None:
         scans.save(tmp_path / "f" / f"{name}.nii.gz", scans.bold(2))
     scans.save(tmp_path / "f" / "s1" / "rest_brainmask.nii.gz", scans.ellipsoid(), dtype=np.uint8)
     found = find_sources([tmp_path / "f"])
-    assert [source.scan_id for source in found] == ["odd-name-1-", "s1_rest", "s2_rest"]
-    assert [source.subject for source in found] == ["odd-name-1-", "s1", "s2"]
+    assert [source.scan_id for source in found] == ["odd-name-1", "s1_rest", "s2_rest"]
+    assert [source.subject for source in found] == ["odd-name-1", "s1", "s2"]
     assert [source.mask is not None for source in found] == [False, True, False]
     (single,) = find_sources([tmp_path / "f" / "s1" / "rest.nii.gz"])
     assert (single.scan_id, single.mask) == ("rest", found[1].mask)

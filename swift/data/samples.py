@@ -47,7 +47,7 @@ STORE_REVISION = 1
 
 
 class SamplesUnavailable(UserError):
-    """The sample scans are not here and cannot be fetched (no registry, or offline by wish): use the synthetic cohort."""
+    """The sample scans are not here and cannot be fetched (no registry, or offline by wish): use synthetic ones."""
 
 
 class CorruptDownload(UserError):
@@ -182,7 +182,8 @@ def sample_store(data: DataConfig) -> Path:
     """The store with both sample scans on the grid of `data`, made when it is not there.
 
     Args:
-        data: `grid` and `spacing` count; `path` is the store's folder, null: one in the cache, named by what went into it.
+        data: `grid` and `spacing` count; `path` is the store's folder, null: one in the cache, named by what went into
+            it.
 
     Returns:
         Folder of the store.

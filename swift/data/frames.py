@@ -1,7 +1,7 @@
 """SwiFT v1's way of keeping a scan: a folder of frame_0.pt, frame_1.pt, ... one tensor a frame.
 
-Nothing but tensors is unpickled (weights_only). Such a folder knows neither TR nor affine: both are told or assumed, and
-that is said in the notes.
+Nothing but tensors is unpickled (weights_only). Such a folder knows neither TR nor affine: both are told or assumed,
+and that is said in the notes.
 """
 
 from __future__ import annotations

@@ -281,13 +281,14 @@ def _affine(header: nib.Nifti1Header, path: Path, notes: list[str]) -> np.ndarra
         raise BadScan(f"{path.name}: singular affine ({kind}): {np.round(affine[:3], 3).tolist()}")
     if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
         raise BadScan(
-            f"{path.name}: voxel size {np.round(sizes, 4).tolist()} mm ({kind}) is not between {VOXEL_MM[0]} and {VOXEL_MM[1]} mm"
+            f"{path.name}: voxel size {np.round(sizes, 4).tolist()} mm ({kind}) is not between "
+            f"{VOXEL_MM[0]} and {VOXEL_MM[1]} mm"
         )
     if kind == "none":
         codes = "".join(nib.orientations.aff2axcodes(affine))
         notes.append(
-            f"no orientation code in the header (qform_code = sform_code = 0): left and right are not certain; {codes} assumed, "
-            f"the direction of the NIfTI default affine{_leftover(header, codes)}"
+            f"no orientation code in the header (qform_code = sform_code = 0): left and right are not certain; "
+            f"{codes} assumed, the direction of the NIfTI default affine{_leftover(header, codes)}"
         )
     return affine
 

@@ -1,7 +1,7 @@
-"""One scan, from a source to what a store keeps: mask and packed values on the grid, header, and what was said about it.
+"""One scan, from a source to what a store keeps: mask and packed values on the grid, header, and notes.
 
-Legend: X Y Z voxels of the grid (RAS+), T frames, V in-brain voxels. At most one packed scan (T, V) is in memory, and the
-source one frame at a time.
+Legend: X Y Z voxels of the grid (RAS+), T frames, V in-brain voxels. At most one packed scan (T, V) is in memory, and
+the source one frame at a time.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class GridPlan:
 def plan_grid(brain: np.ndarray, affine: np.ndarray, grid: tuple[int, int, int], spacing: float) -> GridPlan:
     """Lay the target grid around the middle of the brain's bounding box.
 
-    The grid's voxel centres coincide with those of the isotropic grid that spans the source (nibabel's vox2out_vox), so a
-    source that has the wanted spacing already is only shifted by whole voxels: its values are not touched.
+    The grid's voxel centres coincide with those of the isotropic grid that spans the source (nibabel's vox2out_vox), so
+    a source that has the wanted spacing already is only shifted by whole voxels: its values are not touched.
 
     Args:
         brain: (X, Y, Z) bool of the source.

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from swift.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainerConfig
+from swift.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TaskConfig,
+    TrainerConfig,
+)
 from swift.utils.errors import UserError
 
 CHOICES = {
@@ -21,6 +29,8 @@ CHOICES = {
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.loss": ("l1", "smooth_l1", "l2"),
     "optimizer.name": ("adamw",),
+    "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
+    "parallel.activation_checkpointing": ("none", "selective", "block"),
     "trainer.precision": ("auto", "32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
 }
@@ -131,6 +141,29 @@ def check_trainer(cfg: TrainerConfig) -> None:
         _require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
 
 
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+
+
+def check_parallel(cfg: ParallelConfig) -> None:
+    """Raise UserError for settings that contradict the strategy they belong to."""
+    _check_choices("parallel", cfg)
+    stage = ZERO_STAGES.get(cfg.name, 0)
+    _require(cfg.zero_stage == stage, "parallel.zero_stage", cfg.zero_stage, f"parallel={cfg.name} means {stage}")
+    _require(cfg.devices >= 0, "parallel.devices", cfg.devices, "must not be negative (0: all that are there)")
+    _require(cfg.nodes >= 1, "parallel.nodes", cfg.nodes, "must be at least 1")
+    if cfg.name == "single":
+        for name in ("devices", "nodes"):
+            value = getattr(cfg, name)
+            _require(value == 1, f"parallel.{name}", value, "parallel=single has one; choose parallel=ddp or another")
+    for name in ("offload_optimizer", "offload_parameters"):
+        offloads = getattr(cfg, name)
+        _require(not offloads or stage == 3, f"parallel.{name}", offloads, "only ZeRO 3 offloads: parallel=zero3_offload")
+    legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
+    _require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
+    for name in ("reduce_bucket_mb", "gather_bucket_mb", "timeout_minutes"):
+        _require(getattr(cfg, name) > 0, f"parallel.{name}", getattr(cfg, name), "must be above 0")
+
+
 def check(cfg: Config) -> None:
     """All cross-field checks of a composed configuration.
 
@@ -141,4 +174,5 @@ def check(cfg: Config) -> None:
     check_data(cfg.data)
     check_task(cfg.task, cfg.model, cfg.data)
     check_optimizer(cfg.optimizer)
+    check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)

@@ -129,7 +129,35 @@ class OptimizerConfig:
 
 @dataclass
 class ParallelConfig:
+    """How one training is spread over devices. Nothing here changes what is computed, only where and in what order."""
+
     name: str
+    """single | ddp | zero1 | zero2 | zero3 | zero3_offload | fsdp."""
+    devices: int
+    """Ranks on each node; 0: one for every GPU that is seen (one on a CPU), or as many as a launcher has started."""
+    nodes: int
+    """Nodes of the run."""
+    zero_stage: int
+    """What DeepSpeed shards: 0 nothing (DeepSpeed is not used) | 1 optimizer | 2 and gradients | 3 and weights."""
+    offload_optimizer: bool
+    """Keep fp32 weights and moments in host memory and step there (ZeRO 3)."""
+    offload_parameters: bool
+    """Keep the sharded weights in host memory too (ZeRO 3)."""
+    cpu_adam: bool
+    """Offload: step with DeepSpeed's vectorized CPU Adam, compiled on first use; false: torch's, slower."""
+    activation_checkpointing: str
+    """none: keep all activations | selective: recompute what is large and cheap in each block | block: keep only the
+    input of each block."""
+    compile: bool
+    """torch.compile each block."""
+    reduce_bucket_mb: float
+    """Gradients are reduced in buckets of this size, MB."""
+    gather_bucket_mb: float
+    """Weights are gathered in buckets of this size, MB (ZeRO)."""
+    overlap: bool
+    """Reduce gradients while the backward pass goes on."""
+    timeout_minutes: float
+    """A rank that waits longer for the others ends the run."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig, grid: Sequence[int], frames: int):
         super().__init__()
+        self.volume = (*grid, frames)
         self.encoder = SwinEncoder(cfg, grid, frames)
         self.mask_token = nn.Parameter(torch.zeros(cfg.embed_dim))
         self.decoder = build_decoder(cfg, grid, frames)
@@ -37,7 +38,12 @@ class MaskedAutoencoder(nn.Module):
 
         Returns:
             (B, 1, X, Y, Z, T) prediction for every voxel, visible ones included.
+
+        Raises:
+            ValueError: a clip of another size than the decoder was built for.
         """
+        if tuple(x.shape[2:]) != self.volume:
+            raise ValueError(f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.volume}")
         tokens = self.encoder.embed(x)
         tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         return self.decoder(self.encoder.encode(tokens))

@@ -32,7 +32,9 @@ def _mix(x: Tensor) -> Tensor:
 def unit_noise(seed: int, sample_id: Tensor, units: int) -> Tensor:
     """Pseudo-random int64 (B, U) that depends on seed, sample and unit only. `sample_id`: int64 (B,)."""
     golden = _signed(0x9E3779B97F4A7C15)
-    key = _mix(_mix(sample_id + seed * golden) + golden)
+    # Reduced here, in Python's integers: torch refuses a scalar that does not fit 64 bits.
+    start = _signed(seed * 0x9E3779B97F4A7C15 % (1 << 64))
+    key = _mix(_mix(sample_id + start) + golden)
     return _mix(key[:, None] + torch.arange(1, units + 1, device=sample_id.device) * golden)
 
 

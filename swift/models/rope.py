@@ -72,7 +72,9 @@ class WindowRotary(nn.Module):
     def __init__(self, window: tuple[int, ...], axes: tuple[int, ...], head_dim: int, base: float):
         super().__init__()
         self.window, self.axes, self.head_dim, self.base = window, axes, head_dim, base
-        self.register_buffer("rotations", self._table(torch.float32), persistent=False)
+        # On the default device, so that a model built on the meta device runs there.
+        table = self._table(torch.float32).to(torch.empty(0).device)
+        self.register_buffer("rotations", table, persistent=False)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         # Real (..., 2) and not complex: `Module.to(dtype)` would drop the imaginary part of a complex buffer.

@@ -51,7 +51,7 @@ class Group(NamedTuple):
 
 
 def axis_runs(length: int, window: int, shift: int) -> list[Run]:
-    """Runs of equal windows that tile an axis of `length` tokens; one that is no longer than the window is one window."""
+    """Runs of equal windows that tile an axis of `length` tokens; no longer than the window, it is a single one."""
     if length <= window:
         return [Run(0, length, 1, length)]
     cuts = [0, *range(shift or window, length, window), length]
@@ -76,28 +76,21 @@ def plan_groups(grid: tuple[int, ...], window: tuple[int, ...], shifted: bool) -
 
 
 def _is_identity(groups: tuple[Group, ...]) -> bool:
-    """Whether windows already lie one after the other in memory (only the last axis is cut, into equal windows)."""
-    return (
-        len(groups) == 1
-        and all(run.windows == 1 or run.size == 1 for run in groups[0].runs[:3])
-        and (groups[0].runs[3].count == 1 or all(size == 1 for size in groups[0].shape[:3]))
-    )
+    """Whether windows already lie one after the other in memory: nothing is cut outside an axis with several tokens."""
+    runs = groups[0].runs
+    pairs = itertools.combinations(runs, 2)
+    return len(groups) == 1 and all(outer.size == 1 or inner.windows == 1 for outer, inner in pairs)
 
 
 def _group_view(x: Tensor, group: Group) -> Tensor:
-    """View of a contiguous (B, X, Y, Z, T, C) grid as (B, x, y, z, t windows, x, y, z, t tokens, C)."""
-    strides = x.stride()
-    counts = tuple(run.windows for run in group.runs)
-    steps = tuple(run.step * stride for run, stride in zip(group.runs, strides[1:5]))
-    offset = x.storage_offset() + sum(run.start * stride for run, stride in zip(group.runs, strides[1:5]))
-    return x.as_strided(
-        (x.shape[0], *counts, *group.shape, x.shape[5]), (strides[0], *steps, *strides[1:5], strides[5]), offset
-    )
+    """View of a grid (B, X, Y, Z, T, C) as (B, x, y, z, t windows, x, y, z, t tokens, C)."""
+    for axis, run in enumerate(group.runs, start=1):
+        x = x.narrow(axis, run.start, (run.windows - 1) * run.step + run.size).unfold(axis, run.size, run.step)
+    return x.movedim(5, 9)
 
 
 def _to_windows(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     """(B, X, Y, Z, T, C) -> (M, C), the groups one after the other, window-major inside."""
-    x = x.contiguous()
     out = x.new_empty(x.shape[:5].numel(), x.shape[5])
     start = 0
     for group in groups:

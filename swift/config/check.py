@@ -68,7 +68,12 @@ def check_model(cfg: ModelConfig) -> None:
     _check_positive("model.patch_size", cfg.patch_size, 4)
     _check_positive("model.window", cfg.window, 4)
     _require(cfg.decoder_dim >= 1, "model.decoder_dim", cfg.decoder_dim, "must be at least 1")
-    _require(cfg.mlp_ratio > 0, "model.mlp_ratio", cfg.mlp_ratio, "must be above 0")
+    wide_enough = math.isfinite(cfg.mlp_ratio) and int(cfg.mlp_ratio * cfg.embed_dim) >= 1
+    legal = f"must be a number that leaves a hidden layer of model.embed_dim={cfg.embed_dim} at least one channel"
+    _require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
+    _require(cfg.rope_base > 0 and math.isfinite(cfg.rope_base), "model.rope_base", cfg.rope_base, "must be above 0")
+    scale = cfg.layer_scale
+    _require(scale is None or math.isfinite(scale), "model.layer_scale", scale, "must be a finite number or null")
     for name in ("dropout", "attention_dropout", "drop_path"):
         _require(0 <= getattr(cfg, name) < 1, f"model.{name}", getattr(cfg, name), "must lie in [0, 1)")
     axes = 4 if cfg.attention == "joint" else 3
@@ -103,7 +108,7 @@ def check_data(cfg: DataConfig) -> None:
 
 def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
     """Voxels x, y, z and frames hidden together: the patch unless the task names a unit."""
-    return list(task.mask_unit or model.patch_size)
+    return list(model.patch_size if task.mask_unit is None else task.mask_unit)
 
 
 def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
@@ -118,16 +123,22 @@ def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
     legal = f"must not be larger than a clip of {volume} voxels and frames"
     _require(all(p <= n for p, n in zip(model.patch_size, volume)), "model.patch_size", model.patch_size, legal)
     _require(all(u <= n for u, n in zip(unit, volume)), "task.mask_unit", unit, legal)
+    counts = [-(-n // u) for n, u in zip(volume, unit)]
+    drawn = {"random": counts, "tube": counts[:3], "temporal": counts[3:]}[task.mask_kind]
+    legal = f"must leave a clip of {volume} at least 2 units to choose from with task.mask_kind={task.mask_kind}"
+    _require(math.prod(drawn) >= 2, "task.mask_unit", unit, legal)
 
 
 def check_optimizer(cfg: OptimizerConfig) -> None:
     """Raise UserError for rates and betas no optimizer can use."""
     _check_choices("optimizer", cfg)
-    _require(cfg.lr > 0, "optimizer.lr", cfg.lr, "must be above 0")
-    _require(cfg.weight_decay >= 0, "optimizer.weight_decay", cfg.weight_decay, "must not be negative")
+    for name in ("lr", "eps"):
+        value = getattr(cfg, name)
+        _require(0 < value < math.inf, f"optimizer.{name}", value, "must be a finite number above 0")
+    legal = "must be a finite number, not negative"
+    _require(0 <= cfg.weight_decay < math.inf, "optimizer.weight_decay", cfg.weight_decay, legal)
     legal = "must be two numbers in [0, 1)"
     _require(len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas), "optimizer.betas", cfg.betas, legal)
-    _require(cfg.eps > 0, "optimizer.eps", cfg.eps, "must be above 0")
     _require(cfg.warmup_steps >= 0, "optimizer.warmup_steps", cfg.warmup_steps, "must not be negative")
     _require(0 <= cfg.min_lr_ratio <= 1, "optimizer.min_lr_ratio", cfg.min_lr_ratio, "must lie in [0, 1]")
 
@@ -170,6 +181,8 @@ def check(cfg: Config) -> None:
     Raises:
         UserError: names the value and what is legal.
     """
+    _require(bool(cfg.run_dir), "run_dir", repr(cfg.run_dir), "must name a folder")
+    _require(0 <= cfg.seed < 1 << 32, "seed", cfg.seed, "must lie in [0, 4294967295]")
     check_model(cfg.model)
     check_data(cfg.data)
     check_task(cfg.task, cfg.model, cfg.data)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swift.data.synthetic import cli as synthetic
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 
@@ -252,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("store", type=Path)
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     export.add_argument("--scan", action="append", default=[], metavar="ID", help="only this scan (may be repeated)")
+    synthetic.add_arguments(add("synthetic", synthetic.run, "make a cohort with planted effects of chosen size"))
     return parser
 
 

@@ -132,7 +132,7 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     synthetic.add_arguments(parser)
-    text = "--subjects 1 --grid 10 10 10 --spacing 15 --frames 20 --site-tr 1 1.5 2 --binary-auroc 0.8 --json"
+    text = "--subjects 1 --grid 10 10 10 --spacing 15 --frames 20 --site-tr 1 1.5 2 --binary-auroc 0.8 --json --quiet"
     for kind, made in (("bids", "participants.tsv"), ("store", "manifest.csv")):
         out = tmp_path / kind
         args = parser.parse_args(["--out", str(out), "--format", kind, *text.split()])

@@ -34,7 +34,7 @@ FIELDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command to a parser."""
+    """Adds the options of the command to a parser that has --json and --quiet."""
     default = CohortSpec()
     parser.description = (
         "Make a cohort of 4D BOLD scans with planted effects of chosen size, and save the truth beside."
@@ -72,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         value = getattr(default, name)
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=type(value), default=value, help=f"{text} (default: {value})")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     )
     write = write_bids if args.format == "bids" else write_store
     start = time.perf_counter()
-    with tqdm(total=spec.n_subjects * spec.runs, unit="scan", disable=None) as bar:
+    with tqdm(total=spec.n_subjects * spec.runs, unit="scan", disable=True if args.quiet else None) as bar:
         folder = write(spec, args.out, progress=lambda _: bar.update())
     seconds = time.perf_counter() - start
     scans = spec.n_subjects * spec.runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from swift.config.schema import (
     Config,
@@ -28,7 +29,7 @@ CHOICES = {
     "task.name": ("pretrain",),
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.loss": ("l1", "smooth_l1", "l2"),
-    "optimizer.name": ("adamw",),
+    "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
     "trainer.precision": ("auto", "32", "bf16"),
@@ -68,6 +69,8 @@ def check_model(cfg: ModelConfig) -> None:
     _check_positive("model.patch_size", cfg.patch_size, 4)
     _check_positive("model.window", cfg.window, 4)
     _require(cfg.decoder_dim >= 1, "model.decoder_dim", cfg.decoder_dim, "must be at least 1")
+    base = cfg.attention_base_width
+    _require(base is None or base >= 1, "model.attention_base_width", base, "must be at least 1, or null")
     wide_enough = math.isfinite(cfg.mlp_ratio) and int(cfg.mlp_ratio * cfg.embed_dim) >= 1
     legal = f"must be a number that leaves a hidden layer of model.embed_dim={cfg.embed_dim} at least one channel"
     _require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
@@ -141,6 +144,27 @@ def check_optimizer(cfg: OptimizerConfig) -> None:
     _require(len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas), "optimizer.betas", cfg.betas, legal)
     _require(cfg.warmup_steps >= 0, "optimizer.warmup_steps", cfg.warmup_steps, "must not be negative")
     _require(0 <= cfg.min_lr_ratio <= 1, "optimizer.min_lr_ratio", cfg.min_lr_ratio, "must lie in [0, 1]")
+    if cfg.name == "adamw_mup":
+        legal = "optimizer=adamw_mup needs the embed_dim of its base model, at least 1"
+        _require(cfg.base_width is not None and cfg.base_width >= 1, "optimizer.base_width", cfg.base_width, legal)
+    else:
+        legal = "must be null: only optimizer=adamw_mup has a base width"
+        _require(cfg.base_width is None, "optimizer.base_width", cfg.base_width, legal)
+
+
+def check_mup(cfg: Config) -> None:
+    """Raise UserError where the base model of muP cannot exist, or the attention is scaled for another one."""
+    base = cfg.optimizer.base_width
+    if base is None:
+        return
+    legal = f"must equal optimizer.base_width={base} (leave it out and it follows)"
+    _require(
+        cfg.model.attention_base_width == base, "model.attention_base_width", cfg.model.attention_base_width, legal
+    )
+    try:
+        check_model(replace(cfg.model, embed_dim=base))
+    except UserError as error:
+        raise UserError(f"optimizer.base_width={base}: no model of that width has these heads ({error})") from error
 
 
 def check_trainer(cfg: TrainerConfig) -> None:
@@ -168,7 +192,9 @@ def check_parallel(cfg: ParallelConfig) -> None:
             _require(value == 1, f"parallel.{name}", value, "parallel=single has one; choose parallel=ddp or another")
     for name in ("offload_optimizer", "offload_parameters"):
         offloads = getattr(cfg, name)
-        _require(not offloads or stage == 3, f"parallel.{name}", offloads, "only ZeRO 3 offloads: parallel=zero3_offload")
+        _require(
+            not offloads or stage == 3, f"parallel.{name}", offloads, "only ZeRO 3 offloads: parallel=zero3_offload"
+        )
     legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
     _require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
     for name in ("reduce_bucket_mb", "gather_bucket_mb", "timeout_minutes"):
@@ -187,5 +213,6 @@ def check(cfg: Config) -> None:
     check_data(cfg.data)
     check_task(cfg.task, cfg.model, cfg.data)
     check_optimizer(cfg.optimizer)
+    check_mup(cfg)
     check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)

@@ -57,7 +57,10 @@ class ModelConfig:
     decoder: str
     """local: per-patch head over the features of all scales | linear: one linear map a cell of the last stage."""
     decoder_dim: int
-    """Width of the local decoder."""
+    """Width of the local decoder; the same at every embed_dim."""
+    attention_base_width: Optional[int] = None
+    """muP: embed_dim at which attention scores are divided by sqrt(head_dim) as usual; the divisor then grows like
+    head_dim. Follows optimizer.base_width; null: sqrt(head_dim) at every width."""
 
 
 @dataclass
@@ -116,8 +119,9 @@ class TaskConfig:
 @dataclass
 class OptimizerConfig:
     name: str
+    """adamw | adamw_mup: AdamW with rates, decay and initial weights scaled with the width (muP)."""
     lr: float
-    """Peak learning rate."""
+    """Peak learning rate; with muP that of the base width."""
     weight_decay: float
     """On matrices; never on biases, norms, LayerScale, tables and tokens."""
     betas: list[float]
@@ -125,6 +129,8 @@ class OptimizerConfig:
     warmup_steps: int
     min_lr_ratio: float
     """Final learning rate of the cosine, as a part of lr."""
+    base_width: Optional[int] = None
+    """muP: embed_dim of the base model, where adamw_mup is adamw; null for adamw."""
 
 
 @dataclass

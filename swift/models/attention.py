@@ -24,6 +24,7 @@ class WindowAttention(nn.Module):
         rotary: rotary positions, or None.
         attention_dropout: on the attention weights.
         dropout: after the output projection.
+        scale: of the scores; None: 1/sqrt(head_dim).
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class WindowAttention(nn.Module):
         rotary: WindowRotary | None,
         attention_dropout: float,
         dropout: float,
+        scale: float | None = None,
     ):
         super().__init__()
         self.heads, self.window, self.shifted = heads, window, shifted
@@ -43,9 +45,10 @@ class WindowAttention(nn.Module):
         self.rotary = rotary
         self.attention_dropout = attention_dropout
         self.dropout = nn.Dropout(dropout)
+        self.scale = scale
 
-    def _attend(self, qkv: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens."""
+    def split_heads(self, qkv: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """(W, N, 3C) -> queries, keys and values (W, heads, N, head_dim) of windows of `shape` = x, y, z, t tokens."""
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if self.rotary is None:
             q, k, v = qkv.unbind(2)
@@ -54,9 +57,13 @@ class WindowAttention(nn.Module):
             qk, v = qkv.split((2, 1), dim=2)
             q, k = self.rotary(qk, shape).unbind(2)
             v = v.squeeze(2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return tuple(part.transpose(1, 2) for part in (q, k, v))
+
+    def _attend(self, qkv: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens."""
+        q, k, v = self.split_heads(qkv, shape)
         drop = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B batch, X Y Z T voxels and frames or their token grid, C channels of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,7 +88,10 @@ def _attention(
         largest = tuple(w or n for w, n in zip(window, grid))
         rotary = WindowRotary(largest, axes, dim // heads, cfg.rope_base)
     shifted = shifted and not (last and cfg.last_stage == "unshifted")
-    return WindowAttention(dim, heads, tuple(window), shifted, rotary, cfg.attention_dropout, cfg.dropout)
+    # muP: queries and keys align during training, so their product grows like head_dim; equal to the usual scale at E0.
+    base = cfg.attention_base_width
+    scale = None if base is None or base == cfg.embed_dim else math.sqrt(base / cfg.embed_dim / (dim // heads))
+    return WindowAttention(dim, heads, tuple(window), shifted, rotary, cfg.attention_dropout, cfg.dropout, scale)
 
 
 class Stage(nn.Module):

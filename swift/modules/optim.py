@@ -3,30 +3,74 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from swift.config.schema import OptimizerConfig
+from swift.models.mup import Table, matrices, plain_name
 
-# Position tables and tokens are matrices by shape only: decay would pull them to zero like a bias.
-_TABLES = (".position.", "position.", "time_embed", "mask_token")
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on weight matrices; none on biases, norms, LayerScale, position tables and tokens."""
-    tables = [name for name, _ in model.named_parameters() if any(part in name for part in _TABLES)]
-    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=tables)
+Group = dict[str, Any]
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the parameter groups of `model`."""
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+    """Decay on weight matrices; none on biases, norms, LayerScale, position tables and tokens.
+
+    Matrices are known by their module and not by their dimensions (as timm does it): under ZeRO 3 a parameter is an
+    empty vector, and a table is a matrix by shape only.
+    """
+    decayed = matrices(model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in trained if name not in decayed], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in trained if name in decayed], "weight_decay": weight_decay},
+    ]
+
+
+def scaled_groups(model: nn.Module, cfg: OptimizerConfig, table: Table) -> list[Group]:
+    """Groups of muP: those of `parameter_groups`, split by the factor on their rate.
+
+    Rate times decay is the same in all groups that decay, as in the mup package's MuAdamW. The order is that of
+    the names, so that every rank and engine has the same groups.
+
+    Args:
+        model: the model `table` was made for, before an engine wraps it.
+        cfg: lr and weight_decay of the base model.
+        table: of `swift.models.mup.width_table`.
+    """
+    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    groups: list[Group] = []
+    for plain in parameter_groups(model, cfg.weight_decay):
+        split: dict[float, Group] = {}
+        for parameter in plain["params"]:
+            scale = table[names[parameter]]
+            empty = {"params": [], "weight_decay": plain["weight_decay"] * scale.decay, "lr": cfg.lr * scale.lr}
+            split.setdefault(scale.lr, empty)["params"].append(parameter)
+        groups += split.values()
+    return groups
+
+
+def build_optimizer(
+    model: nn.Module,
+    cfg: OptimizerConfig,
+    table: Table | None = None,
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over the parameter groups of `model`.
+
+    Args:
+        model: what is trained, before an engine wraps it.
+        cfg: its settings.
+        table: widths of the parameters by name, for optimizer=adamw_mup; None without muP.
+        make: called with groups, lr, betas and eps: AdamW, or an engine's own.
+    """
+    assert (table is None) == (cfg.base_width is None), "a table of widths belongs to optimizer=adamw_mup"
     beta1, beta2 = cfg.betas
-    groups = parameter_groups(model, cfg.weight_decay)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps)
+    groups = parameter_groups(model, cfg.weight_decay) if table is None else scaled_groups(model, cfg, table)
+    return make(groups, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps)
 
 
 def lr_factor(step: int, warmup: int, total: int, floor: float) -> float:

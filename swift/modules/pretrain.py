@@ -14,7 +14,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from swift.config.check import mask_unit
-from swift.config.schema import Config
+from swift.config.schema import Config, ModelConfig
+from swift.models import mup
 from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
 from swift.models.masking import draw_mask, mask_voxels
 from swift.modules.optim import build_optimizer, build_schedule
@@ -31,9 +32,22 @@ class PretrainModule(pl.LightningModule):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.model = MaskedAutoencoder(cfg.model, cfg.data.grid, cfg.data.frames)
+        # muP: every parameter's scale, by name; made here because an engine may hold the parameters in shards later.
+        self.widths = self.width_table()
+        self.model = self.build_model(cfg.model)
+        if self.widths is not None:
+            mup.rescale(self.model, self.widths)
         self.val_loss = MeanMetric()
         self.val_l1 = MeanMetric()
+
+    def build_model(self, cfg: ModelConfig) -> MaskedAutoencoder:
+        """The model of an architecture, on the grid of this run."""
+        return MaskedAutoencoder(cfg, self.cfg.data.grid, self.cfg.data.frames)
+
+    def width_table(self) -> mup.Table | None:
+        """muP: the scale of every parameter of `model` by name; None without muP."""
+        base = self.cfg.optimizer.base_width
+        return None if base is None else mup.width_table(self.build_model, self.cfg.model, base)
 
     def draw_mask(self, batch: Batch) -> Tensor:
         """Hidden tokens, bool (B, x, y, z, t): for each sample a function of the run's seed and its identity."""
@@ -83,10 +97,21 @@ class PretrainModule(pl.LightningModule):
             self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self, self.cfg.optimizer)
+        optimizer = build_optimizer(self.model, self.cfg.optimizer, self.widths)
         schedule = build_schedule(optimizer, self.cfg.optimizer, self.cfg.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint carries its configuration, and with it the input contract of the weights."""
         checkpoint["config"] = asdict(self.cfg)
+        if self.widths is not None:
+            checkpoint["base_shapes"] = mup.record(self.widths)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With muP, go on only with weights of the same base shapes.
+
+        Raises:
+            UserError: the checkpoint has no record of them, or another one.
+        """
+        if self.widths is not None:
+            mup.check_record(checkpoint.get("base_shapes"), self.widths)

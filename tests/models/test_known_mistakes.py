@@ -174,6 +174,7 @@ OPTIONS: list[tuple[str, Any, dict[str, Any]]] = [
     ("drop_path", 0.9, {}),
     ("decoder", "linear", {}),
     ("decoder_dim", 20, {}),
+    ("attention_base_width", 5, {}),
 ]
 
 

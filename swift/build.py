@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,10 +16,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
 from swift.callbacks.progress import ClipProgress
 from swift.callbacks.provenance import Provenance
+from swift.config.compose import FROZEN, LAST_CHECKPOINT, freeze
 from swift.config.schema import Config
 from swift.data.module import ClipDataModule
 from swift.data.samples import SamplesUnavailable, sample_store
 from swift.data.synthetic import synthetic_store
+from swift.models.v1 import load_v1, read_weights
 from swift.modules.pretrain import PretrainModule
 from swift.utils.errors import UserError
 
@@ -55,6 +58,39 @@ def build_module(cfg: Config) -> PretrainModule:
     check_memory(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
     return PretrainModule(cfg)
+
+
+def start_from(module: PretrainModule, source: str) -> str:
+    """Give a module the weights of another run, of a checkpoint, or of a SwiFT v1 file (encoder only).
+
+    Returns:
+        What was taken, for the log.
+
+    Raises:
+        UserError: nothing readable there, or weights that do not fit the model.
+    """
+    path = Path(source)
+    path = path / LAST_CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"init={source}: there is no {path}")
+    try:
+        tensors = read_weights(path)
+        if not any(key.startswith("model.encoder.") for key in tensors):
+            return str(load_v1(module.model.encoder, tensors))
+    except ValueError as error:
+        raise UserError(f"init={source}: {error}") from error
+    wanted = module.state_dict()
+    wrong = [f"{key} is missing" for key in wanted.keys() - tensors.keys()]
+    wrong += [f"{key} has no place" for key in tensors.keys() - wanted.keys()]
+    wrong += [
+        f"{key} is {tuple(tensors[key].shape)}, the model has {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if wrong:
+        raise UserError(f"init={source}: {len(wrong)} tensors do not fit this model; {'; '.join(sorted(wrong)[:3])}")
+    module.load_state_dict(tensors)
+    return f"{len(tensors)} tensors taken"
 
 
 def count_parameters(cfg: Config) -> int:
@@ -116,17 +152,37 @@ def precision(cfg: Config) -> str:
 
 
 def build_callbacks(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> list[Callback]:
-    """Checkpoints (the last, and the best by validation), metrics, progress, provenance."""
-    checkpoints = ModelCheckpoint(
-        dirpath=run_dir / "checkpoints",
+    """Checkpoints (the best by validation, and the last), metrics, progress, provenance."""
+    best = ModelCheckpoint(
+        dirpath=run_dir / LAST_CHECKPOINT.parent,
         filename="step-{step:07d}",
         auto_insert_metric_name=False,
         monitor="val/l1",
         save_top_k=cfg.trainer.keep_checkpoints,
-        save_last=True,
         enable_version_counter=False,
     )
-    return [checkpoints, TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides)]
+    # One of its own: `save_last` writes only where the best ones change, and a run whose validation gets worse would
+    # go on from long ago. After the best, so that it knows of them.
+    last = ModelCheckpoint(
+        dirpath=run_dir / LAST_CHECKPOINT.parent, filename=LAST_CHECKPOINT.stem, enable_version_counter=False
+    )
+    frozen = FrozenConfig(replace(cfg, resume=None), run_dir / FROZEN)
+    return [best, last, TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen]
+
+
+class FrozenConfig(Callback):
+    """Writes the settings of the run when training starts: a run that fails before leaves none behind.
+
+    A resumed run has restored its checkpoint by then, so settings that do not fit it have been refused.
+    """
+
+    def __init__(self, cfg: Config, path: Path) -> None:
+        self.cfg, self.path = cfg, path
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Runs after a checkpoint is restored."""
+        if trainer.is_global_zero:
+            freeze(self.cfg, self.path)
 
 
 def build_loggers(cfg: Config, run_dir: Path) -> list[Logger]:

@@ -5,66 +5,48 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from swift.config.compose import FROZEN, conf_dir, freeze, load_frozen, typed
+from swift.config.compose import FROZEN, LAST_CHECKPOINT, conf_dir, differences, load_frozen, typed, writable
 from swift.config.schema import Config
+from swift.utils import jsonl
 from swift.utils.entry import USER_ERROR_STATUS, reported, set_up_logging
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
-
-def prepare_run_dir(cfg: Config, run_dir: Path) -> Path | None:
-    """Make the run directory and freeze the configuration in it.
-
-    Returns:
-        The checkpoint to go on from if the run is there already (a requeued or repeated command), else None.
+def checkpoint_to_go_on_from(cfg: Config) -> Path | None:
+    """Where the run of `cfg.run_dir` stopped; None if it has not got as far as a checkpoint. Changes nothing.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run with another configuration.
+        UserError: the folder cannot be written, holds a run with other settings, or has nothing to resume.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(run_dir, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        frozen = run_dir / FROZEN
-        if not frozen.exists():
-            freeze(cfg, frozen)
-            return None
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
-    before = load_frozen(run_dir, [])
-    if before != cfg:
-        changed = ", ".join(_differences(before, cfg))
-        raise UserError(
-            f"run_dir={run_dir} holds a run with other settings ({changed}): choose another run_dir, "
-            "or resume=RUN_DIR to go on with that run"
-        )
+    run_dir = Path(cfg.run_dir)
+    if not writable(run_dir):
+        raise UserError(f"run_dir={run_dir} cannot be written: choose another")
     last = run_dir / LAST_CHECKPOINT
+    if cfg.resume:
+        if not last.exists():
+            raise UserError(
+                f"resume={run_dir}: the run has no checkpoint yet; repeat its first command with run_dir={run_dir}"
+            )
+    elif (run_dir / FROZEN).exists():
+        before = load_frozen(run_dir, [])
+        changed = differences(replace(before, run_dir=cfg.run_dir), cfg)
+        if changed:
+            raise UserError(
+                f"run_dir={run_dir} holds a run with other settings ({', '.join(changed)}): choose another run_dir, "
+                "or resume=RUN_DIR to go on with that run"
+            )
     return last if last.exists() else None
-
-
-def _differences(before: Config, after: Config) -> list[str]:
-    """Names of the values that differ, as SECTION.NAME."""
-
-    def flat(cfg: Config) -> dict[str, Any]:
-        container = OmegaConf.to_container(OmegaConf.structured(cfg))
-        assert isinstance(container, dict)
-        sections = {str(key): value if isinstance(value, dict) else {"": value} for key, value in container.items()}
-        return {f"{key}.{name}".rstrip("."): value for key, part in sections.items() for name, value in part.items()}
-
-    old, new = flat(before), flat(after)
-    return [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
 
 
 def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -84,25 +66,32 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     import torch
 
     from swift.analysis.plots import loss_curve, reconstruction
-    from swift.build import build_data, build_module, build_trainer, count_parameters
+    from swift.build import build_data, build_module, build_trainer, count_parameters, start_from
 
     run_dir = Path(cfg.run_dir)
+    checkpoint = checkpoint_to_go_on_from(cfg)
     parameters = count_parameters(cfg)
     module = build_module(cfg)
+    if cfg.init and not checkpoint:
+        log.info("init=%s: %s", cfg.init, start_from(module, cfg.init))
     data = build_data(cfg)
-    checkpoint = prepare_run_dir(cfg, run_dir)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
     trainer = build_trainer(cfg, run_dir, overrides)
     if checkpoint:
         log.info("going on from %s", checkpoint)
     torch.set_float32_matmul_precision("high")
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:
+        # What Lightning makes of Ctrl-C.
+        if not trainer.interrupted:
+            raise
+        log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
+        raise KeyboardInterrupt from stop
     trainer.save_checkpoint(run_dir / LAST_CHECKPOINT)
     summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
-    summary |= judge(cfg, module, data, run_dir)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary |= judge(cfg, module, data, trainer)
+    write_summary(summary, run_dir)
     if cfg.trainer.figures:
         loss_curve([run_dir], run_dir / "figures" / "loss.png")
         reconstruction(run_dir / "figures" / "reconstruction.npz", run_dir / "figures" / "reconstruction.png")
@@ -110,8 +99,11 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return summary
 
 
-def judge(cfg: Config, module: Any, data: Any, run_dir: Path) -> dict[str, Any]:
-    """Held-out reconstruction error of the trained model and of the baselines, on the device it was trained on."""
+def judge(cfg: Config, module: Any, data: Any, trainer: Any) -> dict[str, Any]:
+    """Held-out reconstruction error of the trained model and of the baselines, as validation computes it.
+
+    The same clips, device and precision, so that the last validation and the summary say the same.
+    """
     import torch
 
     from swift.analysis.held_out import compare
@@ -126,7 +118,15 @@ def judge(cfg: Config, module: Any, data: Any, run_dir: Path) -> dict[str, Any]:
 
     batches = map(dense, itertools.islice(data.val_dataloader(), cfg.trainer.val_batches or None))
     seconds = [scan.tr for scan in data.store.scans]
-    return compare(module, batches, seconds, run_dir / "figures" / "reconstruction.npz")
+    with trainer.precision_plugin.val_step_context():
+        return compare(module, batches, seconds, Path(cfg.run_dir) / "figures" / "reconstruction.npz")
+
+
+def write_summary(summary: dict[str, Any], run_dir: Path) -> None:
+    """RUN/summary.json, strict JSON also where a diverged run gives NaN."""
+    content = summary | {"val_l1": jsonl.plain(summary["val_l1"])}
+    content["baselines"] = {name: jsonl.plain(value) for name, value in summary["baselines"].items()}
+    (run_dir / "summary.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def summary_text(summary: dict[str, Any], run_dir: Path) -> str:
@@ -144,32 +144,22 @@ def summary_text(summary: dict[str, Any], run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def settings(tree: DictConfig) -> tuple[Config, list[str]]:
+def settings(tree: DictConfig, overrides: Sequence[str]) -> Config:
     """Typed settings of a command line: composed, or those of the run to resume with its overrides on top."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    if tree.resume:
-        rest = [override for override in overrides if not override.startswith("resume=")]
-        run_dir = Path(tree.resume)
-        cfg = load_frozen(run_dir, rest)
-        if not (run_dir / LAST_CHECKPOINT).exists():
-            raise UserError(
-                f"resume={run_dir}: the run has no checkpoint yet; repeat its first command with run_dir={run_dir}"
-            )
-        cfg.run_dir = str(run_dir)
-        freeze(cfg, run_dir / FROZEN)
-        return cfg, overrides
-    if hydra.mode == RunMode.MULTIRUN:
-        OmegaConf.update(tree, "run_dir", hydra.runtime.output_dir)
-    return typed(tree), overrides
+    if not tree.resume:
+        return typed(tree)
+    rest = [override for override in overrides if not override.startswith("resume=")]
+    return replace(load_frozen(Path(tree.resume), rest), run_dir=str(tree.resume), resume=str(tree.resume))
 
 
-def run(tree: DictConfig) -> None:
-    """Check a composed configuration, then train, or say what a launcher still lacks."""
-    cfg, overrides = settings(tree)
+def run(tree: DictConfig, overrides: Sequence[str]) -> None:
+    """Check a composed configuration, then train, or say what a launcher still lacks.
+
+    Args:
+        tree: Hydra's composed configuration.
+        overrides: the settings given on the command line, as typed.
+    """
+    cfg = settings(tree, overrides)
     if cfg.launcher:
         from swift.build import count_parameters
 
@@ -184,6 +174,8 @@ def run(tree: DictConfig) -> None:
 def main() -> None:
     """The command line. A mistake ends with status 2 and one message, composed or not."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     set_up_logging()
     reached = False
@@ -191,7 +183,10 @@ def main() -> None:
     def task(tree: DictConfig) -> None:
         nonlocal reached
         reached = True
-        reported(lambda: run(tree))
+        node = HydraConfig.get()
+        if node.mode == RunMode.MULTIRUN:
+            tree.run_dir = node.runtime.output_dir
+        reported(lambda: run(tree, list(node.overrides.task)))
 
     # Hydra 1.4 drops version_base; 1.3 warns without it.
     extra = {"version_base": None} if "version_base" in signature(hydra.main).parameters else {}

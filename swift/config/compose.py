@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from swift.config.check import check
 from swift.config.schema import Config
 from swift.utils.errors import UserError
 
 FROZEN = "config.yaml"
+"""The settings of a run, in its directory."""
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+"""What a run goes on from, in its directory."""
+
+_LEGAL = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[int]: "a list of integers such as [6,6,6,1]",
+    list[float]: "a list of numbers such as [0.9,0.95]",
+}
 
 
 def conf_dir() -> Path:
@@ -27,39 +46,94 @@ def typed(tree: DictConfig) -> Config:
     Raises:
         UserError: an unknown key, a value of the wrong type, a missing value, or values that contradict each other.
     """
-    plain = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(plain, dict)
-    plain.pop("hydra", None)
+    plain: Any = None
     try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+        plain.pop("hydra", None)
         # Merged into the schema's own (closed) tree: `+model.foo=1` is an unknown key here although Hydra allows it.
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "configuration"
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise UserError(_complaint(error, plain)) from error
     assert isinstance(cfg, Config)
     check(cfg)
     return cfg
 
 
+def _complaint(error: OmegaConfBaseException, plain: Any) -> str:
+    """One line for an error of OmegaConf: the value, and what is legal in its place."""
+    key = re.sub(r"\[\d+\]$", "", getattr(error, "full_key", None) or "")
+    *sections, name = key.split(".")
+    where: Any = Config
+    value = plain
+    for section in sections:
+        where, value = typing.get_type_hints(where)[section], value[section] if value else None
+    if plain is None or not is_dataclass(where):
+        return f"{key or 'configuration'}: {str(error).splitlines()[0]}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: give it a value with {key}=..."
+    given = f"{key}={value.get(name)}"
+    if isinstance(error, ConfigKeyError):
+        of = f" of {'.'.join(sections)}" if sections else ""
+        return f"{given}: no such setting; those{of} are {', '.join(field.name for field in fields(where))}"
+    kind = typing.get_type_hints(where)[name]
+    wanted = [_LEGAL.get(part, "a section") for part in typing.get_args(kind) if part is not type(None)]
+    if typing.get_origin(kind) is typing.Union:
+        return f"{given}: must be {wanted[0]}, or null"
+    return f"{given}: must be {_LEGAL.get(kind, 'a section')}"
+
+
 def freeze(cfg: Config, path: Path) -> None:
-    """Write the settings as YAML that `load_frozen` and Hydra's --config-path read back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    """Write the settings as YAML that `load_frozen` and Hydra's --config-path read back; all of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
+    partial.replace(path)
 
 
-def load_frozen(run_dir: Path, overrides: list[str]) -> Config:
+def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:
     """Settings of an existing run with `SECTION.NAME=VALUE` overrides on top.
 
     Raises:
-        UserError: no frozen configuration there, or an override that names a group.
+        UserError: no (readable) frozen configuration there, or an override that a resumed run cannot have.
     """
     path = run_dir / FROZEN
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run directory: it has no {FROZEN}")
-    tree = OmegaConf.load(path)
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} holds no settings")
     for override in overrides:
         key = override.partition("=")[0]
-        if OmegaConf.is_config(OmegaConf.select(tree, key)) or key.startswith(("+", "~")):
+        section = key.partition(".")[0]
+        if key.startswith(("+", "~")) or "/" in key or isinstance(OmegaConf.select(tree, key), DictConfig):
             raise UserError(f"{override}: a resumed run keeps its own configuration; only single values can be changed")
-    tree.merge_with_dotlist(overrides)
-    assert isinstance(tree, DictConfig)
+        if section in ("model", "run_dir", "init"):
+            raise UserError(f"{override}: a resumed run keeps its model, its weights and its folder")
+    try:
+        tree.merge_with_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return typed(tree)
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """Names of the values that differ, as SECTION.NAME."""
+
+    def flat(value: Any, name: str) -> dict[str, Any]:
+        if not is_dataclass(value):
+            return {name: value}
+        found: dict[str, Any] = {}
+        for field in fields(value):
+            found |= flat(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+        return found
+
+    old, new = flat(before, ""), flat(after, "")
+    return sorted(name for name in old if old[name] != new[name])
+
+
+def writable(folder: Path) -> bool:
+    """Whether `folder` can be written, or could be made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

@@ -51,16 +51,16 @@ def _rename(key: str) -> str:
 
 
 def _reshape(key: str, value: Tensor) -> Tensor:
-    """Position tables (1, C, x, y, z, 1) and (1, C, 1, 1, 1, T) -> (x, y, z, C) and (T, C)."""
-    if key.endswith("position.space"):
+    """Position tables (1, C, x, y, z, 1) and (1, C, 1, 1, 1, T) -> (x, y, z, C) and (T, C); other shapes stay."""
+    if value.ndim == 6 and key.endswith("position.space") and value.shape[0] == value.shape[5] == 1:
         return value[0, ..., 0].permute(1, 2, 3, 0)
-    if key.endswith("position.time"):
+    if value.ndim == 6 and key.endswith("position.time") and value.shape[2:5] == (1, 1, 1) and value.shape[0] == 1:
         return value[0, :, 0, 0, 0, :].T
     return value
 
 
-def read_v1(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a SwiFT v1 file: a bare state dict, or a Lightning checkpoint whose keys start with `model.`.
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file of weights: a bare state dict, or the state dict of a Lightning checkpoint.
 
     Nothing but tensors is unpickled.
 
@@ -75,30 +75,33 @@ def read_v1(path: str | Path) -> dict[str, Tensor]:
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no state dict")
-    if any(key.startswith("model.") for key in tensors):
-        # A head beside the model (output_head.*) keeps its own name and is reported as left out.
-        tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
     return tensors
 
 
 def load_v1(encoder: SwinEncoder, tensors: dict[str, Tensor]) -> ImportReport:
     """Copy SwiFT v1 tensors into an encoder built with model=v1 for the same grid.
 
+    Args:
+        encoder: what to fill.
+        tensors: with v1's own names, or with those of its Lightning module (`model.` before them).
+
     Raises:
-        ValueError: tensors of another shape; the first five are named with both shapes.
+        ValueError: tensors of another shape (the first five are named with both shapes), or none that fits.
     """
     target = encoder.state_dict()
-    renamed = {_rename(key): (key, value) for key, value in tensors.items()}
-    found = {new: _reshape(new, value) for new, (_, value) in renamed.items() if new in target}
+    renamed = {_rename(key.removeprefix("model.")): key for key in tensors}
+    if len(renamed) < len(tensors):
+        raise ValueError("the file holds tensors twice, with and without `model.` before their names")
+    found = {new: _reshape(new, tensors[key]) for new, key in renamed.items() if new in target}
     wrong = [
-        f"{key}: {tuple(value.shape)} in the file, {tuple(target[key].shape)} in the model"
-        for key, value in found.items()
-        if value.shape != target[key].shape
+        f"{renamed[new]}: {tuple(tensors[renamed[new]].shape)} in the file, {tuple(target[new].shape)} in the model"
+        for new, value in found.items()
+        if value.shape != target[new].shape
     ]
     if wrong:
         raise ValueError(f"{len(wrong)} tensors of another shape, " + "; ".join(wrong[:5]))
     if not found:
         raise ValueError("no tensor of the file has a place in the encoder: is it a SwiFT v1 checkpoint?")
     encoder.load_state_dict(found, strict=False)
-    left_out = [key for new, (key, _) in renamed.items() if new not in target]
-    return ImportReport([renamed[key][0] for key in found], left_out, [key for key in target if key not in found])
+    left_out = [key for new, key in renamed.items() if new not in target]
+    return ImportReport([renamed[key] for key in found], left_out, [key for key in target if key not in found])

@@ -17,7 +17,8 @@ def set_up_logging() -> None:
     """Messages of swift go to stderr as plain lines; libraries speak from warnings on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("swift").setLevel(logging.INFO)
-    for quiet in (r".*does not have many workers.*", r".*LeafSpec.*", r".*`isinstance\(treespec.*"):
+    workers, going_on = r".*does not have many workers.*", r"Checkpoint directory .* exists and is not empty.*"
+    for quiet in (workers, going_on, r".*LeafSpec.*", r".*`isinstance\(treespec.*"):
         warnings.filterwarnings("ignore", message=quiet)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

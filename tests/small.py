@@ -1,0 +1,53 @@
+"""A run small enough for a test: a synthetic store of two scans on a 12^3 grid, a model of two stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from swift.config.compose import conf_dir, typed
+from swift.config.schema import Config
+from swift.data.synthetic import CohortSpec, write_store
+
+GRID = (12, 12, 12)
+MODEL = [
+    "model.embed_dim=12",
+    "model.depths=[1,2]",
+    "model.num_heads=[1,2]",
+    "model.patch_size=[4,4,4,2]",
+    "model.window=[2,2,2,2]",
+    "model.decoder_dim=16",
+]
+DATA = [
+    "data.grid=[12,12,12]",
+    "data.spacing=4.0",
+    "data.frames=8",
+    "data.clip_stride=4",
+    "data.val_gap=4",
+    "data.workers=0",
+]
+TRAINER = ["trainer.max_steps=6", "trainer.val_every=3", "trainer.log_every=1", "optimizer.warmup_steps=2"]
+
+
+def small_store(folder: Path) -> Path:
+    """Two scans of 48 frames, with different brain masks."""
+    write_store(CohortSpec(n_subjects=2, frames=48, grid=GRID, spacing=4.0, seed=3, sites=1), folder)
+    return folder
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Hydra's tree for these overrides, as `python -m swift.train` gets it."""
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        return compose("config", list(overrides))
+
+
+def command(store: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """The overrides of a small run."""
+    return ["data=store", f"data.path={store}", f"run_dir={run_dir}", *MODEL, *DATA, *TRAINER, *overrides]
+
+
+def settings(*overrides: str) -> Config:
+    """Typed settings of a small run on a store that need not exist."""
+    return typed(composed(*command(Path("nowhere"), Path("nowhere-run"), *overrides)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from swift.data.samples import SamplesUnavailable, sample_store
 from swift.data.synthetic import synthetic_store
 from swift.models.v1 import load_v1, read_weights
 from swift.modules.pretrain import PretrainModule
+from swift.parallel.strategies import build_strategy
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -138,6 +140,11 @@ def accelerator(cfg: Config) -> str:
     return cfg.trainer.accelerator
 
 
+def gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
 def precision(cfg: Config) -> str:
     """Lightning's name of the precision; auto is bf16 where a GPU has it in hardware, else float32.
 
@@ -199,19 +206,18 @@ def build_loggers(cfg: Config, run_dir: Path) -> list[Logger]:
 
 
 def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Trainer:
-    """The Trainer of a run on one device."""
+    """The Trainer of a run, with the strategy of `parallel=`."""
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     # Lightning sets its own level when it is imported; its notes on devices and products are not the user's concern.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return pl.Trainer(
-        accelerator=accelerator(cfg),
-        devices=1,
-        precision=precision(cfg),  # type: ignore[arg-type]  # one of Lightning's literals
+        **build_strategy(cfg, accelerator(cfg), precision(cfg)),
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=cfg.trainer.accumulate,
-        gradient_clip_val=cfg.trainer.clip_norm or None,
+        # Infinite: nothing is clipped, but the norm is known.
+        gradient_clip_val=cfg.trainer.clip_norm or math.inf,
         val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,
         check_val_every_n_epoch=None,
         limit_val_batches=cfg.trainer.val_batches or 1.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +13,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from swift.config.compose import FROZEN, LAST_CHECKPOINT, conf_dir, differences, load_frozen, typed, writable
 from swift.config.schema import Config
+from swift.parallel.launch import SETTINGS, current_place, start_ranks
 from swift.utils import jsonl
 from swift.utils.entry import USER_ERROR_STATUS, reported, set_up_logging
 from swift.utils.errors import UserError
@@ -58,10 +60,8 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: something the user can mend; nothing was trained.
     """
-    if cfg.parallel.name != "single":
-        raise UserError(
-            f"parallel={cfg.parallel.name}: only parallel=single is built so far (sharding comes with swift.parallel)"
-        )
+    if ranks := ranks_to_start(cfg):
+        return start(cfg, overrides, ranks)
     # Torch and Lightning take seconds to import: --help and a wrong option should not wait for them.
     import torch
 
@@ -89,6 +89,8 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
         raise KeyboardInterrupt from stop
     trainer.save_checkpoint(run_dir / LAST_CHECKPOINT)
+    if not trainer.is_global_zero:
+        return {}
     summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
     summary |= judge(cfg, module, data, trainer)
     write_summary(summary, run_dir)
@@ -97,6 +99,45 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         reconstruction(run_dir / "figures" / "reconstruction.npz", run_dir / "figures" / "reconstruction.png")
     print(summary_text(summary, run_dir))
     return summary
+
+
+def ranks_to_start(cfg: Config) -> int:
+    """Ranks that this process has to start itself; 0 where it shall run the training, alone or as one of them."""
+    if cfg.parallel.name == "single" or current_place().source != "none":
+        return 0
+    if cfg.parallel.nodes > 1:
+        raise UserError(
+            f"parallel.nodes={cfg.parallel.nodes}: ranks on several nodes are started by srun or torchrun, not here"
+        )
+    ranks = cfg.parallel.devices
+    if not ranks:
+        from swift.build import accelerator, gpus
+
+        ranks = gpus() if accelerator(cfg) == "gpu" else 1
+    return ranks if ranks > 1 else 0
+
+
+def start(cfg: Config, overrides: Sequence[str], ranks: int) -> dict[str, Any]:
+    """Run the training with several ranks on this machine.
+
+    Returns:
+        The summary that rank 0 has written.
+
+    Raises:
+        SystemExit: a rank has failed, and has said why.
+    """
+    settings = json.dumps({"config": OmegaConf.to_container(OmegaConf.structured(cfg)), "overrides": list(overrides)})
+    status = start_ranks([sys.executable, "-m", "swift.train"], settings, ranks)
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
+    summary: dict[str, Any] = json.loads((Path(cfg.run_dir) / "summary.json").read_text())
+    return summary
+
+
+def run_rank(path: Path) -> None:
+    """What a rank does that `start` has started: the settings are checked already."""
+    sent = json.loads(path.read_text())
+    train(typed(OmegaConf.create(sent["config"])), sent["overrides"])
 
 
 def judge(cfg: Config, module: Any, data: Any, trainer: Any) -> dict[str, Any]:
@@ -178,6 +219,9 @@ def main() -> None:
     from hydra.types import RunMode
 
     set_up_logging()
+    if SETTINGS in os.environ:
+        reported(lambda: run_rank(Path(os.environ[SETTINGS])))
+        return
     reached = False
 
     def task(tree: DictConfig) -> None:

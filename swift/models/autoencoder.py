@@ -52,8 +52,8 @@ class MaskedAutoencoder(nn.Module):
 LOSSES = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
 
 
-def reconstruction_loss(prediction: Tensor, target: Tensor, counted: Tensor, kind: str) -> Tensor:
-    """Mean loss over the counted voxels of the batch.
+def clip_sums(prediction: Tensor, target: Tensor, counted: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Loss summed over the counted voxels of each clip, and how many those are.
 
     Args:
         prediction: (B, 1, X, Y, Z, T).
@@ -62,8 +62,21 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, counted: Tensor, kin
         kind: l1 | smooth_l1 | l2.
 
     Returns:
-        A scalar in float32 (0 if nothing is counted).
+        float32 (B,) and int64 (B,).
     """
     each = LOSSES[kind](prediction.squeeze(1).float(), target.squeeze(1).float(), reduction="none")
     # where, not a product: 0 * NaN outside the counted voxels would be NaN.
-    return torch.where(counted, each, 0.0).sum() / counted.sum().clamp(min=1)
+    return torch.where(counted, each, 0.0).flatten(1).sum(1), counted.flatten(1).sum(1)
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, counted: Tensor, kind: str) -> Tensor:
+    """Mean over the clips of a batch of the mean loss over the counted voxels of each; arguments as in `clip_sums`.
+
+    Every clip weighs the same, so that the loss of a batch is the mean of those of its parts: micro-batches and ranks
+    change nothing. A mean over all voxels of a batch would weigh clips by the brains they are batched with.
+
+    Returns:
+        A scalar in float32; clips without a counted voxel are left out (0 if there is no other).
+    """
+    sums, voxels = clip_sums(prediction, target, counted, kind)
+    return (sums / voxels.clamp(min=1)).sum() / (voxels > 0).sum().clamp(min=1)

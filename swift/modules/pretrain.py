@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig
 from swift.models import mup
-from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
+from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
 from swift.models.masking import draw_mask, mask_voxels
 from swift.modules.optim import build_optimizer, build_schedule
 
@@ -39,6 +39,8 @@ class PretrainModule(pl.LightningModule):
             mup.rescale(self.model, self.widths)
         self.val_loss = MeanMetric()
         self.val_l1 = MeanMetric()
+        self._step_loss = torch.zeros(())
+        self._rate = 0.0
 
     def build_model(self, cfg: ModelConfig) -> MaskedAutoencoder:
         """The model of an architecture, on the grid of this run."""
@@ -70,31 +72,38 @@ class PretrainModule(pl.LightningModule):
         return self.model(batch["bold"], mask), mask
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         prediction, mask = self.reconstruct(batch)
         counted = self.counted_voxels(batch, mask)
-        loss = reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss)
-        self.log("train/loss", loss, batch_size=len(mask))
-        # Lightning numbers a step from 0; everything swift writes counts optimizer steps done.
-        self.log("step", self.global_step + 1.0)
-        return loss
+        return reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log loss, rate and gradient norm (before clipping) of an optimizer step, over its micro-batches and ranks."""
+        # Lightning has divided the loss of a micro-batch by their number.
+        self._step_loss = self._step_loss + outputs["loss"]
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        if self.global_step % self.cfg.trainer.log_every == 0:
+            self.log("train/loss", self._step_loss, sync_dist=True)
+            self.log("train/lr", self._rate)
+            norm = self.trainer.strategy.gradient_norm()
+            if norm is not None:
+                self.log("train/grad_norm", norm)
+            # Lightning numbers a step from 0; everything swift writes counts optimizer steps done.
+            self.log("step", float(self.global_step))
+        self._step_loss = torch.zeros((), device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         prediction, mask = self.reconstruct(batch)
         counted = self.counted_voxels(batch, mask)
-        weight = counted.sum()
-        # Weighted by voxels and gathered over ranks, so that neither the batch size nor the ranks change the figure.
-        self.val_loss.update(reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss), weight)
-        self.val_l1.update(reconstruction_loss(prediction, batch["bold"], counted, "l1"), weight)
+        clips = counted.flatten(1).any(1).sum()
+        # Weighted and gathered over ranks, so that neither the batch size nor the ranks change the figures.
+        self.val_loss.update(reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss), clips)
+        sums, voxels = clip_sums(prediction, batch["bold"], counted, "l1")
+        self.val_l1.update(sums.sum() / voxels.sum().clamp(min=1), voxels.sum())
         self.log("val/loss", self.val_loss, batch_size=len(mask))
         self.log("val/l1", self.val_l1, batch_size=len(mask))
-        self.log("step", float(self.global_step))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm before clipping, and the rate of this step."""
-        if self.global_step % self.cfg.trainer.log_every == 0:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
-            self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
+        self.log("step", float(self.global_step), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.cfg.optimizer, self.widths)

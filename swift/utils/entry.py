@@ -18,7 +18,7 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("swift").setLevel(logging.INFO)
     workers, going_on = r".*does not have many workers.*", r"Checkpoint directory .* exists and is not empty.*"
-    for quiet in (workers, going_on, r".*LeafSpec.*", r".*`isinstance\(treespec.*"):
+    for quiet in (workers, going_on, r".*LeafSpec.*", r".*`isinstance\(treespec.*", r".*`srun` command.*"):
         warnings.filterwarnings("ignore", message=quiet)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -1,0 +1,268 @@
+"""Lightning strategies behind `parallel=`: single, ddp, ZeRO 1-3 with and without offload, fsdp.
+
+What a step computes is the same under all of them; they differ in where weights, gradients and optimizer live.
+DeepSpeed runs on a CPU too (gloo), which is what the tests use; Lightning's own strategy insists on CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from swift.config.schema import Config, ParallelConfig
+from swift.parallel.launch import Place, current_place, free_port
+from swift.utils.errors import UserError
+
+MB = 1_000_000
+
+
+class Ranks(ClusterEnvironment):
+    """The ranks of a `Place`, for Lightning; they exist already."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Whether something else starts the ranks: always."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Host of rank 0."""
+        return os.environ["MASTER_ADDR"]
+
+    @property
+    def main_port(self) -> int:
+        """Port of rank 0."""
+        return int(os.environ["MASTER_PORT"])
+
+    @staticmethod
+    def detect() -> bool:
+        """Never chosen by Lightning itself."""
+        return False
+
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.place.world
+
+    def set_world_size(self, size: int) -> None:
+        """Only checked: the launcher has decided."""
+        assert size == self.place.world, (size, self.place)
+
+    def global_rank(self) -> int:
+        """This rank."""
+        return self.place.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Only checked: the launcher has decided."""
+        assert rank == self.place.rank, (rank, self.place)
+        rank_zero_only.rank = rank
+
+    def local_rank(self) -> int:
+        """This rank on its node."""
+        return self.place.local_rank
+
+    def node_rank(self) -> int:
+        """The node of this rank."""
+        return self.place.rank // self.place.local_world
+
+
+class OneGpuEach(CUDAAccelerator):
+    """CUDA where a launcher shows each rank one device only (srun --gpus-per-task=1): all of them are cuda:0.
+
+    Lightning expects every rank to see the devices of all ranks of its node and refuses this (its issue 16828).
+    """
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        """The number of ranks on this node, unchecked: this rank cannot see the other devices."""
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """The one visible device for every rank of this node."""
+        return [torch.device("cuda", 0)] * int(devices)
+
+
+class _ClipsByNorm:
+    """Precision plugin that clips by the global norm and keeps what it was."""
+
+    norm: Tensor | None = None
+
+    def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = None) -> None:
+        """Scale all gradients so that their norm is `clip_val` at most."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
+        self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class _Float32(_ClipsByNorm, Precision):
+    pass
+
+
+class _Bf16(_ClipsByNorm, MixedPrecision):
+    """Weights and optimizer in float32, matrix products in bf16 by autocast."""
+
+
+class _Single(SingleDeviceStrategy):
+    def gradient_norm(self) -> Tensor | None:
+        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
+        return self.precision_plugin.norm
+
+
+class _Ddp(DDPStrategy):
+    def gradient_norm(self) -> Tensor | None:
+        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
+        return self.precision_plugin.norm
+
+
+class _DeepSpeedPrecision(DeepSpeedPrecision):
+    """Leaves inputs and targets in float32 (the model casts its tokens), and scales for accumulation once."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Unchanged: targets in bf16 would lose digits of the loss."""
+        return data
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning has divided the loss by the accumulated micro-batches; the engine must not do it again."""
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+class _DeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed on any device torch.distributed has a backend for."""
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device; the CPU gets an index because DeepSpeed asks for one."""
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """Join the other ranks: Lightning's own version refuses everything but CUDA."""
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """As Lightning's, without its demand that each rank sees the devices of all."""
+        import deepspeed
+
+        if self.root_device.type == "cpu":
+            # A faster all-reduce for inference, that would be compiled for half a minute: training never calls it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def gradient_norm(self) -> Tensor | None:
+        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
+
+def deepspeed_config(cfg: ParallelConfig, element_bytes: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a ZeRO stage.
+
+    Args:
+        cfg: `parallel=`.
+        element_bytes: Bytes of a gradient element: DeepSpeed counts buckets in elements.
+    """
+    reduce, gather = (int(mb * MB / element_bytes) for mb in (cfg.reduce_bucket_mb, cfg.gather_bucket_mb))
+    zero: dict[str, Any] = {
+        "stage": cfg.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": cfg.overlap,
+        "reduce_scatter": True,
+        "reduce_bucket_size": reduce,
+    }
+    if cfg.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = gather
+    else:
+        zero["allgather_bucket_size"] = gather
+    for name, wanted in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_parameters)):
+        if wanted:
+            zero[name] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "zero_optimization": zero,
+        # Our optimizers are torch's AdamW in groups of its own kind: exactly what DeepSpeed runs, untested by name only.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": cfg.cpu_adam,
+    }
+
+
+def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, Any]:
+    """The arguments of the Trainer that say how a run is spread.
+
+    Args:
+        cfg: The run.
+        accelerator: cpu | gpu.
+        precision: Lightning's name of the precision, 32-true or bf16-mixed.
+
+    Returns:
+        strategy, accelerator, devices, num_nodes (precision is part of the strategy).
+
+    Raises:
+        UserError: the launcher has started another number of ranks than the settings say.
+    """
+    place = current_place()
+    check_place(cfg.parallel, place)
+    parallel = cfg.parallel
+    plugin: Precision = _Float32()
+    if precision == "bf16-mixed":
+        plugin = _Bf16("bf16-mixed", "cpu" if accelerator == "cpu" else "cuda")
+    if parallel.name == "single":
+        device = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", 0)
+        return {"strategy": _Single(device, precision_plugin=plugin), "accelerator": accelerator, "devices": 1}
+    environment = SLURMEnvironment(auto_requeue=False) if place.source == "slurm" else Ranks(place)
+    shared = {"cluster_environment": environment, "timeout": timedelta(minutes=parallel.timeout_minutes)}
+    strategy: Strategy
+    if parallel.zero_stage:
+        # DeepSpeed looks for its device when it is imported.
+        os.environ["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
+        config = deepspeed_config(parallel, 2 if precision == "bf16-mixed" else 4)
+        strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
+    else:
+        strategy = _Ddp(precision_plugin=plugin, bucket_cap_mb=parallel.reduce_bucket_mb, **shared)
+    return {
+        "strategy": strategy,
+        "accelerator": _accelerator(accelerator, place),
+        "devices": place.local_world,
+        "num_nodes": place.nodes,
+    }
+
+
+def _accelerator(name: str, place: Place) -> Accelerator:
+    if name == "cpu":
+        return CPUAccelerator()
+    return OneGpuEach() if torch.cuda.device_count() == 1 < place.local_world else CUDAAccelerator()
+
+
+def check_place(cfg: ParallelConfig, place: Place) -> None:
+    """Refuse a launcher that has started another number of ranks or nodes than the settings say.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if place.source == "none":
+        return
+    if cfg.name == "single" and place.world > 1:
+        raise UserError(f"parallel=single: {place.source} started {place.world} ranks; choose parallel=ddp or another")
+    if cfg.devices and cfg.devices != place.local_world:
+        raise UserError(
+            f"parallel.devices={cfg.devices}: {place.source} started {place.local_world} ranks on a node; "
+            "start as many, or parallel.devices=0 for as many as there are"
+        )
+    if cfg.nodes != place.nodes and not (cfg.nodes == 1 and cfg.devices == 0):
+        raise UserError(f"parallel.nodes={cfg.nodes}: {place.source} started ranks on {place.nodes} nodes")

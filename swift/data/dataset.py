@@ -1,68 +1,26 @@
 """Packed clips for a DataLoader: a worker reads straight into a batch buffer that the main process shares.
 
 A batch is made by one call of `__getitems__`, without a collate step: codes of all clips one after the other in one
-int16 buffer. The buffers are few and used in turn, because fresh memory costs more than the read itself.
+int16 buffer. The buffers are few and used in turn (`swift.data.ring`), because fresh memory costs more than the read.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from swift.data.clips import ClipIndex, ClipSpec
 from swift.data.order import PADDING, Item
+from swift.data.ring import Ring, Ticket
 from swift.data.store import Store
-
-PREFETCH = 2
-"""Batches that a DataLoader keeps under way for each worker."""
-SLOTS = PREFETCH + 3
-"""Buffers of a worker: those under way, one that was handed over, one in use, one to spare."""
-
-
-class StaleBatch(RuntimeError):
-    """A packed batch was used after its buffer had been given to a later one."""
-
-
-class _Ring:
-    """Buffers of one process, used in turn."""
-
-    def __init__(self, batch_size: int, frames: int, voxels: int, shared: bool) -> None:
-        self.process = os.getpid()
-        self.shape = (batch_size, frames, voxels)
-        self.turn = 0
-        kinds = {"codes": torch.int16, "index": torch.int32, "a": torch.float32, "b": torch.float32}
-        self.slots: list[dict[str, torch.Tensor]] = []
-        for _ in range(SLOTS):
-            slot = {
-                name: torch.empty(batch_size * voxels * (frames if name == "codes" else 1), dtype=kind)
-                for name, kind in kinds.items()
-            }
-            slot["stamp"] = torch.zeros(1, dtype=torch.int64)
-            if shared:
-                for tensor in slot.values():
-                    tensor.share_memory_()
-            self.slots.append(slot)
-
-    def next(self) -> tuple[dict[str, torch.Tensor], int]:
-        self.turn += 1
-        slot = self.slots[self.turn % SLOTS]
-        slot["stamp"][0] = self.turn
-        return slot, self.turn
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """Packed batches of clips of a store.
-
-    `__getitems__` gives: codes (sum T V,) int16, index (sum V,) int32 flat positions in the grid, a and b (sum V,)
-    float32 with normalized value = code * a + b, meta (B, 4) int64 (sample_id, scan, start, valid), voxels (B ints),
-    train (bool), stamp and ticket (see `check_fresh`). Padding rows have no voxels.
-
-    The tensors lie in buffers that are used again: a batch stays good while at most one later batch of the same
-    DataLoader has been taken (Lightning takes one ahead). Clone it to keep it.
+    """Packed batches of clips of a store, to be used through a `ClipLoader`.
 
     Args:
         store: Scans.
@@ -79,27 +37,30 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.store, self.index, self.spec = store, index, spec
         self.normalization, self.verify, self.train = normalization, verify, train
         self.voxels = max(scan.voxels for scan in store.scans)
-        self._ring: _Ring | None = None
+        self.ring: Ring | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ring": None}
+        starting_a_worker = get_spawning_popen() is not None
+        return self.__dict__ | ({} if starting_a_worker else {"ring": None})
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def make_ring(self, workers: int, batch_size: int) -> Ring:
+        """The buffers, made when they are not there or are too small; before workers start."""
+        shape = (workers, batch_size, self.spec.frames, self.voxels)
+        if self.ring is None or self.ring.shape != shape:
+            self.ring = Ring(*shape)
+        return self.ring
+
     def __getitem__(self, item: Item) -> dict[str, Any]:
-        return self.__getitems__([item])
+        return self.make_ring(0, 1).batch(self.__getitems__([item]))
 
-    def _buffers(self, batch_size: int) -> _Ring:
-        ring, shape = self._ring, (batch_size, self.spec.frames, self.voxels)
-        if ring is None or ring.process != os.getpid() or ring.shape != shape:
-            self._ring = ring = _Ring(*shape, shared=get_worker_info() is not None)
-        return ring
-
-    def __getitems__(self, items: list[Item]) -> dict[str, Any]:
-        """Read a batch: B items (sample_id, clip)."""
-        slot, ticket = self._buffers(len(items)).next()
-        codes, index, a, b = (slot[name].numpy() for name in ("codes", "index", "a", "b"))
+    def __getitems__(self, items: list[Item]) -> Ticket:
+        """Read a batch, B items (sample_id, clip), into the next buffer."""
+        worker = get_worker_info()
+        assert self.ring is not None, "a ClipDataset is read through a ClipLoader"
+        slot, stamp, buffer = self.ring.next(worker.id if worker else 0)
         scans, starts = self.index.locate(np.array([max(clip, 0) for _, clip in items], np.int64))
         meta = np.empty((len(items), 4), np.int64)
         voxels: list[int] = []
@@ -112,34 +73,34 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 continue
             scan, start = int(scans[place]), int(starts[place])
             count = self.store.scans[scan].voxels
-            out = codes[row : row + frames * count].reshape(frames, count)
+            out = buffer["codes"][row : row + frames * count].reshape(frames, count)
             self.store.read(scan, start, start + self.spec.span, self.spec.frame_stride, out, self.verify)
             part = slice(at, at + count)
-            index[part] = self.store.indices(scan)
-            a[part], b[part] = self.store.normalizer(scan, self.normalization)
+            buffer["index"][part] = self.store.indices(scan)
+            buffer["a"][part], buffer["b"][part] = self.store.normalizer(scan, self.normalization)
             meta[place] = sample_id, scan, start, 1
             voxels.append(count)
             row, at = row + frames * count, at + count
-        return {
-            "codes": slot["codes"][:row],
-            "index": slot["index"][:at],
-            "a": slot["a"][:at],
-            "b": slot["b"][:at],
-            "meta": torch.from_numpy(meta),
-            "voxels": voxels,
-            "train": self.train,
-            "stamp": slot["stamp"],
-            "ticket": ticket,
-        }
+        return Ticket(self.ring.number, slot, stamp, row, at, voxels, meta, self.train)
 
 
-def check_fresh(packed: dict[str, Any]) -> None:
-    """Raise StaleBatch if the buffer of a packed batch (on the CPU) has been used again."""
-    if int(packed["stamp"]) != packed["ticket"]:
-        raise StaleBatch(
-            f"packed batch {packed['ticket']} was overwritten by batch {int(packed['stamp'])}: use a batch before "
-            "taking two more from its DataLoader, or clone its tensors"
-        )
+class ClipLoader(DataLoader[dict[str, Any]]):
+    """A DataLoader over a ClipDataset, with `identity` as collate function and a batch_sampler that has a batch_size.
+
+    Gives dictionaries: codes (sum T V,) int16, index (sum V,) int32 flat positions in the grid, a and b (sum V,)
+    float32 with normalized value = code * a + b, meta (B, 4) int64 (sample_id, scan, start, valid), voxels (B ints),
+    train (bool), stamp and ticket (see `swift.data.ring.check_fresh`). Padding rows have no voxels.
+
+    The tensors lie in buffers that are used again: a batch stays good while at most one later batch has been taken
+    (Lightning takes one ahead). Clone it to keep it. With pin_memory they are copies and stay good.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # not the iterator object itself
+        assert isinstance(self.dataset, ClipDataset)
+        assert self.batch_sampler is not None
+        ring = self.dataset.make_ring(self.num_workers, self.batch_sampler.batch_size)  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            yield ring.batch(batch) if isinstance(batch, Ticket) else batch
 
 
 def identity(batch: Any) -> Any:

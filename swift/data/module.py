@@ -7,19 +7,17 @@ from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
 
 from swift.config.schema import DataConfig
 from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans
-from swift.data.dataset import PREFETCH, ClipDataset, check_fresh, identity
+from swift.data.dataset import ClipDataset, ClipLoader, identity
 from swift.data.order import Order, TrainBatches, ValBatches
+from swift.data.ring import PREFETCH, check_fresh
 from swift.data.scatter import PACKED, to_dense
 from swift.data.splits import load_split
 from swift.data.stats import KINDS
 from swift.data.store import Store
 from swift.utils.errors import UserError
-
-Loader = DataLoader[dict[str, Any]]
 
 
 class ClipDataModule(lightning.LightningDataModule):
@@ -128,11 +126,11 @@ class ClipDataModule(lightning.LightningDataModule):
         world = self._world if self._world is not None else trainer.world_size if trainer else 1
         return rank, world
 
-    def _loader(self, index: ClipIndex, batches: TrainBatches | ValBatches, train: bool) -> Loader:
+    def _loader(self, index: ClipIndex, batches: TrainBatches | ValBatches, train: bool) -> ClipLoader:
         data = self.data
         dataset = ClipDataset(self.store, index, self.spec, data.normalization, data.verify, train)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
+        return ClipLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=identity,
@@ -142,13 +140,13 @@ class ClipDataModule(lightning.LightningDataModule):
             pin_memory=on_gpu,
         )
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> ClipLoader:
         """Endless; begins after `consumed` samples."""
         rank, world = self._place()
         self._train_batches = TrainBatches(self.order, self.data.batch_size, rank, world, self.consumed)
         return self._loader(self.train_index, self._train_batches, True)
 
-    def val_dataloader(self) -> Loader | list[Any]:
+    def val_dataloader(self) -> ClipLoader | list[Any]:
         """Every held-out clip once; an empty list where nothing is held out."""
         if not len(self.val_index):
             return []

@@ -11,6 +11,8 @@ from swift.utils.errors import BadScan, UserError
 LEVELS = 32767
 """Codes go from -LEVELS to LEVELS."""
 KINDS = ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none")
+NEEDS = {"zscore_voxel": ("mean", "std"), "percent": ("mean",), "robust": ("median", "iqr")}
+"""Per-voxel statistics that a kind is made from."""
 IQR_OF_NORMAL = 1.3489795003921634
 """Interquartile range of a normal distribution of standard deviation 1."""
 MIN_BASELINE = 0.01
@@ -122,20 +124,21 @@ def fold(
     """
     if kind not in KINDS:
         raise UserError(f"normalization {kind!r}: legal are {', '.join(KINDS)}")
-    a, b = scale.astype(np.float64), offset.astype(np.float64)
     if kind == "none":
         return scale.astype(np.float32), offset.astype(np.float32)
+    # In float32: the largest error, that of offset - centre, is the rounding that both were stored with.
     ok = scale > 0
-    centre: np.ndarray | float
-    width: np.ndarray | float
+    centre: np.ndarray | np.float32
+    width: np.ndarray | np.float32
     if kind == "zscore_voxel":
-        centre, width = voxel["mean"].astype(np.float64), voxel["std"].astype(np.float64)
+        centre, width = voxel["mean"], voxel["std"]
     elif kind == "zscore_global":
-        centre, width = brain["global_mean"], brain["global_std"]
+        centre, width = np.float32(brain["global_mean"]), np.float32(brain["global_std"])
     elif kind == "minmax":
-        centre, width = brain["global_min"], brain["global_max"] - brain["global_min"]
+        centre = np.float32(brain["global_min"])
+        width = np.float32(brain["global_max"] - brain["global_min"])
     elif kind == "robust":
-        centre, width = voxel["median"].astype(np.float64), voxel["iqr"].astype(np.float64) / IQR_OF_NORMAL
+        centre, width = voxel["median"], voxel["iqr"] * np.float32(1 / IQR_OF_NORMAL)
     else:
         base = brain["global_mean"]
         if not base > brain["global_std"] * MIN_BASELINE:
@@ -143,11 +146,13 @@ def fold(
                 f"normalization percent: the scan's mean is {base:.4g} (std {brain['global_std']:.4g}), not a positive "
                 "baseline; it was probably centred before: use zscore_voxel"
             )
-        centre = voxel["mean"].astype(np.float64)
-        width = centre / 100
-        ok = ok & (centre > MIN_BASELINE * base)
-    width = np.broadcast_to(np.asarray(width, np.float64), a.shape)
-    ok = ok & (width > 0)
-    divisor = np.where(ok, width, 1.0)
-    a, b = np.where(ok, a / divisor, 0.0), np.where(ok, (b - centre) / divisor, 0.0)
-    return a.astype(np.float32), b.astype(np.float32)
+        centre = voxel["mean"]
+        width = centre * np.float32(0.01)
+        ok &= centre > np.float32(MIN_BASELINE * base)
+    ok &= width > 0
+    with np.errstate(divide="ignore"):
+        inverse = np.reciprocal(np.broadcast_to(width, ok.shape))
+    inverse[~ok] = 0
+    b = np.subtract(offset, centre, dtype=np.float32)
+    b *= inverse
+    return np.multiply(scale, inverse, dtype=np.float32), b

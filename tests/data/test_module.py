@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from swift.config.schema import DataConfig
-from swift.data.dataset import SLOTS, StaleBatch
 from swift.data.module import ClipDataModule
+from swift.data.ring import SLOTS, StaleBatch
 from swift.data.splits import Split, save_splits
 from swift.data.store import CorruptData, Store
 from swift.utils.errors import UserError
@@ -135,7 +135,7 @@ def test_a_batch_kept_too_long_is_refused(made: Path) -> None:
     data = module(made)
     packed = list(islice(data.train_dataloader(), SLOTS + 1))
     data.dense(packed[1])
-    with pytest.raises(StaleBatch, match="batch 1 was overwritten"):
+    with pytest.raises(StaleBatch, match="was overwritten by a later one"):
         data.dense(packed[0])
 
 
@@ -181,7 +181,7 @@ def test_corrupt_bytes_stop_the_run(tmp_path: Path) -> None:
     store = Store(path)
     file = path / "shards" / store.scans[0].shard
     raw = bytearray(file.read_bytes())
-    raw[store._scan(0).offset + 1] ^= 1  # frame 0
+    raw[store._scan(0).bold + 1] ^= 1  # frame 0
     file.write_bytes(raw)
     for workers in (0, 1):
         with pytest.raises(CorruptData, match=rf"^{file}: scan sub-00_task-rest, frame 0: ") as caught:

@@ -202,7 +202,7 @@ def test_handles_do_not_cross_processes(made: Path) -> None:
 def test_few_handles_and_little_memory(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swift.data.store.OPEN_SHARDS", 1)
     store = Store(made)
-    store._room = 2
+    monkeypatch.setattr("swift.data.store.CACHE_BYTES", 1500)
     for place in [0, 4, 2, 0, 3, 1, 4]:
         store.read(place, 0, 2, verify=True)
         assert len(store._shards) == 1
@@ -221,7 +221,7 @@ def flip(file: Path, place: int, bit: int = 0) -> None:
 def test_a_flipped_bit_is_named(own: Path) -> None:
     store = Store(own)
     assert all(store.check(place) == [] for place in range(5))
-    info, place = store.scans[2], store._scan(2).offset
+    info, place = store.scans[2], store._scan(2).bold
     flip(own / "shards" / info.shard, place + 2 * info.voxels * 7 + 3)
     assert store.read(2, 0, 7, verify=True).shape == (7, info.voxels)
     with pytest.raises(CorruptData, match=rf"{info.shard}.*{info.scan_id}, frame 7") as caught:
@@ -337,7 +337,7 @@ def _replace(own: Path, name: str, how: str) -> None:
         ("scale", "external bytes", "in another file"),
         ("bold", "filter", "HDF5 filters"),
         ("bold", "chunks", "chunked"),
-        ("bold", "kind", "the manifest says int16"),
+        ("bold", "kind", "should be int16 .* by the manifest"),
         ("mask", "filter", "HDF5 filters"),
     ],
 )

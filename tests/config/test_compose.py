@@ -1,0 +1,394 @@
+"""Composition: what is legal composes, what is not gets one line that names the value and what is legal."""
+
+from __future__ import annotations
+
+import ast
+import typing
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+import swift
+from swift.config.check import CHOICES, check, mask_unit
+from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, writable
+from swift.config.schema import Config
+from swift.utils.errors import UserError
+from tests.small import composed
+
+GROUPS = ("model", "model/variant", "data", "task", "optimizer", "parallel")
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml") if path.stem != "_common")
+
+
+def refused(*overrides: str) -> str:
+    """The message for a wrong command line."""
+    tree = composed(*overrides)
+    with pytest.raises(UserError) as caught:
+        typed(tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is legal ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)], ids=lambda value: value
+)
+def test_every_choice_of_every_group_composes_and_checks(group: str, choice: str) -> None:
+    extra = ["data.path=somewhere"] if choice == "store" else []
+    cfg = typed(composed(f"{group}={choice}", *extra))
+    section = group.split("/")[0]
+    label = cfg.model.variant if group == "model/variant" else getattr(cfg, section).name
+    assert label == choice
+    # The file says what it is, and the directory of the default run is named after task and model.
+    assert cfg.run_dir.startswith(f"runs/{cfg.task.name}-{cfg.model.name}-")
+
+
+@pytest.mark.parametrize("launcher", choices("launcher"))
+def test_launchers_are_added_with_a_plus(launcher: str) -> None:
+    cfg = typed(composed("model=3b", "parallel=zero1", f"+launcher={launcher}"))
+    assert cfg.launcher is not None
+    assert cfg.launcher["name"] == launcher
+    assert cfg.parallel.zero_stage == 1
+    assert typed(composed()).launcher is None
+
+
+def test_sizes_and_variants_combine() -> None:
+    cfg = typed(composed("model=51m", "model/variant=joint"))
+    assert (cfg.model.name, cfg.model.embed_dim, cfg.model.depths) == ("51m", 96, [2, 2, 18, 2])
+    assert typed(composed("model=51m")).model.depths == [2, 2, 12, 2]
+    assert typed(composed("model=v1")).model.position == "absolute"
+
+
+def test_one_value_changes_one_value() -> None:
+    before, after = typed(composed("run_dir=here")), typed(composed("run_dir=here", "task.mask_ratio=0.4"))
+    assert differences(before, after) == ["task.mask_ratio"]
+    assert replace(before, task=replace(before.task, mask_ratio=0.4)) == after
+
+
+def test_the_mask_unit_follows_the_patch() -> None:
+    cfg = typed(composed("model.patch_size=[6,6,6,2]"))
+    assert mask_unit(cfg.task, cfg.model) == [6, 6, 6, 2]
+    cfg = typed(composed("model.patch_size=[6,6,6,2]", "task.mask_unit=[12,6,6,4]"))
+    assert mask_unit(cfg.task, cfg.model) == [12, 6, 6, 4]
+
+
+# --- wrong values -------------------------------------------------------------------------------------------------
+MULTIPLE = "must be a multiple of model.patch_size=[6, 6, 6, 1] on every axis"
+WRONG: list[tuple[list[str], str, str]] = [
+    *[([f"{name}=nonsense"], f"{name}=nonsense", ", ".join(legal)) for name, legal in CHOICES.items()],
+    (["model.embed_dim=0"], "model.embed_dim=0", "at least 1"),
+    (["model.depths=[]"], "model.depths=[]", "at least one stage"),
+    (["model.depths=[2,2,0,2]"], "model.depths=[2, 2, 0, 2]", "4 positive integers"),
+    (["model.num_heads=[4,8,8]"], "model.num_heads=[4, 8, 8]", "4 positive integers"),
+    (["model.num_heads=[4,8,8,-16]"], "model.num_heads=[4, 8, 8, -16]", "4 positive integers"),
+    (["model.num_heads=[5,8,8,16]"], "model.num_heads=[5, 8, 8, 16]", "stage 1 has width 24, which 5 heads do not"),
+    (["model.num_heads=[8,8,8,16]"], "model.num_heads=[8, 8, 8, 16]", "a head has 3 channels; rotary positions over 3"),
+    (["model.num_heads=[6,8,8,16]"], "model.num_heads=[6, 8, 8, 16]", "at least 6"),
+    (["model/variant=joint", "model.position=rope"], "model.num_heads=[4, 8, 8, 16]", "over 4 axes need an even"),
+    (["model.patch_size=[6,6,6]"], "model.patch_size=[6, 6, 6]", "4 positive integers"),
+    (["model.patch_size=[6,6,0,1]"], "model.patch_size=[6, 6, 0, 1]", "4 positive integers"),
+    (
+        ["model.patch_size=[6,6,96,1]"],
+        "model.patch_size=[6, 6, 96, 1]",
+        "not be larger than a clip of [48, 48, 48, 20]",
+    ),
+    (["model.window=[4,4,4]"], "model.window=[4, 4, 4]", "4 positive integers"),
+    (["model.window=[4,4,4,0]"], "model.window=[4, 4, 4, 0]", "4 positive integers"),
+    (["model.decoder_dim=0"], "model.decoder_dim=0", "at least 1"),
+    (["model.mlp_ratio=-1"], "model.mlp_ratio=-1.0", "at least one channel"),
+    (["model.mlp_ratio=0.01"], "model.mlp_ratio=0.01", "model.embed_dim=24"),
+    (["model.mlp_ratio=inf"], "model.mlp_ratio=inf", "at least one channel"),
+    (["model.rope_base=0"], "model.rope_base=0.0", "above 0"),
+    (["model.rope_base=nan"], "model.rope_base=nan", "above 0"),
+    (["model.layer_scale=nan"], "model.layer_scale=nan", "finite number or null"),
+    (["model.attention_base_width=0"], "model.attention_base_width=0", "at least 1"),
+    (["model.dropout=1.0"], "model.dropout=1.0", "[0, 1)"),
+    (["model.attention_dropout=-0.1"], "model.attention_dropout=-0.1", "[0, 1)"),
+    (["model.drop_path=1.5"], "model.drop_path=1.5", "[0, 1)"),
+    (["data.grid=[48,48]"], "data.grid=[48, 48]", "3 positive integers"),
+    (["data.grid=[48,48,-1]"], "data.grid=[48, 48, -1]", "3 positive integers"),
+    (["data.frames=0"], "data.frames=0", "at least 1"),
+    (["data.frame_stride=0"], "data.frame_stride=0", "at least 1"),
+    (["data.clip_stride=0"], "data.clip_stride=0", "at least 1"),
+    (["data.batch_size=0"], "data.batch_size=0", "at least 1"),
+    (["data.workers=-1"], "data.workers=-1", "not be negative"),
+    (["data.val_gap=-1"], "data.val_gap=-1", "not be negative"),
+    (["data.spacing=0"], "data.spacing=0.0", "mm above 0"),
+    (["data.spacing=inf"], "data.spacing=inf", "mm above 0"),
+    (["data.val_fraction=0"], "data.val_fraction=0.0", "(0, 1)"),
+    (["data.val_fraction=1"], "data.val_fraction=1.0", "(0, 1)"),
+    (["data.background=nan"], "data.background=nan", "finite"),
+    (["data=store"], "data.path=None", "needs the folder of a store"),
+    (["data=store", "data.path="], "data.path=", "needs the folder of a store"),
+    (["task.mask_ratio=1.2"], "task.mask_ratio=1.2", "(0, 1)"),
+    (["task.mask_ratio=1"], "task.mask_ratio=1.0", "(0, 1)"),
+    (["task.mask_ratio=0"], "task.mask_ratio=0.0", "(0, 1)"),
+    (["task.mask_ratio=nan"], "task.mask_ratio=nan", "(0, 1)"),
+    (["task.mask_unit=[6,6,6]"], "task.mask_unit=[6, 6, 6]", "4 positive integers"),
+    (["task.mask_unit=[]"], "task.mask_unit=[]", "4 positive integers"),
+    (["task.mask_unit=[9,6,6,1]"], "task.mask_unit=[9, 6, 6, 1]", MULTIPLE),
+    (["task.mask_unit=[6,6,6,0]"], "task.mask_unit=[6, 6, 6, 0]", "4 positive integers"),
+    (["task.mask_unit=[54,6,6,1]"], "task.mask_unit=[54, 6, 6, 1]", "not be larger than a clip"),
+    (["task.mask_unit=[48,48,48,20]"], "task.mask_unit=[48, 48, 48, 20]", "at least 2 units"),
+    (["task.mask_kind=tube", "task.mask_unit=[48,48,48,1]"], "task.mask_unit=[48, 48, 48, 1]", "task.mask_kind=tube"),
+    (
+        ["task.mask_kind=temporal", "task.mask_unit=[6,6,6,20]"],
+        "task.mask_unit=[6, 6, 6, 20]",
+        "task.mask_kind=temporal",
+    ),
+    (["optimizer.lr=0"], "optimizer.lr=0.0", "above 0"),
+    (["optimizer.lr=nan"], "optimizer.lr=nan", "above 0"),
+    (["optimizer.lr=inf"], "optimizer.lr=inf", "finite"),
+    (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay=-0.1", "not negative"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]", "two numbers in [0, 1)"),
+    (["optimizer.betas=[0.9,1.0]"], "optimizer.betas=[0.9, 1.0]", "two numbers in [0, 1)"),
+    (["optimizer.eps=0"], "optimizer.eps=0.0", "above 0"),
+    (["optimizer.warmup_steps=-1"], "optimizer.warmup_steps=-1", "not be negative"),
+    (["optimizer.min_lr_ratio=1.5"], "optimizer.min_lr_ratio=1.5", "[0, 1]"),
+    (["optimizer.base_width=24"], "optimizer.base_width=24", "must be null"),
+    (["optimizer=adamw_mup", "optimizer.base_width=null"], "optimizer.base_width=None", "embed_dim of its base model"),
+    (["optimizer=adamw_mup", "optimizer.base_width=25"], "optimizer.base_width=25", "no model of that width"),
+    (
+        ["optimizer=adamw_mup", "optimizer.base_width=24", "model.attention_base_width=48"],
+        "model.attention_base_width=48",
+        "must equal optimizer.base_width=24",
+    ),
+    *[
+        ([f"trainer.{name}=0"], f"trainer.{name}=0", "at least 1")
+        for name in ("max_steps", "val_every", "log_every", "accumulate", "keep_checkpoints")
+    ],
+    (["trainer.val_batches=-1"], "trainer.val_batches=-1", "not be negative"),
+    (["trainer.threads=-1"], "trainer.threads=-1", "not be negative"),
+    (["trainer.clip_norm=-1"], "trainer.clip_norm=-1.0", "not be negative"),
+    (["parallel=zero1", "parallel.zero_stage=2"], "parallel.zero_stage=2", "parallel=zero1 means 1"),
+    (["parallel=ddp", "parallel.devices=-1"], "parallel.devices=-1", "not be negative"),
+    (["parallel=ddp", "parallel.nodes=0"], "parallel.nodes=0", "at least 1"),
+    (["parallel.devices=2"], "parallel.devices=2", "choose parallel=ddp"),
+    (["parallel.nodes=2"], "parallel.nodes=2", "choose parallel=ddp"),
+    (["parallel=zero2", "parallel.offload_optimizer=true"], "parallel.offload_optimizer=True", "zero3_offload"),
+    (["parallel=ddp", "parallel.offload_parameters=true"], "parallel.offload_parameters=True", "zero3_offload"),
+    (["parallel=zero3", "parallel.offload_parameters=true"], "parallel.offload_parameters=True", "together with"),
+    (["parallel.reduce_bucket_mb=0"], "parallel.reduce_bucket_mb=0.0", "above 0"),
+    (["parallel.gather_bucket_mb=-1"], "parallel.gather_bucket_mb=-1.0", "above 0"),
+    (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0.0", "above 0"),
+    (["seed=-1"], "seed=-1", "[0, 4294967295]"),
+    (["seed=4294967296"], "seed=4294967296", "[0, 4294967295]"),
+    (["run_dir="], "run_dir=''", "must name a folder"),
+    # Types.
+    (["model.embed_dim=wide"], "model.embed_dim=wide", "must be an integer"),
+    (["trainer.max_steps=1.5"], "trainer.max_steps=1.5", "must be an integer"),
+    (["optimizer.lr=fast"], "optimizer.lr=fast", "must be a number"),
+    (["trainer.figures=maybe"], "trainer.figures=maybe", "must be true or false"),
+    (["model.layer_scale=small"], "model.layer_scale=small", "must be a number, or null"),
+    (["model.depths=3"], "model.depths=3", "must be a list of integers"),
+    (["data.grid=[48,x,48]"], "data.grid=[48, 'x', 48]", "must be a list of integers"),
+    (["task.mask_unit=6"], "task.mask_unit=6", "must be a list of integers such as [6,6,6,1], or null"),
+    (["optimizer.betas=0.9"], "optimizer.betas=0.9", "must be a list of numbers"),
+    (["model.depths=null"], "model.depths=None", "must be a list of integers"),
+    (["run_dir=null"], "run_dir=None", "must be a text"),
+    # Keys.
+    (["+model.foo=1"], "model.foo=1", "those of model are name, embed_dim, depths"),
+    (["+trainer.foo={a: 1}"], "trainer.foo={'a': 1}", "those of trainer are max_steps"),
+    (["+foo=1"], "foo=1", "those are model, data, task"),
+    (["~task.loss"], "task.loss is missing", "task.loss=..."),
+    (["data=_common"], "data.name is missing", "data.name=..."),
+    (["data.path=${nowhere}"], "data.path", "'nowhere' not found"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "legal"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_wrong_value_is_named_with_what_is_legal(overrides: list[str], given: str, legal: str) -> None:
+    message = refused(*overrides)
+    assert message.startswith(given), message
+    assert legal in message, message
+
+
+def test_the_edges_of_the_legal_are_legal() -> None:
+    typed(composed("task.mask_ratio=0.01", "optimizer.min_lr_ratio=1", "optimizer.weight_decay=0", "seed=4294967295"))
+    typed(
+        composed("task.mask_unit=[48,48,48,10]", "model.dropout=0", "trainer.clip_norm=0", "optimizer.warmup_steps=0")
+    )
+    typed(composed("model.layer_scale=null", "data.val_gap=0", "trainer.val_batches=0", "model.num_heads=[1,1,1,1]"))
+    typed(composed("model.patch_size=[48,48,48,1]", "model.depths=[1]", "model.num_heads=[2]"))
+
+
+CHECKED_TOGETHER = {
+    "wandb", "figures", "patch_norm", "final_norm", "verify", "split", "path", "init", "resume", "launcher",
+    "loss_background", "cpu_adam", "compile", "overlap",
+}  # fmt: skip
+"""Settings of which every value of the type is legal here; files and folders are looked at when they are opened."""
+
+
+def settings_of(kind: type, prefix: str = "") -> list[str]:
+    """Names of all settings, as SECTION.NAME."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        found += settings_of(hint, f"{name}.") if is_dataclass(hint) else [prefix + name]
+    return found
+
+
+def test_the_list_of_wrong_values_is_complete() -> None:
+    """Every setting that has an illegal value stands in WRONG, so a new one cannot go without a check and a test."""
+    tried = {override.lstrip("+~").partition("=")[0] for overrides, _, _ in WRONG for override in overrides}
+    free = {name for name in settings_of(Config) if name.split(".")[-1] in CHECKED_TOGETHER}
+    labels = {"model.name", "model.variant", "data.path"}
+    assert set(settings_of(Config)) - tried - free - labels == set()
+
+
+def test_checks_look_at_typed_settings_too() -> None:
+    cfg = typed(composed())
+    check(cfg)
+    with pytest.raises(UserError, match=r"^task\.mask_ratio=2: "):
+        check(replace(cfg, task=replace(cfg.task, mask_ratio=2)))
+
+
+# --- no dead setting ----------------------------------------------------------------------------------------------
+def accesses() -> set[tuple[str, str]]:
+    """(last name of the object, attribute) for every attribute read in swift/, apart from the checks themselves."""
+    found = set()
+    for path in Path(swift.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.name == "check.py":
+            tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and "check" not in node.name]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
+                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                found.add((owner, node.attr))
+    return found
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    read = accesses()
+    dead = []
+    for setting in settings_of(Config):
+        section, _, name = setting.rpartition(".")
+        owners = {"cfg", "config", section or "cfg"}
+        # What the optimizer is, its base width says; the name is checked against it.
+        if setting != "optimizer.name" and not any((owner, name) in read for owner in owners):
+            dead.append(setting)
+    assert dead == []
+
+
+def test_files_hold_settings_only() -> None:
+    known = set(settings_of(Config))
+    for path in conf_dir().rglob("*.yaml"):
+        section = path.relative_to(conf_dir()).parts[0]
+        if section in ("config.yaml", "launcher"):
+            continue
+        for key in yaml.safe_load(path.read_text(encoding="utf-8")).keys() - {"defaults"}:
+            assert f"{section}.{key}" in known, f"{path}: {key}"
+
+
+# --- frozen settings ----------------------------------------------------------------------------------------------
+RUN = ["task.mask_unit=[12,6,6,2]", "seed=7", "data.path='a folder: with # signs'"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    freeze(typed(composed(f"run_dir={tmp_path}", *RUN)), tmp_path / "config.yaml")
+    return tmp_path
+
+
+def test_frozen_settings_come_back_equal(run_dir: Path) -> None:
+    cfg = load_frozen(run_dir, [])
+    assert cfg.task.mask_unit == [12, 6, 6, 2]
+    assert cfg.data.path == "a folder: with # signs"
+    assert cfg == typed(composed(f"run_dir={run_dir}", *RUN))
+    freeze(cfg, run_dir / "config.yaml")
+    assert load_frozen(run_dir, []) == cfg
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("choice", choices("model"))
+def test_every_size_freezes(choice: str, tmp_path: Path) -> None:
+    cfg = typed(composed(f"model={choice}", "+launcher=frontier", "run_dir=x"))
+    freeze(cfg, tmp_path / "config.yaml")
+    assert load_frozen(tmp_path, []) == cfg
+
+
+def test_frozen_settings_compose_with_hydra(run_dir: Path) -> None:
+    """`--config-path RUN --config-name config` gives the same run: what a submitted job does."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(run_dir), version_base=None):
+        tree = compose("config", ["trainer.max_steps=9"])
+    assert typed(tree) == load_frozen(run_dir, ["trainer.max_steps=9"])
+
+
+def test_values_of_a_resumed_run_can_be_changed(run_dir: Path) -> None:
+    before = load_frozen(run_dir, [])
+    after = load_frozen(
+        run_dir, ["trainer.max_steps=900", "optimizer.betas=[0.8,0.9]", "data.path=/new/place", "task.mask_unit=null"]
+    )
+    assert differences(before, after) == ["data.path", "optimizer.betas", "task.mask_unit", "trainer.max_steps"]
+    assert (after.trainer.max_steps, after.optimizer.betas, after.data.path) == (900, [0.8, 0.9], "/new/place")
+    assert after.task.mask_unit is None
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model=51m", "only single values"),
+        ("model/variant=joint", "only single values"),
+        ("parallel=zero1", "only single values"),
+        ("+launcher=frontier", "only single values"),
+        ("~task.loss", "only single values"),
+        ("model.embed_dim=48", "keeps its model"),
+        ("run_dir=elsewhere", "its folder"),
+        ("init=weights.ckpt", "its weights"),
+        ("trainer.max_steps=many", "must be an integer"),
+        ("trainer.foo=1", "no such setting"),
+        ("task.mask_ratio=1.2", "(0, 1)"),
+        ("task.mask_unit=[1", "task.mask_unit=[1"),
+    ],
+)
+def test_a_resumed_run_refuses(run_dir: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_frozen(run_dir, [override])
+    assert override.partition("=")[0].lstrip("+~") in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "not a run directory"),
+        ("a: [1", "cannot be read"),
+        ("- 1", "holds no settings"),
+        ("seed: 1", "is missing"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_damaged_frozen_file_is_named(tmp_path: Path, content: str | bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=says) as caught:
+        load_frozen(tmp_path, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_differences_are_named_to_the_last_level(run_dir: Path) -> None:
+    cfg = load_frozen(run_dir, [])
+    other = replace(cfg, seed=8, launcher={"name": "x"}, data=replace(cfg.data, frames=4, grid=[1, 2, 3]))
+    assert differences(cfg, other) == ["data.frames", "data.grid", "launcher", "seed"]
+    assert differences(cfg, cfg) == []
+
+
+def test_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    assert writable(tmp_path)
+    assert writable(tmp_path / "a" / "b")
+    assert not writable(tmp_path / "file")
+    assert not writable(tmp_path / "file" / "run")
+    assert not writable(tmp_path / "nowhere" / "run")
+    assert writable(Path("relative") / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]

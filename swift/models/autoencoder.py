@@ -64,9 +64,10 @@ def clip_sums(prediction: Tensor, target: Tensor, counted: Tensor, kind: str) ->
     Returns:
         float32 (B,) and int64 (B,).
     """
-    each = LOSSES[kind](prediction.squeeze(1).float(), target.squeeze(1).float(), reduction="none")
-    # where, not a product: 0 * NaN outside the counted voxels would be NaN.
-    return torch.where(counted, each, 0.0).flatten(1).sum(1), counted.flatten(1).sum(1)
+    # where, not a product (0 * NaN is NaN), and before the loss, not after it: its gradient at NaN is NaN, times 0 too.
+    difference = torch.where(counted, prediction.squeeze(1).float() - target.squeeze(1).float(), 0.0)
+    each = LOSSES[kind](difference, difference.new_zeros(()).expand_as(difference), reduction="none")
+    return each.flatten(1).sum(1), counted.flatten(1).sum(1)
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, counted: Tensor, kind: str) -> Tensor:

@@ -9,15 +9,16 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig
 from swift.models import mup
 from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
 from swift.models.masking import draw_mask, mask_voxels
+from swift.modules.metrics import WeightedMean
 from swift.modules.optim import build_optimizer, build_schedule
 
 Batch = dict[str, Tensor]
@@ -37,8 +38,8 @@ class PretrainModule(pl.LightningModule):
         self.model = self.build_model(cfg.model)
         if self.widths is not None:
             mup.rescale(self.model, self.widths)
-        self.val_loss = MeanMetric()
-        self.val_l1 = MeanMetric()
+        self.val_loss = WeightedMean()
+        self.val_l1 = WeightedMean()
         self._step_loss = torch.zeros(())
         self._rate = 0.0
 
@@ -71,8 +72,16 @@ class PretrainModule(pl.LightningModule):
         mask = self.draw_mask(batch)
         return self.model(batch["bold"], mask), mask
 
+    def seed_dropout(self, batch_idx: int) -> None:
+        """Dropout and drop path of a micro-batch draw from a stream of its own: a resumed run draws the same."""
+        model = self.cfg.model
+        if model.dropout or model.attention_dropout or model.drop_path:
+            place = (self.cfg.seed, self.global_step, batch_idx % self.cfg.trainer.accumulate, self.global_rank)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        self.seed_dropout(batch_idx)
         prediction, mask = self.reconstruct(batch)
         counted = self.counted_voxels(batch, mask)
         return reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss)
@@ -96,11 +105,11 @@ class PretrainModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         prediction, mask = self.reconstruct(batch)
         counted = self.counted_voxels(batch, mask)
-        clips = counted.flatten(1).any(1).sum()
-        # Weighted and gathered over ranks, so that neither the batch size nor the ranks change the figures.
-        self.val_loss.update(reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss), clips)
-        sums, voxels = clip_sums(prediction, batch["bold"], counted, "l1")
-        self.val_l1.update(sums.sum() / voxels.sum().clamp(min=1), voxels.sum())
+        # Sums and numbers, gathered over ranks, so that neither the batch size nor the ranks change the figures.
+        sums, voxels = clip_sums(prediction, batch["bold"], counted, self.cfg.task.loss)
+        self.val_loss.update(sums / voxels.clamp(min=1), voxels > 0)
+        # What the baselines are compared with: voxels of the brain, whatever the loss counts.
+        self.val_l1.update(*clip_sums(prediction, batch["bold"], counted & batch["brain"].unsqueeze(-1), "l1"))
         self.log("val/loss", self.val_loss, batch_size=len(mask))
         self.log("val/l1", self.val_l1, batch_size=len(mask))
         self.log("step", float(self.global_step), sync_dist=True)

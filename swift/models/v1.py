@@ -70,7 +70,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds, none of which says what the user can do
-        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as plain weights ({reason})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:

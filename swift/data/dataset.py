@@ -76,8 +76,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
             out = buffer["codes"][row : row + frames * count].reshape(frames, count)
             self.store.read(scan, start, start + self.spec.span, self.spec.frame_stride, out, self.verify)
             part = slice(at, at + count)
-            buffer["index"][part] = self.store.indices(scan)
-            buffer["a"][part], buffer["b"][part] = self.store.normalizer(scan, self.normalization)
+            index, a, b = (buffer[name][part] for name in ("index", "a", "b"))
+            self.store.tables(scan, self.normalization, index, a, b)
             meta[place] = sample_id, scan, start, 1
             voxels.append(count)
             row, at = row + frames * count, at + count

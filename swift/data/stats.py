@@ -111,7 +111,12 @@ def quantize(bold: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndar
 
 
 def fold(
-    kind: str, scale: np.ndarray, offset: np.ndarray, voxel: dict[str, np.ndarray], brain: dict[str, float]
+    kind: str,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    voxel: dict[str, np.ndarray],
+    brain: dict[str, float],
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Dequantization and normalization in one: a, b (V,) float32 with normalized = q * a + b.
 
@@ -124,8 +129,10 @@ def fold(
     """
     if kind not in KINDS:
         raise UserError(f"normalization {kind!r}: legal are {', '.join(KINDS)}")
+    a, b = out if out is not None else np.empty((2, len(scale)), np.float32)
     if kind == "none":
-        return scale.astype(np.float32), offset.astype(np.float32)
+        a[:], b[:] = scale, offset
+        return a, b
     # In float32: the largest error, that of offset - centre, is the rounding that both were stored with.
     ok = scale > 0
     centre: np.ndarray | np.float32
@@ -151,8 +158,9 @@ def fold(
         ok &= centre > np.float32(MIN_BASELINE * base)
     ok &= width > 0
     with np.errstate(divide="ignore"):
-        inverse = np.reciprocal(np.broadcast_to(width, ok.shape))
-    inverse[~ok] = 0
-    b = np.subtract(offset, centre, dtype=np.float32)
-    b *= inverse
-    return np.multiply(scale, inverse, dtype=np.float32), b
+        np.reciprocal(np.broadcast_to(width, a.shape), out=a)
+    a[~ok] = 0
+    np.subtract(offset, centre, out=b)
+    b *= a
+    a *= scale
+    return a, b

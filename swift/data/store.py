@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class _Shard:
 
 
 ARRAYS = ("mask", "checksum", *fmt.VECTORS)
+_OF_A_PROCESS = ("_layouts", "_kept", "_held", "_spare", "_cells", "_process", "_shards")
 
 
 @dataclass
@@ -62,20 +63,6 @@ class _Layout:
     offset: np.ndarray
     digest: np.ndarray
     brain: np.ndarray
-
-
-@dataclass
-class _Scan:
-    """What is kept in memory of a scan that was read lately."""
-
-    bold: int
-    checksum: np.ndarray
-    indices: np.ndarray
-    normalizers: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return self.checksum.nbytes + self.indices.nbytes + sum(2 * a.nbytes for a, _ in self.normalizers.values())
 
 
 class Store:
@@ -107,15 +94,19 @@ class Store:
             raise UserError(f"{self.path}: holds no scans; if an ingest was interrupted, run it again to finish it")
         self._check_shards(description.get("shards", {}))
         self._by_name = {scan.scan_id: place for place, scan in enumerate(self.scans)}
-        self._layouts: dict[int, _Layout] = {}
-        self._cells: np.ndarray | None = None
+        self._empty()
         self._fresh()
+
+    def _empty(self) -> None:
+        self._layouts: dict[int, _Layout] = {}
+        self._kept: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._held = 0
+        self._spare: dict[str, np.ndarray] = {}
+        self._cells: np.ndarray | None = None
 
     def _fresh(self) -> None:
         self._process = os.getpid()
         self._shards: OrderedDict[str, _Shard] = OrderedDict()
-        self._cache: OrderedDict[int, _Scan] = OrderedDict()
-        self._held = 0
 
     def _check_shards(self, listed: dict[str, Any]) -> None:
         for name in sorted({scan.shard for scan in self.scans}):
@@ -133,14 +124,19 @@ class Store:
         self.shards: dict[str, dict[str, Any]] = listed
 
     def __getstate__(self) -> dict[str, Any]:
-        empty: dict[str, Any] = {"_shards": OrderedDict(), "_cache": OrderedDict(), "_held": 0, "_layouts": {}}
-        return self.__dict__ | empty | {"_cells": None, "_process": -1}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._empty()
+        self._fresh()
 
     def close(self) -> None:
         """Close all handles; they open again when needed."""
         if self._process == os.getpid():
             for shard in self._shards.values():
                 shard.close()
+        self._empty()
         self._fresh()
 
     def find(self, scan_id: str) -> int:
@@ -207,38 +203,13 @@ class Store:
         self._layouts[scan] = _Layout(places["bold"][0], found[:, 0], found[:, 1], brain)
         return self._layouts[scan]
 
-    def _array(self, scan: int, name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
-        """A small array, always compared with its checksum (it decides over every value of the scan)."""
-        info, layout, place = self.scans[scan], self._layout(scan), ARRAYS.index(name)
-        array = np.empty(shape, kind)
-        self._fill(self._shard(info.shard).handle, array, int(layout.offset[place]), scan)
-        if fmt.array_hash(array) != layout.digest[place]:
+    def _array(self, scan: int, name: str, out: np.ndarray) -> np.ndarray:
+        """Fill `out` with a small array; always compared with its checksum, as it decides over all frames."""
+        layout, place = self._layout(scan), ARRAYS.index(name)
+        self._fill(self._shard(self.scans[scan].shard).handle, out, int(layout.offset[place]), scan)
+        if fmt.array_hash(out) != layout.digest[place]:
             raise self._corrupt(scan, f"{name} differs from its checksum")
-        return array
-
-    def _scan(self, scan: int) -> _Scan:
-        if self._process == os.getpid() and scan in self._cache:
-            self._cache.move_to_end(scan)
-            return self._cache[scan]
-        info, layout = self.scans[scan], self._layout(scan)
-        if self._cells is None:
-            self._cells = np.arange(int(np.prod(self.grid)), dtype=np.int32)
-        indices = self._cells[self.mask(scan).ravel()]  # twice as fast as flatnonzero
-        if len(indices) != info.voxels:
-            raise self._corrupt(scan, f"mask has {len(indices)} voxels, bold {info.voxels}")
-        checksum = self._array(scan, "checksum", (info.frames,), "<u8")
-        self._cache[scan] = known = _Scan(layout.bold, checksum, indices)
-        self._held += known.nbytes
-        self._make_room(scan)
-        return known
-
-    def _make_room(self, keep: int) -> None:
-        """Forget the scans that were not read for longest."""
-        while self._held > CACHE_BYTES and len(self._cache) > 1:
-            oldest = next(iter(self._cache))
-            if oldest == keep:
-                break
-            self._held -= self._cache.pop(oldest).nbytes
+        return out
 
     # ------------------------------------------------------------------------------------------------- reading
     def read(
@@ -259,7 +230,7 @@ class Store:
             UserError: frames outside the scan.
             CorruptData: a frame differs from its checksum, or the file ends early.
         """
-        known, info = self._scan(scan), self.scans[scan]
+        info, begin = self.scans[scan], self._layout(scan).bold
         if not 0 <= start < stop <= info.frames or step < 1:
             raise UserError(f"scan {info.scan_id}: frames {start}:{stop}:{step}; it has frames 0:{info.frames}")
         frames = range(start, stop, step)
@@ -270,11 +241,12 @@ class Store:
         assert out.flags.c_contiguous
         handle, row = self._shard(info.shard).handle, 2 * info.voxels
         if step == 1 and not verify:
-            self._fill(handle, out, known.bold + start * row, scan)
+            self._fill(handle, out, begin + start * row, scan)
             return out
+        checksum = self._array(scan, "checksum", np.empty(info.frames, "<u8"))
         for place, frame in enumerate(frames):  # a frame is hashed while it is still in the processor's cache
-            self._fill(handle, out[place], known.bold + frame * row, scan)
-            if verify and xxhash.xxh3_64_intdigest(out[place].data) != known.checksum[frame]:
+            self._fill(handle, out[place], begin + frame * row, scan)
+            if verify and xxhash.xxh3_64_intdigest(out[place].data) != checksum[frame]:
                 raise self._corrupt(scan, "bytes differ from their checksum", frame)
         return out
 
@@ -294,11 +266,13 @@ class Store:
 
     def mask(self, scan: int) -> np.ndarray:
         """(X, Y, Z) bool."""
-        return self._array(scan, "mask", self.grid, "u1").view(bool)
+        return self._array(scan, "mask", np.empty(self.grid, np.uint8)).view(bool)
 
     def indices(self, scan: int) -> np.ndarray:
-        """(V,) int32 flat positions (C order) of the brain voxels. Shared: do not write to it."""
-        return self._scan(scan).indices
+        """(V,) int32 flat positions (C order) of the brain voxels."""
+        index = np.empty(self.scans[scan].voxels, np.int32)
+        self._put_indices(scan, index)
+        return index
 
     def normalizer(self, scan: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """a, b (V,) float32 with normalized value = q * a + b; see `swift.data.stats.fold` for the kinds.
@@ -306,19 +280,50 @@ class Store:
         Raises:
             UserError: unknown kind, or one that this scan's values do not allow; names the scan.
         """
-        known = self._scan(scan)
-        if kind not in known.normalizers:
-            scale, offset = self.array(scan, "scale"), self.array(scan, "offset")
-            voxel = {name: self.array(scan, f"stats/{name}") for name in NEEDS.get(kind, ())}
-            brain = dict(zip((f"global_{name}" for name in fmt.STATS), self._layout(scan).brain.tolist()))
-            try:
-                folded = fold(kind, scale, offset, voxel, brain)
-            except UserError as error:
-                raise UserError(f"scan {self.scans[scan].scan_id}: {error}") from error
-            known.normalizers[kind] = folded
-            self._held += 2 * folded[0].nbytes
-            self._make_room(scan)
-        return known.normalizers[kind]
+        a, b = np.empty((2, self.scans[scan].voxels), np.float32)
+        self._put_normalizer(scan, kind, a, b)
+        return a, b
+
+    def tables(self, scan: int, kind: str, index: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+        """Put `indices` (V,) int32 and `normalizer` (V,) float32 into the caller's arrays.
+
+        They are kept in memory for the next time, scan by scan until CACHE_BYTES are used. None is ever given up for
+        another: where scans come in random order, no choice would be better, and putting them away has its cost.
+        """
+        if kept := self._kept.get((scan, kind)):
+            index[:], a[:], b[:] = kept
+            return
+        self._put_indices(scan, index)
+        self._put_normalizer(scan, kind, a, b)
+        size = index.nbytes + a.nbytes + b.nbytes
+        if self._held + size <= CACHE_BYTES:
+            self._kept[scan, kind] = index.copy(), a.copy(), b.copy()
+            self._held += size
+
+    def _put_indices(self, scan: int, index: np.ndarray) -> None:
+        if self._cells is None:
+            self._cells = np.arange(int(np.prod(self.grid)), dtype=np.int32)
+        mask = self._array(scan, "mask", self._scratch("mask", len(self._cells), np.uint8)).view(bool)
+        found = self._cells[mask]  # twice as fast as flatnonzero
+        if len(found) != len(index):
+            raise self._corrupt(scan, f"mask has {len(found)} voxels, bold {len(index)}")
+        index[:] = found
+
+    def _put_normalizer(self, scan: int, kind: str, a: np.ndarray, b: np.ndarray) -> None:
+        names = ["scale", "offset", *(f"stats/{name}" for name in NEEDS.get(kind, ()))]
+        vector = {name: self._array(scan, name, self._scratch(name, len(a), np.float32)) for name in names}
+        voxel = {name: vector[f"stats/{name}"] for name in NEEDS.get(kind, ())}
+        brain = dict(zip((f"global_{name}" for name in fmt.STATS), self._layout(scan).brain.tolist(), strict=True))
+        try:
+            fold(kind, vector["scale"], vector["offset"], voxel, brain, (a, b))
+        except UserError as error:
+            raise UserError(f"scan {self.scans[scan].scan_id}: {error}") from error
+
+    def _scratch(self, name: str, size: int, kind: type[np.generic]) -> np.ndarray:
+        """Memory that is used again and again: fresh memory costs more than the read."""
+        if name not in self._spare or len(self._spare[name]) < size:
+            self._spare[name] = np.empty(size, kind)
+        return self._spare[name][:size]
 
     def attributes(self, scan: int) -> dict[str, Any]:
         """All attributes of a scan: affine, tr, source, notes (JSON text), global statistics, ..."""
@@ -333,7 +338,7 @@ class Store:
         """A per-voxel vector (V,) float32: scale, offset or stats/mean, std, min, max, median, iqr."""
         if name not in fmt.VECTORS:
             raise UserError(f"no vector {name!r}; there are {', '.join(fmt.VECTORS)}")
-        return self._array(scan, name, (self.scans[scan].voxels,), "<f4")
+        return self._array(scan, name, np.empty(self.scans[scan].voxels, "<f4"))
 
     def values(self, scan: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Dequantized values (n, V) float32, in the scan's own units."""

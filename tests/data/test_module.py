@@ -181,7 +181,7 @@ def test_corrupt_bytes_stop_the_run(tmp_path: Path) -> None:
     store = Store(path)
     file = path / "shards" / store.scans[0].shard
     raw = bytearray(file.read_bytes())
-    raw[store._scan(0).bold + 1] ^= 1  # frame 0
+    raw[store._layout(0).bold + 1] ^= 1  # frame 0
     file.write_bytes(raw)
     for workers in (0, 1):
         with pytest.raises(CorruptData, match=rf"^{file}: scan sub-00_task-rest, frame 0: ") as caught:

@@ -202,11 +202,17 @@ def test_handles_do_not_cross_processes(made: Path) -> None:
 def test_few_handles_and_little_memory(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swift.data.store.OPEN_SHARDS", 1)
     store = Store(made)
-    monkeypatch.setattr("swift.data.store.CACHE_BYTES", 1500)
+    monkeypatch.setattr("swift.data.store.CACHE_BYTES", 12 * (store.scans[0].voxels + store.scans[4].voxels))
     for place in [0, 4, 2, 0, 3, 1, 4]:
         store.read(place, 0, 2, verify=True)
+        voxels = store.scans[place].voxels
+        index, a, b = np.zeros(voxels, np.int32), np.zeros(voxels, np.float32), np.zeros(voxels, np.float32)
+        store.tables(place, "zscore_voxel", index, a, b)
+        np.testing.assert_array_equal(index, np.flatnonzero(scan(place)[1]))
+        np.testing.assert_array_equal((a, b), Store(made).normalizer(place, "zscore_voxel"))
         assert len(store._shards) == 1
-        assert len(store._cache) <= 2
+        assert set(store._kept) <= {(0, "zscore_voxel"), (4, "zscore_voxel")}  # no room for a third
+    assert len(store._kept) == 2
 
 
 # ------------------------------------------------------------------------------------------------------- damage
@@ -221,7 +227,7 @@ def flip(file: Path, place: int, bit: int = 0) -> None:
 def test_a_flipped_bit_is_named(own: Path) -> None:
     store = Store(own)
     assert all(store.check(place) == [] for place in range(5))
-    info, place = store.scans[2], store._scan(2).bold
+    info, place = store.scans[2], store._layout(2).bold
     flip(own / "shards" / info.shard, place + 2 * info.voxels * 7 + 3)
     assert store.read(2, 0, 7, verify=True).shape == (7, info.voxels)
     with pytest.raises(CorruptData, match=rf"{info.shard}.*{info.scan_id}, frame 7") as caught:

@@ -69,8 +69,6 @@ def check_model(cfg: ModelConfig) -> None:
     _check_positive("model.patch_size", cfg.patch_size, 4)
     _check_positive("model.window", cfg.window, 4)
     _require(cfg.decoder_dim >= 1, "model.decoder_dim", cfg.decoder_dim, "must be at least 1")
-    base = cfg.attention_base_width
-    _require(base is None or base >= 1, "model.attention_base_width", base, "must be at least 1, or null")
     wide_enough = math.isfinite(cfg.mlp_ratio) and int(cfg.mlp_ratio * cfg.embed_dim) >= 1
     legal = f"must be a number that leaves a hidden layer of model.embed_dim={cfg.embed_dim} at least one channel"
     _require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
@@ -154,13 +152,13 @@ def check_optimizer(cfg: OptimizerConfig) -> None:
 
 def check_mup(cfg: Config) -> None:
     """Raise UserError where the base model of muP cannot exist, or the attention is scaled for another one."""
-    base = cfg.optimizer.base_width
+    base, attention = cfg.optimizer.base_width, cfg.model.attention_base_width
+    legal = "must be at least 1, or null"
+    _require(attention is None or attention >= 1, "model.attention_base_width", attention, legal)
     if base is None:
         return
     legal = f"must equal optimizer.base_width={base} (leave it out and it follows)"
-    _require(
-        cfg.model.attention_base_width == base, "model.attention_base_width", cfg.model.attention_base_width, legal
-    )
+    _require(attention == base, "model.attention_base_width", attention, legal)
     try:
         check_model(replace(cfg.model, embed_dim=base))
     except UserError as error:

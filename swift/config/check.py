@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from swift.config.schema import (
+    AugmentConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -103,8 +104,37 @@ def check_data(cfg: DataConfig) -> None:
     )
     _require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
     _require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
+    _check_sources(cfg)
+    _check_augment(cfg.augment)
+
+
+def _check_sources(cfg: DataConfig) -> None:
+    """Which stores, and how much of them."""
     if cfg.name == "store":
-        _require(bool(cfg.path), "data.path", cfg.path, "data=store needs the folder of a store")
+        legal = "data=store needs the folder of a store, or data.mixture"
+        _require(bool(cfg.path) or bool(cfg.mixture), "data.path", cfg.path, legal)
+    paths = [cohort.path for cohort in cfg.mixture]
+    weights = [cohort.weight for cohort in cfg.mixture]
+    _require(not paths or cfg.name == "store", "data.mixture", paths, f"needs data=store, not data={cfg.name}")
+    _require(not paths or not cfg.path, "data.path", cfg.path, "must be null beside data.mixture: name it there too")
+    _require(len(set(paths)) == len(paths), "data.mixture", paths, "names a store twice")
+    legal = "must be numbers above 0 for all cohorts, or null for all"
+    some = [weight for weight in weights if weight is not None]
+    well = len(some) in (0, len(weights)) and all(w > 0 and math.isfinite(w) for w in some)
+    _require(well, "data.mixture weights", weights, legal)
+    for name in ("max_subjects", "max_frames"):
+        value = getattr(cfg, name)
+        _require(value is None or value >= 1, f"data.{name}", value, "must be at least 1, or null for all")
+
+
+def _check_augment(cfg: AugmentConfig) -> None:
+    for name in ("flip", "affine", "intensity", "noise"):
+        _require(0 <= getattr(cfg, name) <= 1, f"data.augment.{name}", getattr(cfg, name), "must lie in [0, 1]")
+    for name in ("shift", "intensity_scale", "intensity_shift", "noise_std"):
+        value = getattr(cfg, name)
+        _require(value >= 0 and math.isfinite(value), f"data.augment.{name}", value, "must be 0 or more")
+    _require(0 <= cfg.rotate <= 180, "data.augment.rotate", cfg.rotate, "must lie in [0, 180] degrees")
+    _require(0 <= cfg.zoom < 1, "data.augment.zoom", cfg.zoom, "must lie in [0, 1)")
 
 
 def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:

@@ -64,6 +64,42 @@ class ModelConfig:
 
 
 @dataclass
+class CohortConfig:
+    """One store of a mixture."""
+
+    path: str
+    """Folder of the store."""
+    weight: Optional[float] = None
+    """Part of the training samples, up to a common factor; null (for all cohorts): every clip once an epoch."""
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of training clips, the same for all frames of a clip. A probability of 0 switches one off."""
+
+    flip: float
+    """Probability of mirroring left and right. Off by default: the sides of the brain differ."""
+    affine: float
+    """Probability of a rotation, shift and zoom together."""
+    rotate: float
+    """Largest angle about each axis, degrees."""
+    shift: float
+    """Largest shift along each axis, mm."""
+    zoom: float
+    """Largest relative change of size, the same on all axes."""
+    intensity: float
+    """Probability of a change of all brain values, x -> x * (1 + s) + o."""
+    intensity_scale: float
+    """Largest |s|."""
+    intensity_shift: float
+    """Largest |o|, in normalized units."""
+    noise: float
+    """Probability of Gaussian noise in the brain."""
+    noise_std: float
+    """Its largest standard deviation, in normalized units; drawn from 0 to this."""
+
+
+@dataclass
 class DataConfig:
     """Which scans, how they are cut into clips, and how their values are scaled (the input contract of a model)."""
 
@@ -97,6 +133,17 @@ class DataConfig:
     """File of a split by subject (made by `swift.data split`); null: hold out in time."""
     verify: bool
     """Check the checksum of every frame that is read."""
+    mixture: list[CohortConfig]
+    """Stores of one grid and spacing to draw from together, in place of `path`; empty: `path` alone."""
+    max_subjects: Optional[int]
+    """Train on so many subjects only; a smaller number takes a part of the same ones. null: all."""
+    max_frames: Optional[int]
+    """Train on at most so many frames in all, dealt evenly to the subjects. null: all."""
+    budget_seed: int
+    """Which subjects come first."""
+    augment: AugmentConfig
+    stage_dir: Optional[str]
+    """Folder on this node's own disk (environment variables are expanded) to copy the needed shards to; null: none."""
 
 
 @dataclass

@@ -5,12 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from swift.config.schema import AugmentConfig
 from swift.data.store import ScanHeader, StoreWriter
 
 GRID = (5, 6, 7)
+PLAIN: dict[str, Any] = {
+    "mixture": [],
+    "max_subjects": None,
+    "max_frames": None,
+    "budget_seed": 0,
+    "augment": AugmentConfig(0.0, 0.0, 5.0, 4.0, 0.05, 0.0, 0.1, 0.1, 0.0, 0.1),
+    "stage_dir": None,
+}
+"""Settings of DataConfig that most tests do not need."""
 
 
 def scan(number: int, frames: int = 24, grid: tuple[int, int, int] = GRID) -> tuple[ScanHeader, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from swift.data.ring import SLOTS, StaleBatch
 from swift.data.splits import Split, save_splits
 from swift.data.store import CorruptData, Store
 from swift.utils.errors import UserError
-from tests.data.stores import GRID, build, scan
+from tests.data.stores import GRID, PLAIN, build, scan
 
 torch.set_num_threads(2)
 SETTINGS = DataConfig(
@@ -37,6 +37,7 @@ SETTINGS = DataConfig(
     val_gap=2,
     split=None,
     verify=True,
+    **PLAIN,
 )
 FRAMES = [24, 31, 24, 40]
 

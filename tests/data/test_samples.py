@@ -19,6 +19,7 @@ from swift.data.samples import CorruptDownload, SamplesUnavailable, Wheel, fetch
 from swift.data.store import Store
 from swift.utils.errors import UserError
 from tests.data import scans
+from tests.data.stores import PLAIN
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,7 @@ def unreachable(requirement: str, folder: Path) -> None:
 
 def config(**changes: object) -> DataConfig:
     fields: dict[str, object] = {
+        **PLAIN,
         "name": "sample", "path": None, "grid": [24, 24, 24], "spacing": 3.0, "frames": 4, "frame_stride": 1,
         "clip_stride": 4, "normalization": "zscore_voxel", "background": 0.0, "batch_size": 1, "workers": 0,
         "val_fraction": 0.2, "val_gap": 1, "split": None, "verify": True,

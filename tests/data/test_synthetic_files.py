@@ -18,6 +18,7 @@ from swift.data import synthetic
 from swift.data.store import Store
 from swift.data.synthetic import CohortSpec, geometry, make_subject
 from swift.utils.errors import UserError
+from tests.data.stores import PLAIN
 
 SMALL = CohortSpec(n_subjects=3, grid=(16, 18, 14), spacing=10.0, frames=40, seed=7)
 
@@ -92,7 +93,7 @@ def test_store_holds_the_scans_and_their_frame_labels(tmp_path: Path) -> None:
 
 def data_config(path: str | None = None) -> DataConfig:
     return DataConfig(
-        name="synthetic", path=path, grid=[12, 12, 12], spacing=14.0, frames=10, frame_stride=1, clip_stride=5,
+        **PLAIN, name="synthetic", path=path, grid=[12, 12, 12], spacing=14.0, frames=10, frame_stride=1, clip_stride=5,
         normalization="zscore_voxel", background=0.0, batch_size=2, workers=0, val_fraction=0.2, val_gap=5, split=None,
         verify=False,
     )  # fmt: skip

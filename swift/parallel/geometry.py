@@ -12,13 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from timm.layers import Mlp
 from torch import nn
 
 from swift.config.schema import ModelConfig
 from swift.models.attention import WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.decoders import LocalDecoder
+from swift.models.encoder import Stage as StageModule
 from swift.models.encoder import SwinBlock, SwinEncoder
+from swift.models.layers import Residual
 from swift.models.windows import plan_groups
 from swift.utils.errors import UserError
 
@@ -32,6 +35,7 @@ class Branch:
     width: int
     scaled: bool
     """LayerScale."""
+    parameters: int
     hidden: int = 0
     heads: int = 0
     rotary: bool = False
@@ -51,10 +55,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
-    """Branches in the order they run, and the parameters of all of them."""
+    """Branches in the order they run."""
 
     branches: tuple[Branch, ...]
-    parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Of all branches."""
+        return sum(branch.parameters for branch in self.branches)
 
     @property
     def tokens(self) -> int:
@@ -97,8 +105,8 @@ class Geometry:
     decoder_dim: int
     parameters: dict[str, int] = field(hash=False)
     """By part: patch embedding, mask token and positions, stage 1, merging 1, ..., final norm, decoder."""
-    largest_parameter: int
-    """Elements of the largest single parameter."""
+    sizes: tuple[int, ...]
+    """Elements of each parameter, largest first."""
 
     @property
     def total_parameters(self) -> int:
@@ -136,26 +144,31 @@ def count(modules: Iterable[nn.Module | nn.Parameter]) -> int:
 
 def _branch(block: SwinBlock, name: str, grid: tuple[int, ...]) -> Branch:
     branch = block.get_submodule(name)
+    assert isinstance(branch, Residual)
     tokens, scaled = math.prod(grid), branch.gamma is not None
     fn = branch.fn
-    if not isinstance(fn, WindowAttention):
+    if isinstance(fn, Mlp):
         assert isinstance(fn.fc1, nn.Linear)
-        return Branch(name, tokens, fn.fc1.in_features, scaled, hidden=fn.fc1.out_features)
+        hidden = fn.fc1.out_features
+        return Branch(name, tokens, fn.fc1.in_features, scaled, count([branch]), hidden=hidden)
+    assert isinstance(fn, WindowAttention)
     window = tuple(w or n for w, n in zip(fn.window, grid))
     windows = tuple((group.windows, group.tokens) for group in plan_groups(grid, window, fn.shifted))
-    width = fn.proj.in_features
-    return Branch(name, tokens, width, scaled, heads=fn.heads, rotary=fn.rotary is not None, windows=windows)
+    width, rotary = fn.proj.in_features, fn.rotary is not None
+    return Branch(name, tokens, width, scaled, count([branch]), heads=fn.heads, rotary=rotary, windows=windows)
 
 
 def _stages(encoder: SwinEncoder) -> tuple[Stage, ...]:
     stages = []
     for index, (module, grid) in enumerate(zip(encoder.stages, encoder.grids)):
-        blocks = tuple(
-            Block(tuple(_branch(block, name, grid) for name in block.order), count([block])) for block in module.blocks
-        )
+        assert isinstance(module, StageModule)
+        blocks = []
+        for block in module.blocks:
+            assert isinstance(block, SwinBlock)
+            blocks.append(Block(tuple(_branch(block, name, grid) for name in block.order)))
         last = index == len(encoder.stages) - 1
         rows = 0 if last else math.prod(encoder.grids[index + 1])
-        stages.append(Stage(grid, blocks[0].width, blocks, rows, count([module.downsample])))
+        stages.append(Stage(grid, blocks[0].width, tuple(blocks), rows, count([module.downsample])))
     return tuple(stages)
 
 
@@ -173,9 +186,8 @@ def build_geometry(cfg: ModelConfig, volume: tuple[int, ...]) -> Geometry:
     encoder = model.encoder
     parameters = {
         "patch embedding": count([encoder.patch_embed]),
-        "mask token, positions": count(
-            [model.mask_token, encoder.position, *(stage.position for stage in encoder.stages)]
-        ),
+        "mask token, positions": count([model.mask_token, encoder.position])
+        + sum(count([stage.get_submodule("position")]) for stage in encoder.stages),
     }
     stages = _stages(encoder)
     for index, stage in enumerate(stages, start=1):
@@ -194,5 +206,5 @@ def build_geometry(cfg: ModelConfig, volume: tuple[int, ...]) -> Geometry:
         decoder="local" if isinstance(model.decoder, LocalDecoder) else "linear",
         decoder_dim=cfg.decoder_dim,
         parameters=parameters,
-        largest_parameter=max(parameter.numel() for parameter in model.parameters()),
+        sizes=tuple(sorted((parameter.numel() for parameter in model.parameters()), reverse=True)),
     )

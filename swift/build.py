@@ -11,19 +11,20 @@ from pathlib import Path
 import lightning.pytorch as pl
 import psutil
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
 from swift.callbacks.progress import ClipProgress
 from swift.callbacks.provenance import Provenance
-from swift.config.compose import FROZEN, LAST_CHECKPOINT, freeze
+from swift.config.compose import CHECKPOINTS, FROZEN, freeze
 from swift.config.schema import Config
 from swift.data.module import ClipDataModule
 from swift.data.samples import SamplesUnavailable, sample_store
 from swift.data.synthetic import synthetic_store
 from swift.models.v1 import load_v1, read_weights
 from swift.modules.pretrain import PretrainModule
+from swift.parallel.saving import SaveCheckpoints
 from swift.parallel.strategies import build_strategy
 from swift.utils.errors import UserError
 
@@ -72,7 +73,7 @@ def start_from(module: PretrainModule, source: str) -> str:
         UserError: nothing readable there, or weights that do not fit the model.
     """
     path = Path(source)
-    path = path / LAST_CHECKPOINT if path.is_dir() else path
+    path = path / CHECKPOINTS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"init={source}: there is no {path}")
     try:
@@ -159,22 +160,9 @@ def precision(cfg: Config) -> str:
 
 
 def build_callbacks(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> list[Callback]:
-    """Checkpoints (the best by validation, and the last), metrics, progress, provenance."""
-    best = ModelCheckpoint(
-        dirpath=run_dir / LAST_CHECKPOINT.parent,
-        filename="step-{step:07d}",
-        auto_insert_metric_name=False,
-        monitor="val/l1",
-        save_top_k=cfg.trainer.keep_checkpoints,
-        enable_version_counter=False,
-    )
-    # One of its own: `save_last` writes only where the best ones change, and a run whose validation gets worse would
-    # go on from long ago. After the best, so that it knows of them.
-    last = ModelCheckpoint(
-        dirpath=run_dir / LAST_CHECKPOINT.parent, filename=LAST_CHECKPOINT.stem, enable_version_counter=False
-    )
+    """Metrics, progress, provenance, the frozen settings."""
     frozen = FrozenConfig(replace(cfg, resume=None), run_dir / FROZEN)
-    return [best, last, TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen]
+    return [TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen]
 
 
 class FrozenConfig(Callback):
@@ -211,8 +199,10 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
         torch.set_num_threads(cfg.trainer.threads)
     # Lightning sets its own level when it is imported; its notes on devices and products are not the user's concern.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    spread = build_strategy(cfg, accelerator(cfg), precision(cfg))
+    saves = SaveCheckpoints(run_dir / CHECKPOINTS, spread["strategy"].saver, cfg.trainer.checkpoint_every)
     return pl.Trainer(
-        **build_strategy(cfg, accelerator(cfg), precision(cfg)),
+        **spread,
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=cfg.trainer.accumulate,
@@ -224,7 +214,8 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.trainer.log_every,
         logger=build_loggers(cfg, run_dir),
-        callbacks=build_callbacks(cfg, run_dir, overrides),
+        callbacks=[*build_callbacks(cfg, run_dir, overrides), saves],
+        enable_checkpointing=False,
         default_root_dir=run_dir,
         enable_model_summary=False,
         use_distributed_sampler=False,

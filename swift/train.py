@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from swift.config.compose import FROZEN, LAST_CHECKPOINT, conf_dir, differences, load_frozen, typed, writable
+from swift.config.compose import CHECKPOINTS, FROZEN, conf_dir, differences, load_frozen, typed, writable
 from swift.config.schema import Config
 from swift.parallel.launch import SETTINGS, current_place, start_ranks
 from swift.utils import jsonl
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_to_go_on_from(cfg: Config) -> Path | None:
-    """Where the run of `cfg.run_dir` stopped; None if it has not got as far as a checkpoint. Changes nothing.
+    """The checkpoints of the run of `cfg.run_dir`; None if it has not got as far as a checkpoint. Changes nothing.
 
     Raises:
         UserError: the folder cannot be written, holds a run with other settings, or has nothing to resume.
@@ -34,9 +34,12 @@ def checkpoint_to_go_on_from(cfg: Config) -> Path | None:
     run_dir = Path(cfg.run_dir)
     if not writable(run_dir):
         raise UserError(f"run_dir={run_dir} cannot be written: choose another")
-    last = run_dir / LAST_CHECKPOINT
+    from swift.parallel import checkpoint
+
+    checkpoints = run_dir / CHECKPOINTS
+    found = checkpoint.exists(checkpoints)
     if cfg.resume:
-        if not last.exists():
+        if not found:
             raise UserError(
                 f"resume={run_dir}: the run has no checkpoint yet; repeat its first command with run_dir={run_dir}"
             )
@@ -48,7 +51,7 @@ def checkpoint_to_go_on_from(cfg: Config) -> Path | None:
                 f"run_dir={run_dir} holds a run with other settings ({', '.join(changed)}): choose another run_dir, "
                 "or resume=RUN_DIR to go on with that run"
             )
-    return last if last.exists() else None
+    return checkpoints if found else None
 
 
 def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,10 +72,10 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from swift.build import build_data, build_module, build_trainer, count_parameters, start_from
 
     run_dir = Path(cfg.run_dir)
-    checkpoint = checkpoint_to_go_on_from(cfg)
+    before = checkpoint_to_go_on_from(cfg)
     parameters = count_parameters(cfg)
     module = build_module(cfg)
-    if cfg.init and not checkpoint:
+    if cfg.init and not before:
         log.info("init=%s: %s", cfg.init, start_from(module, cfg.init))
     data = build_data(cfg)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
@@ -81,14 +84,13 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         log.info("going on from %s", checkpoint)
     torch.set_float32_matmul_precision("high")
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=before, weights_only=True)
     except SystemExit as stop:
         # What Lightning makes of Ctrl-C.
         if not trainer.interrupted:
             raise
         log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
         raise KeyboardInterrupt from stop
-    trainer.save_checkpoint(run_dir / LAST_CHECKPOINT)
     if not trainer.is_global_zero:
         return {}
     summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}

@@ -20,7 +20,7 @@ from swift.utils.errors import UserError
 
 FROZEN = "config.yaml"
 """The settings of a run, in its directory."""
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+CHECKPOINTS = "checkpoints"
 """What a run goes on from, in its directory."""
 
 _LEGAL = {

@@ -234,6 +234,11 @@ class TrainerConfig:
     threads: int
     """CPU threads of torch; 0: torch's own choice."""
     keep_checkpoints: int
+    """The last ones; the best by val/l1 is kept besides."""
+    checkpoint_every: int
+    """Optimizer steps between checkpoints, besides those at validations and at the end; 0: only those."""
+    checkpoint_background: bool
+    """Write checkpoints while training goes on (needs host memory for a copy of this rank's states)."""
     figures: bool
     """Draw the loss curve and a reconstruction at the end."""
     wandb: bool

@@ -95,7 +95,8 @@ class PretrainModule(pl.LightningModule):
         if self.global_step % self.cfg.trainer.log_every == 0:
             self.log("train/loss", self._step_loss, sync_dist=True)
             self.log("train/lr", self._rate)
-            norm = self.trainer.strategy.gradient_norm()
+            strategy: Any = self.trainer.strategy
+            norm = strategy.gradient_norm()
             if norm is not None:
                 self.log("train/grad_norm", norm)
             # Lightning numbers a step from 0; everything swift writes counts optimizer steps done.

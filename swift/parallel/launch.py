@@ -1,7 +1,7 @@
 """Where this process stands among the ranks of a run, and starting the ranks of one machine.
 
-Ranks come from srun, from torchrun, or from `start_ranks`: `python -m swift.train parallel=ddp parallel.devices=2` starts
-two copies of itself and watches them. Importing this module is cheap: no torch, no Lightning.
+Ranks come from srun, from torchrun, or from `start_ranks`: `python -m swift.train parallel=ddp parallel.devices=2`
+starts two copies of itself and watches them. Importing this module is cheap: no torch, no Lightning.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Place:
 
 
 def current_place(env: Mapping[str, str] = os.environ) -> Place:
-    """This process as its launcher's environment describes it."""
+    """Where a launcher's environment puts this process."""
 
     def number(name: str, default: int | None = None) -> int:
         return int(env[name]) if default is None else int(env.get(name, default))

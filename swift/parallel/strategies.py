@@ -7,6 +7,7 @@ DeepSpeed runs on a CPU too (gloo), which is what the tests use; Lightning's own
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -15,13 +16,17 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swift.config.schema import Config, ParallelConfig
+from swift.parallel.checkpoint import Piece
+from swift.parallel.durable import Durable
 from swift.parallel.launch import Place, current_place, free_port
+from swift.parallel.saving import Saver
+from swift.parallel.shards import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
 from swift.utils.errors import UserError
 
 MB = 1_000_000
@@ -65,16 +70,16 @@ class Ranks(ClusterEnvironment):
         assert size == self.place.world, (size, self.place)
 
     def global_rank(self) -> int:
-        """This rank."""
+        """Of all ranks."""
         return self.place.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Only checked: the launcher has decided."""
         assert rank == self.place.rank, (rank, self.place)
-        rank_zero_only.rank = rank
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        """This rank on its node."""
+        """Of the ranks of this node."""
         return self.place.local_rank
 
     def node_rank(self) -> int:
@@ -119,16 +124,12 @@ class _Bf16(_ClipsByNorm, MixedPrecision):
     """Weights and optimizer in float32, matrix products in bf16 by autocast."""
 
 
-class _Single(SingleDeviceStrategy):
-    def gradient_norm(self) -> Tensor | None:
-        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
-        return self.precision_plugin.norm
+class _Single(Durable, SingleDeviceStrategy):
+    pass
 
 
-class _Ddp(DDPStrategy):
-    def gradient_norm(self) -> Tensor | None:
-        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
-        return self.precision_plugin.norm
+class _Ddp(Durable, DDPStrategy):
+    pass
 
 
 class _DeepSpeedPrecision(DeepSpeedPrecision):
@@ -143,12 +144,12 @@ class _DeepSpeedPrecision(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class _DeepSpeed(DeepSpeedStrategy):
+class _DeepSpeed(Durable, DeepSpeedStrategy):
     """DeepSpeed on any device torch.distributed has a backend for."""
 
     @property
     def root_device(self) -> torch.device:
-        """This rank's device; the CPU gets an index because DeepSpeed asks for one."""
+        """The device of this rank; the CPU gets an index because DeepSpeed asks for one."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
@@ -170,6 +171,49 @@ class _DeepSpeed(DeepSpeedStrategy):
         """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        """Wrap the model; with offload the optimizer becomes DeepSpeed's vectorized one, in the same groups."""
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        if "offload_optimizer" in zero and self.config["zero_force_ds_cpu_optimizer"]:
+            optimizer = cpu_adam(optimizer)
+            if lr_scheduler is not None:
+                lr_scheduler.optimizer = optimizer
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    def pieces(self, steps: int | None = None) -> Iterable[Piece]:
+        """What this rank holds; `steps` sets Adam's count, before a load."""
+        return (zero3_pieces if self.zero_stage_3 else zero12_pieces)(self.deepspeed_engine, steps)
+
+    def refresh(self) -> None:
+        """After a load: the engine makes its compute weights from the fp32 ones."""
+        (refresh_zero3 if self.zero_stage_3 else refresh_zero12)(self.deepspeed_engine)
+
+    def optimizer_steps(self) -> int:
+        """What Adam's bias correction has counted."""
+        return optimizer_steps(self.deepspeed_engine.optimizer.optimizer)
+
+
+def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for the CPU over the groups of an AdamW; compiled on first use.
+
+    Raises:
+        UserError: it cannot be compiled here.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    assert isinstance(optimizer, torch.optim.AdamW), type(optimizer)
+    try:
+        made: torch.optim.Optimizer = DeepSpeedCPUAdam(optimizer.param_groups, adamw_mode=True)
+    except Exception as error:  # DeepSpeed's builder raises whatever its tools do
+        cause = error.__cause__ or error
+        raise UserError(
+            "parallel=zero3_offload: DeepSpeed's CPU Adam cannot be compiled here "
+            f"({str(cause).splitlines()[0] if str(cause) else type(cause).__name__}): install a C++ compiler (g++), "
+            "Python's headers (python3-dev) and ninja, or go on with torch's slower one: parallel.cpu_adam=false"
+        ) from error
+    return made
 
 
 def deepspeed_config(cfg: ParallelConfig, element_bytes: int) -> dict[str, Any]:
@@ -196,7 +240,7 @@ def deepspeed_config(cfg: ParallelConfig, element_bytes: int) -> dict[str, Any]:
             zero[name] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "zero_optimization": zero,
-        # Our optimizers are torch's AdamW in groups of its own kind: exactly what DeepSpeed runs, untested by name only.
+        # Torch's AdamW is untested by name only.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": cfg.cpu_adam,
     }
@@ -224,10 +268,15 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
         plugin = _Bf16("bf16-mixed", "cpu" if accelerator == "cpu" else "cuda")
     if parallel.name == "single":
         device = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", 0)
-        return {"strategy": _Single(device, precision_plugin=plugin), "accelerator": accelerator, "devices": 1}
+        single = _Single(device, precision_plugin=plugin)
+        single.saver = build_saver(cfg, Place(0, 0, 1, 1, "none"))
+        return {"strategy": single, "accelerator": accelerator, "devices": 1}
     environment = SLURMEnvironment(auto_requeue=False) if place.source == "slurm" else Ranks(place)
-    shared = {"cluster_environment": environment, "timeout": timedelta(minutes=parallel.timeout_minutes)}
-    strategy: Strategy
+    shared: dict[str, Any] = {
+        "cluster_environment": environment,
+        "timeout": timedelta(minutes=parallel.timeout_minutes),
+    }
+    strategy: _DeepSpeed | _Ddp
     if parallel.zero_stage:
         # DeepSpeed looks for its device when it is imported.
         os.environ["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
@@ -235,12 +284,19 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
         strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
     else:
         strategy = _Ddp(precision_plugin=plugin, bucket_cap_mb=parallel.reduce_bucket_mb, **shared)
+    strategy.saver = build_saver(cfg, place)
     return {
         "strategy": strategy,
         "accelerator": _accelerator(accelerator, place),
         "devices": place.local_world,
         "num_nodes": place.nodes,
     }
+
+
+def build_saver(cfg: Config, place: Place) -> Saver:
+    """What writes the checkpoints of this rank."""
+    background, seconds = cfg.trainer.checkpoint_background, 60 * cfg.parallel.timeout_minutes
+    return Saver(place.rank, place.world, cfg.trainer.keep_checkpoints, background, seconds)
 
 
 def _accelerator(name: str, place: Place) -> Accelerator:

@@ -1,0 +1,142 @@
+"""What a rank holds under each strategy, as named flat pieces: the part of checkpoints that knows the engines.
+
+The tensors of a piece are the live storage: reading them saves, writing them loads. After writing, `refresh` tells the
+engine, which keeps copies (bf16 weights, gathered small parameters).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from swift.parallel.checkpoint import WEIGHT, Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, also where an engine has taken its values away."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """What Adam's bias correction has counted so far."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+
+def _prepare(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int | None) -> dict[str, Any]:
+    """Adam's state of a parameter, made as Adam itself does where there is none; `steps` sets its count."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state:
+        state |= {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
+        state["step"] = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
+    if steps is not None:
+        state["step"] = torch.tensor(float(steps)) if isinstance(state["step"], Tensor) else steps
+    return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def module_pieces(
+    module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, steps: int | None = None
+) -> Iterator[Piece]:
+    """Pieces where the parameters of the module are what the optimizer steps on: single, ddp and fsdp.
+
+    Args:
+        module: The LightningModule.
+        optimizer: Over its parameters.
+        rank, world: This rank; of equal copies each rank owns about as many elements.
+        steps: Before a load: set Adam's count.
+    """
+    owner = _owners({name: p.numel() for name, p in module.named_parameters() if not isinstance(p, DTensor)}, world)
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        start = 0
+        if isinstance(parameter, DTensor):
+            local_shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            # Rows of dim 0, so flat elements in one run; a rank beyond the last row has none.
+            start = offset[0] * math.prod(parameter.shape[1:]) if math.prod(local_shape) else 0
+        tensors = {WEIGHT: _local(parameter.detach())}
+        if parameter in trained:
+            state = _prepare(optimizer, parameter, steps)
+            tensors |= {kind: _local(state[kind]) for kind in MOMENTS}
+        owned = isinstance(parameter, DTensor) or owner[name] == rank
+        flat = {kind: tensor.view(-1) for kind, tensor in tensors.items()}
+        yield Piece(name, tuple(parameter.shape), start, flat, owned and flat[WEIGHT].numel() > 0)
+
+
+def _owners(sizes: dict[str, int], world: int) -> dict[str, int]:
+    """Which rank writes each of the parameters that all have: largest first, to the rank with the least so far."""
+    loads = [0] * world
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        owners[name] = rank
+        loads[rank] += sizes[name]
+    return owners
+
+
+def zero12_pieces(engine: Any, steps: int | None = None) -> Iterator[Piece]:
+    """Pieces of ZeRO 1 and 2: the fragments of fp32 weights in this rank's flat partition of each group."""
+    outer = engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        shape = tuple(parameter.shape)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if not parameter.requires_grad:
+            # Frozen weights stay as they are on every rank.
+            yield Piece(name, shape, 0, {WEIGHT: parameter.detach().view(-1)}, engine.global_rank == 0)
+        elif mapping is not None:
+            partition = outer.single_partition_of_fp32_groups[mapping.param_group_index]
+            state = _prepare(outer.optimizer, partition, steps)
+            place = mapping.hp_fragment_address
+            tensors = {WEIGHT: mapping.hp_fragment.detach()}
+            tensors |= {kind: state[kind].narrow(0, place.start, place.numel) for kind in MOMENTS}
+            yield Piece(name, shape, mapping.lp_fragment_address.start, tensors)
+
+
+def refresh_zero12(engine: Any) -> None:
+    """Bring the weights of the module to those of the fp32 partitions, and let all ranks have them."""
+    outer = engine.optimizer
+    outer.update_lp_params()
+
+
+def zero3_pieces(engine: Any, steps: int | None = None) -> Iterator[Piece]:
+    """Pieces of ZeRO 3: this rank's flat shard of every parameter, without the padding of the last one."""
+    outer = engine.optimizer
+    rank = engine.global_rank
+    for name, parameter in engine.module.named_parameters():
+        shape, total = tuple(parameter.ds_shape), int(parameter.ds_numel)
+        shard = int(parameter.ds_tensor.numel())
+        start = min(rank * shard, total)
+        count = min(shard, total - start)
+        if not parameter.requires_grad:
+            tensors = {WEIGHT: parameter.ds_tensor.detach()}
+        else:
+            group, at, _ = outer.grad_position[outer.get_param_id(parameter)]
+            partition = outer.fp32_partitioned_groups_flat[group]
+            state = _prepare(outer.optimizer, partition, steps)
+            tensors = {WEIGHT: partition.detach().narrow(0, at, shard)}
+            tensors |= {kind: state[kind].narrow(0, at, shard) for kind in MOMENTS}
+        if count > 0:
+            yield Piece(name, shape, start, {kind: tensor[:count] for kind, tensor in tensors.items()})
+
+
+def refresh_zero3(engine: Any) -> None:
+    """Bring the compute weights to those of the fp32 shards, and gather anew what ZeRO 3 keeps whole."""
+    outer = engine.optimizer
+    # The order of its own step.
+    outer._partition_all_parameters()
+    for group in range(len(outer.fp16_groups)):
+        outer._reassign_or_swap_out_partitioned_parameters(group)
+    if outer.persistent_parameters:
+        outer.persistent_parameters[0].all_gather(outer.persistent_parameters)

@@ -37,8 +37,8 @@ BYTES_PER_PARAMETER = 16
 def store_path(cfg: Config) -> Path:
     """Folder of the store that `cfg.data` names, made first where it is the sample or a synthetic cohort."""
     if cfg.data.name == "store":
-        assert cfg.data.path is not None
-        return Path(cfg.data.path)
+        # Of a mixture the DataModule opens all stores itself.
+        return Path(cfg.data.path or cfg.data.mixture[0].path)
     if cfg.data.name == "sample":
         try:
             return sample_store(cfg.data)

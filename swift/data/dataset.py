@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from swift.data.clips import ClipIndex, ClipSpec
+from swift.data.cohorts import Stores
 from swift.data.order import PADDING, Item
 from swift.data.ring import Ring, Ticket
 from swift.data.store import Store
@@ -32,7 +33,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, store: Store, index: ClipIndex, spec: ClipSpec, normalization: str, verify: bool, train: bool
+        self, store: Store | Stores, index: ClipIndex, spec: ClipSpec, normalization: str, verify: bool, train: bool
     ) -> None:
         self.store, self.index, self.spec = store, index, spec
         self.normalization, self.verify, self.train = normalization, verify, train

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+from dataclasses import asdict
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 
 from swift.config.schema import DataConfig
+from swift.data.budget import spend
 from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans
+from swift.data.cohorts import Stores
 from swift.data.dataset import ClipDataset, ClipLoader, identity
-from swift.data.order import Order, TrainBatches, ValBatches
+from swift.data.order import MixedOrder, Order, TrainBatches, ValBatches
 from swift.data.ring import PREFETCH, check_fresh
 from swift.data.scatter import PACKED, to_dense
 from swift.data.splits import load_split
 from swift.data.stats import KINDS
-from swift.data.store import Store
 from swift.utils.errors import UserError
+
+log = logging.getLogger("swift.data")
 
 
 class ClipDataModule(lightning.LightningDataModule):
-    """Training and held-out clips of a store.
+    """Training and held-out clips of a store, or of a mixture of stores.
 
     The Trainer must be made with `use_distributed_sampler=False`, as ranks are dealt with here, and with an int
     `val_check_interval`, as the training loader is endless.
 
     Args:
         data: Settings.
-        store_path: Folder of the store.
+        store_path: Folder of the store; with data.mixture it is not looked at.
         seed: Of the order of training samples.
         rank, world: This process and how many there are; None: from the Trainer (1 of 1 without one).
         dtype: Of the dense clips.
@@ -36,7 +43,8 @@ class ClipDataModule(lightning.LightningDataModule):
     Attributes:
         consumed: Training samples that all ranks together have taken; set it (or load the state) to go on from there.
             It counts a batch when it is moved to the device, not when a worker reads it ahead.
-        store, spec, train_index, val_index: What the batches come from.
+        store: All scans, see `swift.data.cohorts.Stores`.
+        spec, train_index, val_index, order: What the batches are made of.
 
     Raises:
         UserError: a setting that is not legal, scans too short, a split that leaves nothing to train on.
@@ -60,29 +68,52 @@ class ClipDataModule(lightning.LightningDataModule):
             )
         self.data, self.seed, self.dtype = data, seed, dtype
         self._rank, self._world = rank, world
-        self.store = Store(store_path)
+        self.store = Stores([cohort.path for cohort in data.mixture] or [store_path])
         if list(self.store.grid) != list(data.grid) or self.store.spacing != data.spacing:
             raise UserError(
-                f"data.grid={list(data.grid)} and data.spacing={data.spacing}, but the store {store_path} has grid "
-                f"{list(self.store.grid)} at {self.store.spacing} mm"
+                f"data.grid={list(data.grid)} and data.spacing={data.spacing}, but the store "
+                f"{self.store.stores[0].path} has grid {list(self.store.grid)} at {self.store.spacing} mm"
             )
         self.spec = ClipSpec(data.frames, data.frame_stride, data.clip_stride)
         self.split_hash: str | None = None
         self.train_index, self.val_index = self._clips()
-        self.order = Order(len(self.train_index), seed)
+        self.order = self._order()
         self.consumed = 0
         self._train_batches: TrainBatches | None = None
 
     def _clips(self) -> tuple[ClipIndex, ClipIndex]:
-        scans = self.store.scans
+        data, scans = self.data, self.store.scans
         frames, names = [scan.frames for scan in scans], [scan.scan_id for scan in scans]
-        if self.data.split is None:
-            return time_split(frames, names, self.spec, self.data.val_fraction, self.data.val_gap)
-        split = load_split(self.data.split)
-        self.split_hash = split.hash
-        parts = split.places([scan.subject for scan in scans])
-        train = whole_scans(parts["train"], frames, names, self.spec, self.spec.clip_stride)
-        return train, whole_scans(parts["val"], frames, names, self.spec, self.spec.span)
+        subjects = [scan.subject for scan in scans]
+        if data.split is None:
+            train, val = time_split(frames, names, self.spec, data.val_fraction, data.val_gap)
+        else:
+            split = load_split(data.split)
+            self.split_hash = split.hash
+            parts = split.places(subjects)
+            train = whole_scans(parts["train"], frames, names, self.spec, self.spec.clip_stride)
+            val = whole_scans(parts["val"], frames, names, self.spec, self.spec.span)
+        kept = spend(train, subjects, data.max_subjects, data.max_frames, data.budget_seed)
+        if kept is not train:
+            used, there = ({subjects[scan] for scan in index.scan} for index in (kept, train))
+            log.info(
+                "training on %d of %d subjects, %d of %d frames, %d of %d clips",
+                *(len(used), len(there), kept.length.sum(), train.length.sum(), len(kept), len(train)),
+            )
+        return kept, val
+
+    def _order(self) -> Order | MixedOrder:
+        """Of the training clips; weighted if the cohorts have weights."""
+        weights = [cohort.weight for cohort in self.data.mixture if cohort.weight is not None]
+        if not weights:
+            return Order(len(self.train_index), self.seed)
+        index = self.train_index
+        ends = np.searchsorted(self.store.cohort[index.scan], np.arange(len(weights)), side="right")
+        clips = np.diff([0, *(int(index.ends[end - 1]) if end else 0 for end in ends)]).tolist()
+        for cohort, count in zip(self.data.mixture, clips, strict=True):
+            if not count:
+                raise UserError(f"data.mixture: {cohort.path} has no training clip; leave it out or change the split")
+        return MixedOrder(clips, weights, self.seed)
 
     def contract(self) -> dict[str, Any]:
         """What a model trained on these batches must be given: plain values, to be kept with its weights."""
@@ -100,21 +131,27 @@ class ClipDataModule(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """All that exact continuation needs, and what it must find again."""
+        return {"consumed": self.consumed, "contract": self.contract(), **self._stream()}
+
+    def _stream(self) -> dict[str, Any]:
+        """What decides which sample every counter is."""
+        index, scans = self.train_index, self.store.scans
+        parts = "\n".join(f"{scans[s].scan_id} {f} {n}" for s, f, n in zip(index.scan, index.first, index.length))
         return {
-            "consumed": self.consumed,
             "seed": self.seed,
-            "clips": len(self.train_index),
+            "clips": len(index),
+            "training frames": hashlib.sha256(parts.encode()).hexdigest()[:16],
+            "mixture": self.order.quota if isinstance(self.order, MixedOrder) else None,
             "split": self.split_hash,
-            "contract": self.contract(),
+            "augment": asdict(self.data.augment),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after `consumed` samples; UserError if the data are not those of the state."""
-        mine = self.state_dict()
-        for name in ("seed", "clips", "split", "contract"):
-            if state_dict[name] != mine[name]:
+        for name, mine in {"contract": self.contract(), **self._stream()}.items():
+            if state_dict.get(name) != mine:
                 raise UserError(
-                    f"cannot go on exactly: the run had {name} {state_dict[name]}, now it is {mine[name]}; restore it "
+                    f"cannot go on exactly: the run had {name} {state_dict.get(name)}, now it is {mine}; restore it "
                     "or start a new run with init= instead of resume="
                 )
         self.consumed = int(state_dict["consumed"])

@@ -4,11 +4,15 @@ Training is one endless stream of counters. Counter g belongs to epoch g // N of
 permutation(seed, epoch)[g % N]. A global batch is a run of counters; rank r takes the r-th part of it. So the stream
 is the same for any number of ranks and workers at equal global batch, nothing is repeated or lost, also where a batch
 reaches over the end of an epoch, and going on in mid-epoch needs the counter alone.
+
+A mixture of cohorts (`MixedOrder`) deals the counters to the cohorts in blocks, each of which holds every cohort's part
+exactly; a cohort's n-th sample is then the n-th of its own order. It too is a function of seed and counter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +23,11 @@ Item = tuple[int, int]
 PADDING = -1
 VAL_SEED = 0x5EED
 UINT64 = (1 << 64) - 1
+BLOCK = (1024, 65536)
+"""Shortest and longest block of a mixture, in samples."""
+SMALLEST_PART = 0.001
+"""Of a cohort in a mixture: smaller ones could not be kept to within a hundredth of themselves."""
+DEAL_SEED, COHORT_SEED = 0xC0405EED, 0x9E3779B97F4A7C15
 
 
 def permutation(clips: int, seed: int, epoch: int) -> np.ndarray:
@@ -62,6 +71,79 @@ class Order:
         return self._known[epoch]
 
 
+def quotas(weights: Sequence[float]) -> list[int]:
+    """Samples of each cohort in a block.
+
+    The shortest block that fits all weights to within 1e-6 of a sample (2 and 1: 684 and 342); else the longest,
+    rounded to the largest remainders.
+
+    Raises:
+        UserError: a weight that is not above 0, or a part below SMALLEST_PART.
+    """
+    if not weights or any(not (w > 0 and math.isfinite(w)) for w in weights):
+        raise UserError(f"weights of a mixture {list(weights)}: must be numbers above 0")
+    share = np.asarray(weights, np.float64) / math.fsum(weights)
+    if share.min() < SMALLEST_PART:
+        raise UserError(f"weights of a mixture {list(weights)}: none may be below {SMALLEST_PART:.1%} of their sum")
+    blocks = np.arange(BLOCK[0], BLOCK[1] + 1)
+    wanted = share[:, None] * blocks
+    fits = np.flatnonzero(np.abs(wanted - np.rint(wanted)).max(0) < 1e-6)
+    if len(fits):
+        return np.rint(wanted[:, fits[0]]).astype(int).tolist()
+    whole = np.floor(wanted[:, -1]).astype(int)
+    rest = np.argsort(whole - wanted[:, -1], kind="stable")
+    whole[rest[: BLOCK[1] - int(whole.sum())]] += 1
+    return whole.tolist()
+
+
+class MixedOrder:
+    """Clip of every global counter, drawn from several cohorts in given proportions.
+
+    Args:
+        clips: Clips of each cohort; those of the second are numbered after those of the first, and so on.
+        weights: Part of the samples of each cohort, up to a common factor.
+        seed: Any integer.
+
+    Attributes:
+        clips: Number of all clips.
+        quota: Samples of each cohort in a block.
+    """
+
+    def __init__(self, clips: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        assert len(clips) == len(weights)
+        self.orders = [Order(n, seed + (number + 1) * COHORT_SEED) for number, n in enumerate(clips)]
+        self.quota, self.seed, self.clips = quotas(weights), seed, sum(clips)
+        self._first = np.cumsum([0, *clips])
+        self._block = sum(self.quota)
+        self._known: tuple[int, np.ndarray, np.ndarray] = (-1, *np.empty((2, 0), np.int64))
+
+    def __call__(self, counters: np.ndarray) -> np.ndarray:
+        """(n,) counters -> (n,) clip numbers."""
+        counters = np.asarray(counters, np.int64)
+        blocks, places = np.divmod(counters, self._block)
+        cohorts, turns = np.empty((2, len(counters)), np.int64)
+        for block in np.unique(blocks):
+            here = blocks == block
+            dealt, turn = self._dealt(int(block))
+            cohorts[here], turns[here] = dealt[places[here]], turn[places[here]]
+        found = np.empty(len(counters), np.int64)
+        for cohort, order in enumerate(self.orders):
+            here = cohorts == cohort
+            found[here] = self._first[cohort] + order(blocks[here] * self.quota[cohort] + turns[here])
+        return found
+
+    def _dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cohort of every place in a block, and how many samples of that cohort the block has before it."""
+        if self._known[0] != block:
+            cohorts = np.repeat(np.arange(len(self.quota)), self.quota)
+            cohorts = cohorts[permutation(self._block, self.seed ^ DEAL_SEED, block)]
+            turns = np.empty_like(cohorts)
+            for cohort, count in enumerate(self.quota):
+                turns[cohorts == cohort] = np.arange(count)
+            self._known = block, cohorts, turns
+        return self._known[1:]
+
+
 def _check(batch_size: int, rank: int, world: int) -> None:
     if batch_size < 1:
         raise UserError(f"data.batch_size={batch_size}: must be at least 1")
@@ -78,7 +160,7 @@ class TrainBatches:
         start: Global counter to begin with: what all ranks together have consumed.
     """
 
-    def __init__(self, order: Order, batch_size: int, rank: int, world: int, start: int = 0) -> None:
+    def __init__(self, order: Order | MixedOrder, batch_size: int, rank: int, world: int, start: int = 0) -> None:
         _check(batch_size, rank, world)
         assert start >= 0
         self.order, self.batch_size, self.rank, self.world, self.start = order, batch_size, rank, world, start

@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "could not make $(VENV): install Python's venv module (Debian: python3-venv)" >&2; exit 2; }
 	@echo "installing swift and what it needs into $(VENV) (about 6 GB with torch's CUDA libraries; minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 test: setup ## Run the CPU test suite

@@ -98,6 +98,113 @@ def decoder_bytes(geometry: Geometry, widths: Widths) -> int:
     return total + hidden * (widths.stream + widths.product)
 
 
-def loss_bytes(geometry: Geometry) -> int:
-    """Prediction and target in fp32 and which voxels count; the target is the batch itself."""
-    return (geometry.padded_voxels + geometry.voxels) * 4 + geometry.voxels
+def loss_bytes(geometry: Geometry, loss: str) -> int:
+    """Which voxels count, and in fp32 the difference of prediction and target (l1), or both of them (others)."""
+    kept = geometry.voxels if loss == "l1" else geometry.padded_voxels + geometry.voxels
+    return kept * 4 + geometry.voxels
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the backward pass, in bytes of one clip."""
+
+    name: str
+    kept: int
+    """Held since the forward pass, or for one branch of a block since the block was made again."""
+    working: int
+    """Gradients of activations inside the part at its worst moment."""
+    parameters: int
+    early: float = 0.0
+    """How much of its own weights' gradients exists at that moment."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Parts that are checkpointed together: `kept` is held since the forward pass, the parts' bytes are made again."""
+
+    parts: tuple[Part, ...]
+    kept: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a step at which memory may peak."""
+
+    name: str
+    activations: int
+    """Bytes of one clip."""
+    gradients: int
+    """Parameters whose gradients of this micro-batch exist."""
+    casts: int
+    """Parameters whose bf16 copies exist (autocast only)."""
+
+
+def branch_part(name: str, branch: Branch, widths: Widths) -> Part:
+    """A branch as a part. Seen in traces of backward passes: the gradient of the stream, and of the widest tensors."""
+    elements = branch.tokens * branch.width
+    if branch.is_attention:
+        working, early = 4 * elements * widths.stream, 0.25
+    else:
+        working, early = elements * widths.stream + branch.tokens * branch.hidden * widths.product, 0.5
+    return Part(name, branch_bytes(branch, widths), working, branch.parameters, early)
+
+
+def segments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) -> list[Segment]:
+    """The forward pass in order, as what is kept of it."""
+
+    def alone(part: Part) -> Segment:
+        return Segment((part,), part.kept)
+
+    first = geometry.stages[0]
+    stream = first.tokens * first.width * widths.stream
+    parameters = geometry.parameters
+    before = parameters["patch embedding"] + parameters["mask token, positions"]
+    found = [alone(Part("patch embedding", embedding_bytes(geometry, widths), 2 * stream, before))]
+    for index, stage in enumerate(geometry.stages, start=1):
+        for number, block in enumerate(stage.blocks, start=1):
+            name = f"stage {index}, block {number}"
+            parts = tuple(branch_part(name, branch, widths) for branch in block.branches)
+            if checkpointing == "none":
+                found += [alone(part) for part in parts]
+            else:
+                found.append(Segment(parts, input_bytes(block, widths)))
+        if stage.merged_rows:
+            working = 2 * stage.merged_rows * 8 * stage.width * widths.stream
+            part = Part(f"merging {index}", merging_bytes(stage, widths), working, stage.merging_parameters)
+            found.append(alone(part))
+    after = parameters["final norm"] + parameters["decoder"]
+    kept = decoder_bytes(geometry, widths) + loss_bytes(geometry, loss)
+    found.append(alone(Part("decoder and loss", kept, 2 * geometry.voxels * 4, after)))
+    return found
+
+
+def moments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) -> list[Moment]:
+    """The worst moment of every part of the backward pass, last part first.
+
+    Gradients of weights grow while activations are let go, so the peak may lie anywhere.
+    """
+    assert checkpointing in CHECKPOINTING, checkpointing
+    order = segments(geometry, widths, checkpointing, loss)
+    held, done, casts = sum(segment.kept for segment in order), 0, geometry.total_parameters
+    found = []
+    for segment in reversed(order):
+        again = sum(part.kept for part in segment.parts)
+        checkpointed = len(segment.parts) > 1 or again != segment.kept
+        now = held - segment.kept + again
+        mine = sum(part.parameters for part in segment.parts)
+        for part in reversed(segment.parts):
+            early = round(part.early * part.parameters)
+            found.append(Moment(part.name, now + part.working, done + early, mine if checkpointed else casts))
+            now -= part.kept
+            done += part.parameters
+            casts -= part.parameters
+            mine -= part.parameters
+        held -= segment.kept
+    assert held == 0
+    assert done == geometry.total_parameters
+    return found
+
+
+def kept_bytes(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) -> int:
+    """What one clip keeps between its forward and its backward pass."""
+    return sum(segment.kept for segment in segments(geometry, widths, checkpointing, loss))

@@ -195,23 +195,26 @@ def settings(tree: DictConfig, overrides: Sequence[str]) -> Config:
     return replace(load_frozen(Path(tree.resume), rest), run_dir=str(tree.resume), resume=str(tree.resume))
 
 
-def run(tree: DictConfig, overrides: Sequence[str]) -> None:
-    """Check a composed configuration, then train, or say what a launcher still lacks.
+def run(tree: DictConfig, overrides: Sequence[str], jobs: list[Any]) -> None:
+    """Check a composed configuration, then train, or make ready what a launcher shall submit.
 
     Args:
         tree: Hydra's composed configuration.
         overrides: the settings given on the command line, as typed.
+        jobs: takes a run that is to be submitted.
     """
     cfg = settings(tree, overrides)
-    if cfg.launcher:
-        from swift.build import count_parameters
+    if not cfg.launcher:
+        train(cfg, overrides)
+        return
+    from swift.submit import prepare
 
-        raise UserError(
-            f"+launcher={cfg.launcher.get('name')}: the configuration is valid (model={cfg.model.name}, "
-            f"{count_parameters(cfg):,} parameters, parallel={cfg.parallel.name}), but submitting jobs "
-            "(swift.submit) is not built yet; nothing was started"
-        )
-    train(cfg, overrides)
+    def make_data(cfg: Config) -> Path:
+        from swift.build import store_path
+
+        return store_path(cfg)
+
+    jobs.append(prepare(cfg, overrides, make_data))
 
 
 def main() -> None:
@@ -225,6 +228,7 @@ def main() -> None:
         reported(lambda: run_rank(Path(os.environ[SETTINGS])))
         return
     reached = False
+    jobs: list[Any] = []
 
     def task(tree: DictConfig) -> None:
         nonlocal reached
@@ -232,7 +236,11 @@ def main() -> None:
         node = HydraConfig.get()
         if node.mode == RunMode.MULTIRUN:
             tree.run_dir = node.runtime.output_dir
-        reported(lambda: run(tree, list(node.overrides.task)))
+            if "launcher" in tree:
+                from swift.submit import point_dir
+
+                tree.run_dir = str(point_dir(Path(node.runtime.output_dir), node.overrides.task, sys.argv))
+        reported(lambda: run(tree, list(node.overrides.task), jobs))
 
     # Hydra 1.4 drops version_base; 1.3 warns without it.
     extra = {"version_base": None} if "version_base" in signature(hydra.main).parameters else {}
@@ -241,6 +249,11 @@ def main() -> None:
     except SystemExit as stop:
         # Hydra ends with 1 and its own hint when composing fails: that is the user's mistake too.
         sys.exit(USER_ERROR_STATUS if stop.code == 1 and not reached else stop.code)
+    if jobs:
+        # Only now: all points of a sweep have been checked.
+        from swift.submit import submit
+
+        reported(lambda: submit(jobs))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -19,10 +18,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from swift.utils.errors import UserError
+from swift.utils.git import git_state
 
 FILE = "provenance.json"
 DISTRIBUTION = "swift-fmri"
-NOT_GIT = "not a git checkout"
 
 
 def collect(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def collect(overrides: Sequence[str] = ()) -> dict[str, Any]:
         overrides: The settings given on the command line, as typed.
 
     Returns:
-        JSON-ready: "time" (UTC, ISO 8601), "overrides", "git" (see `git_state`), "packages" (name -> version),
+        JSON-ready: "time" (UTC, ISO 8601), "overrides", "git" (see `swift.utils.git`), "packages" (name -> version),
         "python", "host" (see `host`).
     """
     return {
@@ -43,36 +42,6 @@ def collect(overrides: Sequence[str] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": host(),
     }
-
-
-def git_state(folder: Path) -> dict[str, Any]:
-    """Revision of the checkout that `folder` is tracked in.
-
-    A package installed below somebody's repository (a virtual environment inside a checkout) is not part of it: files
-    in `folder` must be tracked.
-
-    Returns:
-        {"revision": 40 hex digits, "dirty": bool} (dirty: changed or untracked files), or {"revision": why there is
-        none, "dirty": None}.
-    """
-    # variables of a calling git hook would point git at another repository
-    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | {"LC_ALL": "C"}
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20, env=env, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        if not git("ls-files", "--", "."):
-            return {"revision": NOT_GIT, "dirty": None}
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr or "").strip().partition("\n")[0]
-        return {"revision": NOT_GIT if "not a git repository" in reason else f"unknown: {reason}", "dirty": None}
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"revision": f"unknown: {type(error).__name__}", "dirty": None}
 
 
 def packages() -> dict[str, str]:

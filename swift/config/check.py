@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from swift.config.launcher import check_launcher
 from swift.config.schema import (
     AugmentConfig,
     Config,
@@ -244,3 +245,5 @@ def check(cfg: Config) -> None:
     check_mup(cfg)
     check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)
+    if cfg.launcher:
+        check_launcher(cfg.launcher)

@@ -6,8 +6,8 @@ default must be given by a YAML file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Optional
 
 
 @dataclass
@@ -245,6 +245,75 @@ class TrainerConfig:
 
 
 @dataclass
+class TimeBin:
+    """How long a job of some number of nodes may run in a partition."""
+
+    partition: str
+    """Or quality of service, on machines that have no partitions."""
+    min_nodes: int
+    max_nodes: int
+    time: str
+    """Longest time, HH:MM:SS."""
+
+
+@dataclass
+class LauncherConfig:
+    """How a run becomes a job of one machine. What each value is for there, and from where: launch/README.md."""
+
+    name: str
+    """Of the machine."""
+    scheduler: str
+    """slurm | pbs (PBS Professional)."""
+    site: str
+    """launch/sites/NAME.sh is read in the job: modules, network, caches."""
+    account: Optional[str]
+    """Project that pays; from the environment."""
+    needs_account: bool
+    nodes: int
+    ranks_per_node: int
+    """One rank a device."""
+    cores_per_rank: int
+    time: str
+    """HH:MM:SS of one job. A run that takes longer goes on in the next."""
+    partition: Optional[str]
+    """Slurm: partition. PBS: queue. null: the batch system's own choice."""
+    bins: list[TimeBin]
+    """All that jobs may be; empty: not checked before the batch system does."""
+    qos: Optional[str]
+    """Slurm: quality of service."""
+    batch_options: list[str]
+    """Further options of the job, one a line of its head."""
+    step_options: list[str]
+    """Further options of srun or mpiexec where it starts the ranks: which cores and devices each gets."""
+    node_local: Optional[str]
+    """Folder on a disk or in the memory of each node, written in the job's shell; null: nothing is staged."""
+    environment: Optional[str]
+    """Archive of the Python environment (launch/pack_env.sh) to unpack in node_local; null: the Python that submits."""
+    device_memory_gb: Optional[float]
+    """Memory of a device, GB; null: ranks run on the CPU."""
+    node_memory_gb: Optional[float]
+    """Host memory of a node, GB; null: not checked."""
+    min_free_gb: float
+    """Free space each node must have in node_local and for the run directory, GB."""
+    health: bool
+    """Check every node before the run; a bad one is named, and excluded when the job is queued again."""
+    monitor_seconds: int
+    """Seconds between samples of load and memory of every node; 0: none."""
+    save_seconds: int
+    """Seconds before the time limit at which the run saves, stops, and is queued again."""
+    hang_minutes: float
+    """A run without a step for so long is ended and queued again."""
+    fruitless_restarts: int
+    """Restarts in a row without a new checkpoint after which the run is left alone."""
+    array: bool
+    """With -m: one job array of all points."""
+    pack: int
+    """With -m: points that share one job side by side, each on its own nodes; 1: a job a point."""
+    dry_run: bool
+    """Write the job and show it; submit nothing."""
+
+
+@dataclass
 class Config:
     """The root: what `python -m swift.train` composes."""
 
@@ -261,5 +330,5 @@ class Config:
     """Run or checkpoint whose weights to start from."""
     resume: Optional[str]
     """Run to go on with, exactly where it stopped."""
-    launcher: Optional[dict[str, Any]] = field(default=None)
+    launcher: Optional[LauncherConfig] = None
     """Set by +launcher=...: submit instead of running here."""

@@ -52,7 +52,7 @@ def test_every_choice_of_every_group_composes_and_checks(group: str, choice: str
 def test_launchers_are_added_with_a_plus(launcher: str) -> None:
     cfg = typed(composed("model=3b", "parallel=zero1", f"+launcher={launcher}"))
     assert cfg.launcher is not None
-    assert cfg.launcher["name"] == launcher
+    assert cfg.launcher.name == launcher
     assert cfg.parallel.zero_stage == 1
     assert typed(composed()).launcher is None
 

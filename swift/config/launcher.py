@@ -1,0 +1,94 @@
+"""Checks of `+launcher=`: what can be said to be wrong with a job before anything is queued."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from swift.config.schema import Config, LauncherConfig
+from swift.utils.errors import UserError
+
+_TIME = re.compile(r"(\d{1,3}):([0-5]\d):([0-5]\d)")
+# Everything that stands in the head of a job script: there the batch system reads it, quoted by nobody.
+_WORD = re.compile(r"[A-Za-z0-9._+@:,-]+")
+
+
+def seconds(time: str) -> int | None:
+    """Seconds of HH:MM:SS, None for anything else."""
+    found = _TIME.fullmatch(time)
+    return int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3]) if found else None
+
+
+def _require(condition: bool, name: str, value: object, legal: str) -> None:
+    if not condition:
+        raise UserError(f"launcher.{name}={value}: {legal}")
+
+
+def check_launcher(cfg: LauncherConfig) -> None:
+    """Raise UserError for values that no job can have on the machine of `cfg`."""
+    _require(cfg.scheduler in ("slurm", "pbs"), "scheduler", cfg.scheduler, "must be one of slurm, pbs")
+    for name in ("nodes", "ranks_per_node", "cores_per_rank", "pack", "fruitless_restarts"):
+        _require(getattr(cfg, name) >= 1, name, getattr(cfg, name), "must be at least 1")
+    for name in ("monitor_seconds", "save_seconds", "min_free_gb"):
+        _require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "must not be negative")
+    _require(0 < cfg.hang_minutes < math.inf, "hang_minutes", cfg.hang_minutes, "must be a number of minutes above 0")
+    for name in ("device_memory_gb", "node_memory_gb"):
+        value = getattr(cfg, name)
+        _require(value is None or 0 < value < math.inf, name, value, "must be a size in GB above 0, or null")
+    for name in ("name", "site"):
+        _require(bool(_WORD.fullmatch(getattr(cfg, name))), name, getattr(cfg, name), "must be one word")
+    for name in ("account", "partition", "qos"):
+        # Empty is what an empty environment variable gives: none.
+        value = getattr(cfg, name) or "none"
+        _require(bool(_WORD.fullmatch(value)), name, value, "must be one word")
+    _require(not (cfg.array and cfg.pack > 1), "pack", cfg.pack, "must be 1 with launcher.array=true: one or the other")
+    for name in ("batch_options", "step_options"):
+        for option in getattr(cfg, name):
+            legal = "each must begin with - and stand on one line, without quotes"
+            _require(option.startswith("-") and not set(option) & set("\n'\"\\"), name, option, legal)
+    _require(not cfg.environment or bool(cfg.node_local), "environment", cfg.environment, "needs launcher.node_local")
+    _check_time(cfg)
+
+
+def _check_time(cfg: LauncherConfig) -> None:
+    """The time, and the bins of the partition."""
+    time = seconds(cfg.time)
+    if time is None:
+        raise UserError(f"launcher.time={cfg.time}: must be HH:MM:SS")
+    legal = (
+        f"must be longer than the {cfg.save_seconds} s before its end at which the run saves (launcher.save_seconds)"
+    )
+    _require(time > cfg.save_seconds, "time", cfg.time, legal)
+    if not cfg.bins:
+        return
+    field, where = ("partition", cfg.partition) if cfg.partition else ("qos", cfg.qos)
+    bins = [part for part in cfg.bins if part.partition == where]
+    if not bins:
+        known = ", ".join(dict.fromkeys(part.partition for part in cfg.bins))
+        raise UserError(f"launcher.{field}={where}: {cfg.name} has {known}")
+    fitting = [part for part in bins if part.min_nodes <= cfg.nodes * cfg.pack <= part.max_nodes]
+    if not fitting:
+        sizes = ", ".join(f"{part.min_nodes} to {part.max_nodes}" for part in bins)
+        given = f"launcher.nodes={cfg.nodes}" + (f" x launcher.pack={cfg.pack}" if cfg.pack > 1 else "")
+        raise UserError(f"{given}: jobs in {where} of {cfg.name} have {sizes} nodes")
+    longest = max(fitting, key=lambda part: seconds(part.time) or 0)
+    legal = (
+        f"a job of {cfg.nodes * cfg.pack} nodes in {where} of {cfg.name} may take {longest.time} at most; "
+        "a longer run goes on by itself in the next job"
+    )
+    _require(time <= (seconds(longest.time) or 0), "time", cfg.time, legal)
+
+
+def check_ranks(cfg: Config) -> None:
+    """Raise UserError where `parallel=` cannot have the ranks that the launcher starts."""
+    assert cfg.launcher is not None
+    nodes, ranks = cfg.launcher.nodes, cfg.launcher.ranks_per_node
+    given = f"launcher.nodes={nodes} x launcher.ranks_per_node={ranks}"
+    if cfg.parallel.name == "single":
+        if nodes * ranks > 1:
+            raise UserError(f"parallel=single: one rank, but {given}; choose parallel=ddp, zero1 or another")
+        return
+    if cfg.parallel.nodes not in (1, nodes):
+        raise UserError(f"parallel.nodes={cfg.parallel.nodes}: does not match {given}; leave it out and it follows")
+    if cfg.parallel.devices not in (0, ranks):
+        raise UserError(f"parallel.devices={cfg.parallel.devices}: does not match {given}; leave it out and it follows")

@@ -86,9 +86,9 @@ class AugmentConfig:
     shift: float
     """Largest shift along each axis, mm."""
     zoom: float
-    """Largest relative change of size, the same on all axes."""
+    """Largest relative change of size, each axis by itself."""
     intensity: float
-    """Probability of a change of all brain values, x -> x * (1 + s) + o."""
+    """Probability of scaling, and that of shifting, all brain values: x -> x * (1 + s), x -> x + o."""
     intensity_scale: float
     """Largest |s|."""
     intensity_shift: float

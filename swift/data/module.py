@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from swift.config.schema import DataConfig
+from swift.data.augment import Augment, is_on
 from swift.data.budget import spend
 from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans
 from swift.data.cohorts import Stores
@@ -78,6 +79,8 @@ class ClipDataModule(lightning.LightningDataModule):
         self.split_hash: str | None = None
         self.train_index, self.val_index = self._clips()
         self.order = self._order()
+        on = is_on(data.augment)
+        self.augment = Augment(data.augment, seed, data.spacing, data.background) if on else None
         self.consumed = 0
         self._train_batches: TrainBatches | None = None
 
@@ -198,13 +201,14 @@ class ClipDataModule(lightning.LightningDataModule):
         check_fresh(batch)
         if batch["train"] and self._train_batches is not None:
             self.consumed = self._train_batches.consumed_after(int(batch["meta"][0, 0]))
-        return {name: batch[name] for name in (*PACKED, "voxels")}
+        return {name: batch[name] for name in (*PACKED, "voxels", "train")}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
-        """Packed to dense: the dictionary that `swift.data.scatter.to_dense` describes."""
+        """Packed to dense: the dictionary that `swift.data.scatter.to_dense` describes; training clips augmented."""
         if "codes" not in batch:
             return batch
-        return to_dense(batch, self.store.grid, self.data.frames, self.data.background, self.dtype)
+        dense = to_dense(batch, self.store.grid, self.data.frames, self.data.background, self.dtype)
+        return self.augment(dense) if self.augment is not None and batch["train"] else dense
 
     def dense(self, packed: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Both steps at once, on the CPU, without a Trainer."""

@@ -145,7 +145,7 @@ watch_for_hang() {
     local now last
     while sleep "$((SWIFT_HANG_SECONDS < 60 ? 2 : 15))"; do
         now=$(date +%s)
-        last=$(stat -c %Y "$SWIFT_RUN/heartbeat.json" 2>/dev/null || echo 0)
+        last=$(stat -c %Y "$SWIFT_RUN/heartbeats/$ATTEMPT.json" 2>/dev/null || echo 0)
         [ "$last" -gt "$1" ] || last=$1
         if [ "$((now - last))" -gt "$SWIFT_HANG_SECONDS" ]; then
             say "no step for $((now - last)) s: the run hangs and is ended"

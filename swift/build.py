@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
 from swift.callbacks.progress import ClipProgress
 from swift.callbacks.provenance import Provenance
+from swift.callbacks.survive import Heartbeat, StopOnSignal
 from swift.config.compose import CHECKPOINTS, FROZEN, freeze
 from swift.config.schema import Config
 from swift.data.module import ClipDataModule
@@ -214,7 +215,7 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.trainer.log_every,
         logger=build_loggers(cfg, run_dir),
-        callbacks=[*build_callbacks(cfg, run_dir, overrides), saves],
+        callbacks=[*build_callbacks(cfg, run_dir, overrides), saves, StopOnSignal(saves), Heartbeat(run_dir)],
         enable_checkpointing=False,
         default_root_dir=run_dir,
         enable_model_summary=False,

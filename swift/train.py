@@ -19,7 +19,7 @@ from swift.config.compose import CHECKPOINTS, FROZEN, conf_dir, differences, loa
 from swift.config.schema import Config
 from swift.parallel.launch import SETTINGS, current_place, start_ranks
 from swift.utils import jsonl
-from swift.utils.entry import USER_ERROR_STATUS, reported, set_up_logging
+from swift.utils.entry import STOPPED_STATUS, USER_ERROR_STATUS, reported, set_up_logging
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -80,14 +80,12 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     data = build_data(cfg)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
     trainer = build_trainer(cfg, run_dir, overrides)
-    if checkpoint:
-        log.info("going on from %s", checkpoint)
     torch.set_float32_matmul_precision("high")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=before, weights_only=True)
     except SystemExit as stop:
-        # What Lightning makes of Ctrl-C.
-        if not trainer.interrupted:
+        # What Lightning makes of Ctrl-C; a run that was asked to stop has saved.
+        if not trainer.interrupted or stop.code == STOPPED_STATUS:
             raise
         log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
         raise KeyboardInterrupt from stop

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from swift.utils.errors import UserError
 
 USER_ERROR_STATUS = 2
+STOPPED_STATUS = 75
+"""Of a run that was asked to stop and has saved: it can go on (EX_TEMPFAIL of sysexits.h)."""
 
 
 def set_up_logging() -> None:

@@ -73,6 +73,17 @@ def input_bytes(block: Block, widths: Widths) -> int:
     return block.tokens * block.width * widths.stream
 
 
+def product_bytes(block: Block, widths: Widths) -> int:
+    """What selective checkpointing keeps besides the input: results of matrix products and of attention."""
+    total = 0
+    for branch in block.branches:
+        if branch.is_attention:
+            total += 5 * branch.tokens * branch.width * widths.product + branch.tokens * branch.heads * 4
+        else:
+            total += branch.tokens * (branch.hidden + branch.width) * widths.product
+    return total
+
+
 def merging_bytes(stage: Stage, widths: Widths) -> int:
     """The norm over eight neighbours and the map after it."""
     rows, width = stage.merged_rows, 8 * stage.width
@@ -167,7 +178,8 @@ def segments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) 
             if checkpointing == "none":
                 found += [alone(part) for part in parts]
             else:
-                found.append(Segment(parts, input_bytes(block, widths)))
+                products = product_bytes(block, widths) if checkpointing == "selective" else 0
+                found.append(Segment(parts, input_bytes(block, widths) + products))
         if stage.merged_rows:
             working = 2 * stage.merged_rows * 8 * stage.width * widths.stream
             part = Part(f"merging {index}", merging_bytes(stage, widths), working, stage.merging_parameters)

@@ -192,7 +192,7 @@ def host_bytes(geometry: Geometry, sharding: Sharding) -> float:
 
 
 def step_memory(geometry: Geometry, sharding: Sharding) -> Memory:
-    """The optimizer step: no activations, but temporaries of the size of what is updated, and in ZeRO fp32 gradients."""
+    """The optimizer step: no activations, but temporaries as large as what is updated, in ZeRO fp32 gradients."""
     total, share = geometry.total_parameters, sharding.ranks
     gradients = temporary = 0.0
     if sharding.zero_stage:
@@ -202,7 +202,7 @@ def step_memory(geometry: Geometry, sharding: Sharding) -> Memory:
             gradients += gradient_bytes(geometry, sharding, total)
             temporary += sharding.reduce_bucket
         if not sharding.offload_optimizer:
-            # The gradients of the shard in fp32 are a copy even where they were fp32; ZeRO 1 and 2 let the originals go.
+            # The gradients of the shard in fp32 are a copy even where they were fp32; ZeRO 1 and 2 free those.
             gradients += 4 * updated
             temporary += 4 * updated * (2 if sharding.on_cpu else 1)
     else:

@@ -22,6 +22,7 @@ from swift.data.order import MixedOrder, Order, TrainBatches, ValBatches
 from swift.data.ring import PREFETCH, check_fresh
 from swift.data.scatter import PACKED, to_dense
 from swift.data.splits import load_split
+from swift.data.staging import stage
 from swift.data.stats import KINDS
 from swift.utils.errors import UserError
 
@@ -82,6 +83,7 @@ class ClipDataModule(lightning.LightningDataModule):
         on = is_on(data.augment)
         self.augment = Augment(data.augment, seed, data.spacing, data.background) if on else None
         self.consumed = 0
+        self._staged = False
         self._train_batches: TrainBatches | None = None
 
     def _clips(self) -> tuple[ClipIndex, ClipIndex]:
@@ -166,7 +168,17 @@ class ClipDataModule(lightning.LightningDataModule):
         world = self._world if self._world is not None else trainer.world_size if trainer else 1
         return rank, world
 
+    def _stage(self) -> None:
+        """Copy what will be read to the node's own disk, once."""
+        if self.data.stage_dir and not self._staged:
+            self._staged = True
+            used = {int(scan) for index in (self.train_index, self.val_index) for scan in index.scan}
+            for number, store in enumerate(self.store.stores):
+                own = np.flatnonzero(self.store.cohort == number)
+                stage(store, self.data.stage_dir, [place for place, scan in enumerate(own) if int(scan) in used])
+
     def _loader(self, index: ClipIndex, batches: TrainBatches | ValBatches, train: bool) -> ClipLoader:
+        self._stage()
         data = self.data
         dataset = ClipDataset(self.store, index, self.spec, data.normalization, data.verify, train)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -78,6 +78,7 @@ class Store:
         scans: The manifest, in its order; methods take a scan as its place in this list.
         grid: Voxels (X, Y, Z).
         spacing: mm.
+        local: Copies of shards on this node's own disk, to be read instead; see `swift.data.staging`.
 
     Raises:
         UserError: no store, no scans yet, another version, a shard missing or cut short.
@@ -92,6 +93,7 @@ class Store:
         self.scans: list[ScanInfo] = fmt.decode_manifest(manifest) if manifest.exists() else []
         if not self.scans:
             raise UserError(f"{self.path}: holds no scans; if an ingest was interrupted, run it again to finish it")
+        self.local: dict[str, Path] = {}
         self._check_shards(description.get("shards", {}))
         self._by_name = {scan.scan_id: place for place, scan in enumerate(self.scans)}
         self._empty()
@@ -139,6 +141,11 @@ class Store:
         self._empty()
         self._fresh()
 
+    def file(self, shard: str) -> Path:
+        """Where a shard is read: its copy on this node, if there is one."""
+        local = self.local.get(shard)
+        return local if local is not None and local.exists() else self.path / "shards" / shard
+
     def find(self, scan_id: str) -> int:
         """Place of a scan by name."""
         if scan_id not in self._by_name:
@@ -154,7 +161,7 @@ class Store:
         if name in self._shards:
             self._shards.move_to_end(name)
             return self._shards[name]
-        path = self.path / "shards" / name
+        path = self.file(name)
         try:
             file = h5py.File(path, "r", locking=False)
         except OSError as error:
@@ -166,7 +173,7 @@ class Store:
 
     def _group(self, scan: int) -> tuple[h5py.Group, str]:
         info = self.scans[scan]
-        where = str(self.path / "shards" / info.shard)
+        where = str(self.file(info.shard))
         try:
             return fmt.safe_group(self._shard(info.shard).file, info.scan_id, where), where
         except (OSError, RuntimeError, KeyError) as error:
@@ -261,7 +268,7 @@ class Store:
     def _corrupt(self, scan: int, what: str, frame: int | None = None) -> CorruptData:
         info = self.scans[scan]
         place = f"scan {info.scan_id}" + ("" if frame is None else f", frame {frame}")
-        message = f"{self.path / 'shards' / info.shard}: {place}: {what}; run `python -m swift.data repair`"
+        message = f"{self.file(info.shard)}: {place}: {what}; run `python -m swift.data repair`"
         return CorruptData(message, info.shard, info.scan_id, frame)
 
     def mask(self, scan: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -14,16 +15,15 @@ from typing import Any, NoReturn, Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from swift.utils.entry import STOPPED_STATUS
+
+log = logging.getLogger(__name__)
 
 HEARTBEATS = "heartbeats"
 """Folder in a run directory: a file for every start."""
 STARTUP = "startup.jsonl"
 """In a run directory: seconds of every phase from the start of a job to its first step."""
-# Of a worker after SIGTERM: longer than a rank takes to save and stop, which needs no more batches.
-_WORKER_GRACE_SECONDS = 120.0
 
 
 class Saves(Protocol):
@@ -41,8 +41,9 @@ class Saves(Protocol):
 class StopOnSignal(pl.Callback):
     """SIGUSR1 or SIGTERM on any rank: all ranks save after the same optimizer step, then end with status 75.
 
-    The handlers only set a flag. The ranks compare their flags at the start of every step, when everything of the step
-    before has been done and logged, so the run goes on from there as if nothing had been.
+    The handlers only set a flag; data workers leave it to their rank (`swift.utils.signals`). The ranks compare their
+    flags at the start of every step, when everything of the step before has been done and logged, so the run goes on
+    from there as if nothing had been.
 
     Args:
         saves: Saves the checkpoints of the run.
@@ -54,7 +55,6 @@ class StopOnSignal(pl.Callback):
         self.saves = saves
         self.asked = 0
         """The signal, 0 before one has come."""
-        self._owner = os.getpid()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals from Lightning, whose own SIGTERM handler communicates; it gives them back at the end."""
@@ -70,14 +70,7 @@ class StopOnSignal(pl.Callback):
             self._stop(trainer, asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._owner:
-            self.asked = number
-        elif number == signal.SIGTERM:
-            # A data worker, forked with this handler. Batch systems signal every process of a step; a worker that died
-            # at once would bring down the rank that is about to save. Status 0, or the rank would take it for a crash.
-            timer = threading.Timer(_WORKER_GRACE_SECONDS, os._exit, (0,))
-            timer.daemon = True
-            timer.start()
+        self.asked = number
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """The largest signal any rank has got; all ranks call it together."""
@@ -92,15 +85,16 @@ class StopOnSignal(pl.Callback):
         if self.saves.saved != step:
             trainer.save_checkpoint(self.saves.folder)
         self.saves.saver.finish()
-        rank_zero_info(f"{signal.Signals(asked).name}: saved step {step} and stopped; the run can go on from there")
+        if trainer.is_global_zero:
+            log.info("%s: saved step %d and stopped; the run can go on from there", signal.Signals(asked).name, step)
         raise SystemExit(STOPPED_STATUS)
 
 
 class Heartbeat(pl.Callback):
     """Writes RUN/heartbeats/START.json on rank zero: where this start of the run is, and how long its steps took.
 
-    Whoever watches a run (the job's script, `swift.runs`) takes a file that grows old for a run that hangs. In a job the
-    first step also ends the list of start-up phases in RUN/startup.jsonl.
+    Whoever watches a run (the job's script, `swift.runs`) takes a file that grows old for a run that hangs. In a job
+    the first step also ends the list of start-up phases in RUN/startup.jsonl.
 
     Args:
         run_dir: Folder of the run.

@@ -25,6 +25,7 @@ from swift.data.splits import load_split
 from swift.data.staging import stage
 from swift.data.stats import KINDS
 from swift.utils.errors import UserError
+from swift.utils.signals import leave_stopping_to_parent
 
 log = logging.getLogger("swift.data")
 
@@ -187,6 +188,7 @@ class ClipDataModule(lightning.LightningDataModule):
             batch_sampler=batches,
             collate_fn=identity,
             num_workers=data.workers,
+            worker_init_fn=leave_stopping_to_parent if data.workers else None,
             prefetch_factor=PREFETCH if data.workers else None,
             persistent_workers=data.workers > 0,
             pin_memory=on_gpu,

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from swift.config.compose import CHECKPOINTS, FROZEN, conf_dir, differences, load_frozen, typed, writable
+from swift.config.help import register
 from swift.config.schema import Config
 from swift.parallel.launch import SETTINGS, current_place, start_ranks
 from swift.utils import jsonl
 from swift.utils.entry import STOPPED_STATUS, USER_ERROR_STATUS, reported, set_up_logging
 from swift.utils.errors import UserError
 
-log = logging.getLogger(__name__)
+# By name: run as a command, the module is called __main__, which is no part of swift's logging.
+log = logging.getLogger("swift.train")
 
 
 def checkpoint_to_go_on_from(cfg: Config) -> Path | None:
@@ -89,6 +92,10 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise
         log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
         raise KeyboardInterrupt from stop
+    if trainer.global_step > cfg.trainer.max_steps:
+        raise UserError(
+            f"trainer.max_steps={cfg.trainer.max_steps}: the run has done {trainer.global_step} steps already"
+        )
     if not trainer.is_global_zero:
         return {}
     summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
@@ -222,6 +229,7 @@ def main() -> None:
     from hydra.types import RunMode
 
     set_up_logging()
+    register()
     if SETTINGS in os.environ:
         reported(lambda: run_rank(Path(os.environ[SETTINGS])))
         return
@@ -232,21 +240,32 @@ def main() -> None:
         nonlocal reached
         reached = True
         node = HydraConfig.get()
+        # As typed: run_dir='runs/${model.name}' must not be resolved among the overrides themselves.
+        typed_in = OmegaConf.to_container(node.overrides.task, resolve=False)
+        assert isinstance(typed_in, list)
+        overrides = [str(override) for override in typed_in]
         if node.mode == RunMode.MULTIRUN:
             tree.run_dir = node.runtime.output_dir
             if "launcher" in tree:
                 from swift.submit import point_dir
 
-                tree.run_dir = str(point_dir(Path(node.runtime.output_dir), node.overrides.task, sys.argv))
-        reported(lambda: run(tree, list(node.overrides.task), jobs))
+                tree.run_dir = str(point_dir(Path(node.runtime.output_dir), overrides, sys.argv))
+        reported(lambda: run(tree, overrides, jobs))
 
     # Hydra 1.4 drops version_base; 1.3 warns without it.
     extra = {"version_base": None} if "version_base" in signature(hydra.main).parameters else {}
+    # Hydra prints tracebacks of its own making for some mistakes (model=51, --help with an unknown choice), with status
+    # 1: let all errors come here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", **extra)(task)()
-    except SystemExit as stop:
-        # Hydra ends with 1 and its own hint when composing fails: that is the user's mistake too.
-        sys.exit(USER_ERROR_STATUS if stop.code == 1 and not reached else stop.code)
+    except Exception as error:
+        if reached:
+            raise
+        # Composing has failed: the user's mistake. Hydra's own hint, and OmegaConf's where that is the cause.
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+        print("\n".join(str(part) for part in (error, cause) if part), file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
     if jobs:
         # Only now: all points of a sweep have been checked.
         from swift.submit import submit

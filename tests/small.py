@@ -32,8 +32,9 @@ TRAINER = ["trainer.max_steps=6", "trainer.val_every=3", "trainer.log_every=1", 
 
 
 def small_store(folder: Path) -> Path:
-    """Two scans of 48 frames, with different brain masks."""
-    write_store(CohortSpec(n_subjects=2, frames=48, grid=GRID, spacing=4.0, seed=3, sites=1), folder)
+    """Two scans of 48 frames, with different brain masks, and little in them but slow, smooth networks."""
+    quiet = {"noise_white": 0.1, "noise_smooth": 0.1, "drift": 0.0, "motion": 0.0, "signal": 3.0}
+    write_store(CohortSpec(n_subjects=2, frames=48, grid=GRID, spacing=4.0, seed=3, sites=1, **quiet), folder)
     return folder
 
 

@@ -201,7 +201,7 @@ def check_trainer(cfg: TrainerConfig) -> None:
     _check_choices("trainer", cfg)
     for name in ("max_steps", "val_every", "log_every", "accumulate", "keep_checkpoints"):
         _require(getattr(cfg, name) >= 1, f"trainer.{name}", getattr(cfg, name), "must be at least 1")
-    for name in ("val_batches", "clip_norm", "threads"):
+    for name in ("val_batches", "clip_norm", "threads", "checkpoint_every"):
         _require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
 
 

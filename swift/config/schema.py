@@ -23,7 +23,7 @@ class ModelConfig:
     num_heads: list[int]
     """Attention heads in each stage; each divides its stage's width."""
     variant: str
-    """v1 | joint | factorized: the preset the other fields came from (a label, read by nothing)."""
+    """The preset the other fields came from (a label: model/variant= chooses it)."""
     patch_size: list[int]
     """Voxels x, y, z and frames of one patch."""
     patch_norm: bool
@@ -42,6 +42,7 @@ class ModelConfig:
     mlp: str
     """Factorized: shared, one MLP a block | each, one after each attention."""
     mlp_ratio: float
+    """Width of the hidden layer of an MLP, as a multiple of its stage's."""
     layer_scale: Optional[float]
     """Initial LayerScale of every residual branch; null for none."""
     final_norm: bool
@@ -151,6 +152,7 @@ class TaskConfig:
     """What the model is trained to do."""
 
     name: str
+    """pretrain: reconstruct what is hidden."""
     mask_ratio: float
     """Part of the mask units that is hidden, inside (0, 1)."""
     mask_kind: str
@@ -172,8 +174,11 @@ class OptimizerConfig:
     weight_decay: float
     """On matrices; never on biases, norms, LayerScale, tables and tokens."""
     betas: list[float]
+    """Decay of the running means of gradients and of their squares."""
     eps: float
+    """Added to the root of the mean square."""
     warmup_steps: int
+    """Optimizer steps of the linear warm-up, before the cosine."""
     min_lr_ratio: float
     """Final learning rate of the cosine, as a part of lr."""
     base_width: Optional[int] = None
@@ -242,6 +247,7 @@ class TrainerConfig:
     figures: bool
     """Draw the loss curve and a reconstruction at the end."""
     wandb: bool
+    """Log to Weights & Biases too (needs the extra `wandb`)."""
 
 
 @dataclass
@@ -324,6 +330,7 @@ class Config:
     parallel: ParallelConfig
     trainer: TrainerConfig
     seed: int
+    """Of weights, order of clips, masks and dropout."""
     run_dir: str
     """Folder of this run."""
     init: Optional[str]

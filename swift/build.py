@@ -53,15 +53,19 @@ def build_data(cfg: Config) -> ClipDataModule:
     return ClipDataModule(cfg.data, store_path(cfg), seed=cfg.seed)
 
 
-def build_module(cfg: Config) -> PretrainModule:
+def build_module(cfg: Config, empty: bool = False) -> PretrainModule:
     """The LightningModule, its weights drawn from `cfg.seed`.
+
+    Args:
+        cfg: Of the run.
+        empty: On the meta device: the strategy that trains it draws them, each rank the part that it holds.
 
     Raises:
         UserError: the architecture does not fit the grid, or its states do not fit this machine's memory.
     """
     check_memory(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
-    return PretrainModule(cfg)
+    return PretrainModule(cfg, empty)
 
 
 def start_from(module: PretrainModule, source: str) -> str:
@@ -104,8 +108,7 @@ def count_parameters(cfg: Config) -> int:
         UserError: the architecture does not fit the grid.
     """
     try:
-        with torch.device("meta"):
-            module = PretrainModule(cfg)
+        module = PretrainModule(cfg, empty=True)
     except ValueError as error:
         raise UserError(str(error)) from error
     return sum(parameter.numel() for parameter in module.parameters())

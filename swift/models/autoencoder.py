@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
 from swift.models.decoders import build_decoder
 from swift.models.encoder import SwinEncoder
+from swift.models.init import NORMAL, STD, Init
 
 
 class MaskedAutoencoder(nn.Module):
@@ -27,7 +27,15 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = SwinEncoder(cfg, grid, frames)
         self.mask_token = nn.Parameter(torch.zeros(cfg.embed_dim))
         self.decoder = build_decoder(cfg, grid, frames)
-        trunc_normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=STD)
+
+    def own_initial_values(self) -> dict[str, Init]:
+        """How the mask token begins."""
+        return {"mask_token": NORMAL}
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that repeat, in the order they run."""
+        return self.encoder.blocks()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Reconstruct a clip from its visible patches.

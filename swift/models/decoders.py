@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
-from swift.models.encoder import _init_weights, stage_grids
+from swift.models.encoder import stage_grids
+from swift.models.init import ZERO, Init, draw
 from swift.models.layers import unpatchify
 
 
@@ -33,7 +34,7 @@ class LocalDecoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.decoder_dim)
         px, py, pz, pt = self.patch
         self.head = nn.Linear(cfg.decoder_dim, px * py * pz * pt)
-        self.apply(_init_weights)
+        draw(self)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Features (B, Xs, Ys, Zs, t, C_s) of every stage -> voxels (B, 1, X, Y, Z, T)."""
@@ -66,7 +67,11 @@ class LinearDecoder(nn.Module):
         self.expand = nn.Linear(dim, self.patch_frames * dim, bias=False)
         self.time_embed = nn.Parameter(torch.zeros(self.patch_frames, dim))
         self.head = nn.Linear(dim, self.cell[0] * self.cell[1] * self.cell[2])
-        self.apply(_init_weights)
+        draw(self)
+
+    def own_initial_values(self) -> dict[str, Init]:
+        """How the time table begins."""
+        return {"time_embed": ZERO}
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Features of every stage, of which the last (B, x, y, z, t, C) is used -> voxels (B, 1, X, Y, Z, T)."""

@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
 from swift.models.attention import WindowAttention
+from swift.models.init import draw
 from swift.models.layers import AbsolutePosition, AxialPosition, PatchEmbed, PatchMerging, Residual, token_grid
 from swift.models.rope import WindowRotary
 
@@ -141,7 +142,11 @@ class SwinEncoder(nn.Module):
             for stage, (stage_grid, depth) in enumerate(zip(self.grids, cfg.depths, strict=True))
         )
         self.norm = nn.LayerNorm(cfg.embed_dim * 2 ** (len(cfg.depths) - 1))
-        self.apply(_init_weights)
+        draw(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that repeat, in the order they run."""
+        return [block for stage in self.stages for block in stage.get_submodule("blocks").children()]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, E) patch tokens, before positions."""
@@ -161,11 +166,3 @@ class SwinEncoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, C_in, X, Y, Z, T) voxels -> the features of every stage, the last one after the final norm if used."""
         return self.encode(self.embed(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    """Truncated normal (std 0.02) for linear maps, zero biases, as in Swin."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

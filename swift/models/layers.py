@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
+
+from swift.models.init import NORMAL, Init
 
 
 def tokens_along(length: int, patch: int) -> int:
@@ -57,7 +59,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, C) tokens."""
-        return self.norm(self.proj(patchify(x, self.patch)))
+        # Voxels come in float32, the weights may be narrower; autocast does as it likes.
+        return self.norm(self.proj(patchify(x, self.patch).to(self.proj.weight.dtype)))
 
 
 class PatchMerging(nn.Module):
@@ -84,8 +87,10 @@ class AbsolutePosition(nn.Module):
         super().__init__()
         self.space = nn.Parameter(torch.zeros(*grid[:3], dim))
         self.time = nn.Parameter(torch.zeros(grid[3], dim))
-        trunc_normal_(self.space, std=0.02)
-        trunc_normal_(self.time, std=0.02)
+
+    def own_initial_values(self) -> dict[str, Init]:
+        """How the tables begin."""
+        return {"space": NORMAL, "time": NORMAL}
 
     def forward(self, x: Tensor) -> Tensor:
         """Add to (B, X, Y, Z, T, C); a clip may have fewer frames than the table."""
@@ -103,7 +108,11 @@ class AxialPosition(nn.Module):
     def __init__(self, grid: Sequence[int], dim: int):
         super().__init__()
         for axis, length in zip("xyzt", grid, strict=True):
-            self.register_parameter(axis, nn.Parameter(trunc_normal_(torch.zeros(length, dim), std=0.02)))
+            self.register_parameter(axis, nn.Parameter(torch.zeros(length, dim)))
+
+    def own_initial_values(self) -> dict[str, Init]:
+        """How the tables begin."""
+        return dict.fromkeys("xyzt", NORMAL)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table."""
@@ -122,8 +131,13 @@ class Residual(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.fn = fn
+        self.layer_scale = layer_scale
         self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def own_initial_values(self) -> dict[str, Init]:
+        """How LayerScale begins."""
+        return {} if self.layer_scale is None else {"gamma": Init(False, float(self.layer_scale))}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same."""

@@ -14,28 +14,18 @@ import torch
 from torch import Tensor
 
 from swift.models.layers import token_grid
+from swift.models.noise import GOLDEN, mix, signed
 
 MASK_KINDS = ("random", "tube", "temporal")
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele et al. 2014) on int64, which wraps around; logical shifts by masking."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
 def unit_noise(seed: int, sample_id: Tensor, units: int) -> Tensor:
     """Pseudo-random int64 (B, U) that depends on seed, sample and unit only. `sample_id`: int64 (B,)."""
-    golden = _signed(0x9E3779B97F4A7C15)
+    golden = signed(GOLDEN)
     # Reduced here, in Python's integers: torch refuses a scalar that does not fit 64 bits.
-    start = _signed(seed * 0x9E3779B97F4A7C15 % (1 << 64))
-    key = _mix(_mix(sample_id + start) + golden)
-    return _mix(key[:, None] + torch.arange(1, units + 1, device=sample_id.device) * golden)
+    start = signed(seed * GOLDEN % (1 << 64))
+    key = mix(mix(sample_id + start) + golden)
+    return mix(key[:, None] + torch.arange(1, units + 1, device=sample_id.device) * golden)
 
 
 def draw_mask(

@@ -17,6 +17,7 @@ from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig
 from swift.models import mup
 from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
+from swift.models.init import Init, initial_values, initialize
 from swift.models.masking import draw_mask, mask_voxels
 from swift.modules.metrics import WeightedMean
 from swift.modules.optim import build_optimizer, build_schedule
@@ -28,16 +29,25 @@ class PretrainModule(pl.LightningModule):
     """Hide patches of a clip, reconstruct them, count the loss on hidden brain voxels.
 
     A batch has bold (B, 1, X, Y, Z, T), brain bool (B, X, Y, Z), sample_id int64 (B,), valid bool (B,).
+
+    Args:
+        cfg: Of the run.
+        empty: Leave the model on the meta device: whoever trains it gives it memory and its initial values.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, empty: bool = False):
         super().__init__()
         self.cfg = cfg
         # muP: every parameter's scale, by name; made here because an engine may hold the parameters in shards later.
         self.widths = self.width_table()
-        self.model = self.build_model(cfg.model)
-        if self.widths is not None:
-            mup.rescale(self.model, self.widths)
+        with torch.device("meta"):
+            self.model = self.build_model(cfg.model)
+        if not empty:
+            self.model.to_empty(device="cpu")
+            initialize(self, self.initial_values(), cfg.seed)
+        if not cfg.model.final_norm:
+            # It exists for v1's checkpoints only: no loss reaches it, and an engine would wait for its gradient.
+            self.model.encoder.norm.requires_grad_(False)
         self.val_loss = WeightedMean()
         self.val_l1 = WeightedMean()
         self._step_loss = torch.zeros(())
@@ -46,6 +56,11 @@ class PretrainModule(pl.LightningModule):
     def build_model(self, cfg: ModelConfig) -> MaskedAutoencoder:
         """The model of an architecture, on the grid of this run."""
         return MaskedAutoencoder(cfg, self.cfg.data.grid, self.cfg.data.frames)
+
+    def initial_values(self) -> dict[str, Init]:
+        """How every parameter begins, by name; with muP scaled for its width."""
+        scales = {name: scale.init for name, scale in self.widths.items()} if self.widths else {}
+        return {f"model.{name}": value for name, value in initial_values(self.model, scales).items()}
 
     def width_table(self) -> mup.Table | None:
         """muP: the scale of every parameter of `model` by name; None without muP."""

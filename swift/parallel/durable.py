@@ -12,7 +12,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from swift.parallel.checkpoint import Manifest, Piece
+from swift.config.schema import ParallelConfig
+from swift.models.init import fill
+from swift.parallel.activation import prepare_blocks
+from swift.parallel.checkpoint import WEIGHT, Manifest, Piece
 from swift.parallel.saving import Saver, restore
 from swift.parallel.shards import module_pieces, optimizer_steps, parameter_shapes
 
@@ -25,15 +28,41 @@ class Durable:
     `trainer.save_checkpoint(FOLDER)` and `trainer.fit(ckpt_path=FOLDER)` take the folder of all checkpoints of a run.
     """
 
+    parallel: ParallelConfig
     saver: Saver
-    lightning_module: pl.LightningModule
+    root_device: torch.device
+    lightning_module: Any
     optimizers: list[torch.optim.Optimizer]
     precision_plugin: Any
 
-    def pieces(self, steps: int | None = None) -> Iterable[Piece]:
+    def setup(self, trainer: pl.Trainer) -> None:
+        """As Lightning's; a module that comes on the meta device gets memory before and its initial values after.
+
+        Each rank draws the elements that it holds, in float32 also where the engine computes in bf16.
+        """
+        module = self.lightning_module
+        prepare_blocks(module.model, self.parallel)
+        empty = any(parameter.is_meta for parameter in module.parameters())
+        if empty:
+            self.materialize()
+        super().setup(trainer)  # type: ignore[misc]  # of the Lightning strategy this is mixed into
+        if empty:
+            values, seed = module.initial_values(), module.cfg.seed
+            for piece in self.pieces(moments=False):
+                fill(piece.tensors[WEIGHT], values[piece.name], seed, piece.name, piece.start)
+            self.refresh()
+
+    def materialize(self) -> None:
+        """Give a module on the meta device memory on that of this rank."""
+        self.lightning_module.to_empty(device=self.root_device)
+        with torch.no_grad():
+            for parameter in self.lightning_module.parameters():
+                parameter.zero_()
+
+    def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
         """What this rank holds; `steps` sets Adam's count, before a load."""
-        saver = self.saver
-        return module_pieces(self.lightning_module, self.optimizers[0], saver.rank, saver.world, steps)
+        saver, optimizer = self.saver, self.optimizers[0] if moments else None
+        return module_pieces(self.lightning_module, optimizer, saver.rank, saver.world, steps)
 
     def refresh(self) -> None:
         """After a load: nothing, where the pieces are the module's own weights."""

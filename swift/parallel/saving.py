@@ -232,15 +232,18 @@ class SaveCheckpoints(pl.Callback):
         self.saved = -1
         """Optimizer step of the last save."""
         self._score: float | None = None
+        self._consumed: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What a resumed run starts from is saved already."""
         self.saved = trainer.global_step if trainer.global_step else -1
+        self._consumed = self._counted(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save between validations."""
+        """Note how far the data have been used, and save between validations."""
+        self._consumed = self._counted(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not self.every or trainer.global_step % self.every:
             return
         if not self._validates(trainer):
@@ -260,8 +263,17 @@ class SaveCheckpoints(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The strategy finds the score here."""
+        """Add the score; count the samples of finished steps, also when the next batch has been fetched already."""
         checkpoint["score"] = self._score
+        if self._consumed is not None:
+            checkpoint[type(self._data(trainer)).__qualname__]["consumed"] = self._consumed
+
+    @staticmethod
+    def _data(trainer: pl.Trainer) -> Any:
+        return trainer.datamodule  # type: ignore[attr-defined]  # set at run time
+
+    def _counted(self, trainer: pl.Trainer) -> int | None:
+        return getattr(self._data(trainer), "consumed", None)
 
     def _validates(self, trainer: pl.Trainer) -> bool:
         """Whether a validation follows this batch, after which the checkpoint is saved with its score."""

@@ -46,18 +46,19 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def module_pieces(
-    module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, steps: int | None = None
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int, world: int, steps: int | None = None
 ) -> Iterator[Piece]:
     """Pieces where the parameters of the module are what the optimizer steps on: single, ddp and fsdp.
 
     Args:
         module: The LightningModule.
-        optimizer: Over its parameters.
+        optimizer: Over its parameters; None: weights only.
         rank, world: This rank; of equal copies each rank owns about as many elements.
         steps: Before a load: set Adam's count.
     """
     owner = _owners({name: p.numel() for name, p in module.named_parameters() if not isinstance(p, DTensor)}, world)
-    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    groups = optimizer.param_groups if optimizer is not None else []
+    trained = {parameter for group in groups for parameter in group["params"]}
     for name, parameter in module.named_parameters():
         start = 0
         if isinstance(parameter, DTensor):
@@ -67,7 +68,7 @@ def module_pieces(
             # Rows of dim 0, so flat elements in one run; a rank beyond the last row has none.
             start = offset[0] * math.prod(parameter.shape[1:]) if math.prod(local_shape) else 0
         tensors = {WEIGHT: _local(parameter.detach())}
-        if parameter in trained:
+        if optimizer is not None and parameter in trained:
             state = _prepare(optimizer, parameter, steps)
             tensors |= {kind: _local(state[kind]) for kind in MOMENTS}
         owned = isinstance(parameter, DTensor) or owner[name] == rank
@@ -86,8 +87,11 @@ def _owners(sizes: dict[str, int], world: int) -> dict[str, int]:
     return owners
 
 
-def zero12_pieces(engine: Any, steps: int | None = None) -> Iterator[Piece]:
-    """Pieces of ZeRO 1 and 2: the fragments of fp32 weights in this rank's flat partition of each group."""
+def zero12_pieces(engine: Any, steps: int | None = None, moments: bool = True) -> Iterator[Piece]:
+    """Pieces of ZeRO 1 and 2: the fragments of fp32 weights in this rank's flat partition of each group.
+
+    Arguments as in `zero3_pieces`.
+    """
     outer = engine.optimizer
     for name, parameter in engine.module.named_parameters():
         shape = tuple(parameter.shape)
@@ -97,10 +101,11 @@ def zero12_pieces(engine: Any, steps: int | None = None) -> Iterator[Piece]:
             yield Piece(name, shape, 0, {WEIGHT: parameter.detach().view(-1)}, engine.global_rank == 0)
         elif mapping is not None:
             partition = outer.single_partition_of_fp32_groups[mapping.param_group_index]
-            state = _prepare(outer.optimizer, partition, steps)
             place = mapping.hp_fragment_address
             tensors = {WEIGHT: mapping.hp_fragment.detach()}
-            tensors |= {kind: state[kind].narrow(0, place.start, place.numel) for kind in MOMENTS}
+            if moments:
+                state = _prepare(outer.optimizer, partition, steps)
+                tensors |= {kind: state[kind].narrow(0, place.start, place.numel) for kind in MOMENTS}
             yield Piece(name, shape, mapping.lp_fragment_address.start, tensors)
 
 
@@ -110,8 +115,14 @@ def refresh_zero12(engine: Any) -> None:
     outer.update_lp_params()
 
 
-def zero3_pieces(engine: Any, steps: int | None = None) -> Iterator[Piece]:
-    """Pieces of ZeRO 3: this rank's flat shard of every parameter, without the padding of the last one."""
+def zero3_pieces(engine: Any, steps: int | None = None, moments: bool = True) -> Iterator[Piece]:
+    """Pieces of ZeRO 3: this rank's flat shard of every parameter, without the padding of the last one.
+
+    Args:
+        engine: DeepSpeed's.
+        steps: Before a load: set Adam's count.
+        moments: With those of the optimizer, which are made where there are none.
+    """
     outer = engine.optimizer
     rank = engine.global_rank
     for name, parameter in engine.module.named_parameters():
@@ -124,9 +135,10 @@ def zero3_pieces(engine: Any, steps: int | None = None) -> Iterator[Piece]:
         else:
             group, at, _ = outer.grad_position[outer.get_param_id(parameter)]
             partition = outer.fp32_partitioned_groups_flat[group]
-            state = _prepare(outer.optimizer, partition, steps)
             tensors = {WEIGHT: partition.detach().narrow(0, at, shard)}
-            tensors |= {kind: state[kind].narrow(0, at, shard) for kind in MOMENTS}
+            if moments:
+                state = _prepare(outer.optimizer, partition, steps)
+                tensors |= {kind: state[kind].narrow(0, at, shard) for kind in MOMENTS}
         if count > 0:
             yield Piece(name, shape, start, {kind: tensor[:count] for kind, tensor in tensors.items()})
 

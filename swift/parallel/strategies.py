@@ -19,6 +19,8 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecisi
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from swift.config.schema import Config, ParallelConfig
@@ -132,6 +134,32 @@ class _Ddp(Durable, DDPStrategy):
     pass
 
 
+class _Fsdp(Durable, DDPStrategy):
+    """Torch's fully_shard over the blocks of the model and over what is left: each rank holds rows of every weight.
+
+    Args:
+        narrow: Compute in bf16; weights, gradients and optimizer stay in float32.
+        kwargs: Of Lightning's DDP strategy, whose processes this uses.
+    """
+
+    def __init__(self, narrow: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        bf16 = torch.bfloat16 if narrow else None
+        self.mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32 if narrow else None)
+
+    def materialize(self) -> None:
+        """Shard a module on the meta device, then give each rank memory for its part."""
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        model = self.lightning_module.model
+        for part in (*model.blocks(), model):
+            fully_shard(part, mesh=mesh, mp_policy=self.mixed)
+        super().materialize()
+
+    def configure_ddp(self) -> None:
+        """Nothing: the module is sharded already, in place."""
+        assert any(isinstance(parameter, DTensor) for parameter in self.lightning_module.parameters())
+
+
 class _DeepSpeedPrecision(DeepSpeedPrecision):
     """Leaves inputs and targets in float32 (the model casts its tokens), and scales for accumulation once."""
 
@@ -148,7 +176,7 @@ class _DeepSpeed(Durable, DeepSpeedStrategy):
     """DeepSpeed on any device torch.distributed has a backend for."""
 
     @property
-    def root_device(self) -> torch.device:
+    def root_device(self) -> torch.device:  # type: ignore[override]  # Durable only says that there is one
         """The device of this rank; the CPU gets an index because DeepSpeed asks for one."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
@@ -182,9 +210,40 @@ class _DeepSpeed(Durable, DeepSpeedStrategy):
                 lr_scheduler.optimizer = optimizer
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
-    def pieces(self, steps: int | None = None) -> Iterable[Piece]:
+    def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
         """What this rank holds; `steps` sets Adam's count, before a load."""
-        return (zero3_pieces if self.zero_stage_3 else zero12_pieces)(self.deepspeed_engine, steps)
+        return (zero3_pieces if self.zero_stage_3 else zero12_pieces)(self.deepspeed_engine, steps, moments)
+
+    def materialize(self) -> None:
+        """Give a module on the meta device memory; under ZeRO 3 module by module, each left as this rank's shard."""
+        if not self.zero_stage_3:
+            super().materialize()
+            return
+        import deepspeed
+
+        self._init_config_if_needed()
+        narrow = self.precision_plugin.precision != "32-true"
+        # Inner modules first: DeepSpeed takes all parameters below a module, and those must have memory.
+        for module in reversed(list(self.lightning_module.modules())):
+            own = list(module.named_parameters(recurse=False))
+            for name, parameter in own:
+                zeros = torch.zeros_like(
+                    parameter, device=self.root_device, dtype=torch.bfloat16 if narrow else torch.float32
+                )
+                setattr(module, name, torch.nn.Parameter(zeros, parameter.requires_grad))
+            if own:
+                deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
+            for name, buffer in module.named_buffers(recurse=False):
+                assert not buffer.is_meta or name not in module.state_dict(), f"{name} would be lost"
+        # Tables that are no parameters are made anew from what they are functions of.
+        for module in self.lightning_module.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                module._apply(lambda t: torch.empty_like(t, device=self.root_device), recurse=False)
+
+    def _set_node_environment_variables(self) -> None:
+        super()._set_node_environment_variables()
+        # DeepSpeed takes it for the number of the device, which is 0 where each rank sees one only.
+        os.environ["LOCAL_RANK"] = str(self.root_device.index)
 
     def refresh(self) -> None:
         """After a load: the engine makes its compute weights from the fp32 ones."""
@@ -269,22 +328,24 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
     if parallel.name == "single":
         device = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", 0)
         single = _Single(device, precision_plugin=plugin)
-        single.saver = build_saver(cfg, Place(0, 0, 1, 1, "none"))
+        single.parallel, single.saver = parallel, build_saver(cfg, Place(0, 0, 1, 1, "none"))
         return {"strategy": single, "accelerator": accelerator, "devices": 1}
     environment = SLURMEnvironment(auto_requeue=False) if place.source == "slurm" else Ranks(place)
     shared: dict[str, Any] = {
         "cluster_environment": environment,
         "timeout": timedelta(minutes=parallel.timeout_minutes),
     }
-    strategy: _DeepSpeed | _Ddp
+    strategy: _DeepSpeed | _Fsdp | _Ddp
     if parallel.zero_stage:
         # DeepSpeed looks for its device when it is imported.
         os.environ["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
         config = deepspeed_config(parallel, 2 if precision == "bf16-mixed" else 4)
         strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
+    elif parallel.name == "fsdp":
+        strategy = _Fsdp(precision == "bf16-mixed", precision_plugin=_Float32(), **shared)
     else:
         strategy = _Ddp(precision_plugin=plugin, bucket_cap_mb=parallel.reduce_bucket_mb, **shared)
-    strategy.saver = build_saver(cfg, place)
+    strategy.parallel, strategy.saver = parallel, build_saver(cfg, place)
     return {
         "strategy": strategy,
         "accelerator": _accelerator(accelerator, place),

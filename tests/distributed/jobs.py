@@ -39,7 +39,7 @@ def train(store: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """Train, going on from a checkpoint if the run has one; what this rank saw."""
     torch.use_deterministic_algorithms(True)
     cfg = typed(composed(*command(store, run_dir, "trainer.accelerator=cpu", "trainer.figures=false", *overrides)))
-    module, data = build_module(cfg), build_data(cfg)
+    module, data = build_module(cfg, empty=True), build_data(cfg)
     trainer = build_trainer(cfg, run_dir, overrides)
     recorder = Recorder()
     trainer.callbacks.insert(0, recorder)

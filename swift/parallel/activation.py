@@ -1,0 +1,66 @@
+"""What the backward pass recomputes, and torch.compile: applied to the blocks that a model names, from outside.
+
+A model only says which of its parts repeat (`blocks()`); nothing in it knows that they are recomputed or compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from swift.config.schema import ParallelConfig
+
+
+class HasBlocks(Protocol):
+    """A model that names its repeated parts."""
+
+    def blocks(self) -> list[nn.Module]:
+        """In the order they run."""
+
+
+def _kept_operations() -> set[Any]:
+    """Operations whose results selective checkpointing keeps: matrix products and attention, dear to compute again."""
+    aten = torch.ops.aten
+    names = (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    return {getattr(aten, name).default for name in names if hasattr(aten, name)}
+
+
+def _policy(kept: set[Any], _: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
+    """A forward function whose activations are computed again in the backward pass.
+
+    Args:
+        forward: Of a block.
+        how: block: only its input is kept | selective: its input and the results of matrix products and attention.
+    """
+    assert how in ("block", "selective"), how
+    extra: dict[str, Any] = {}
+    if how == "selective":
+        extra["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _kept_operations()))
+    return partial(checkpoint, forward, use_reentrant=False, **extra)
+
+
+def prepare_blocks(model: HasBlocks, cfg: ParallelConfig) -> None:
+    """Apply activation checkpointing and torch.compile to the blocks of a model, in place; names stay as they are."""
+    for block in model.blocks():
+        if cfg.activation_checkpointing != "none":
+            block.forward = recomputing(block.forward, cfg.activation_checkpointing)
+        if cfg.compile:
+            block.compile()

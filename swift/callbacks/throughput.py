@@ -1,0 +1,156 @@
+"""How fast a run trains, and how much of its time it waits for data: perf/* in the loggers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.profilers import Profiler
+
+
+class FetchTimer(Profiler):
+    """Adds up the seconds the training loop waits for its next batch, and hands everything on to another profiler.
+
+    Lightning tells its profiler when it asks for a batch and when it has one, and nobody else.
+    """
+
+    ACTION = "train_dataloader_next"
+
+    def __init__(self, inner: Profiler, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self.inner, self.seconds = inner, 0.0
+        self._clock, self._since = clock, 0.0
+
+    def start(self, action_name: str) -> None:
+        """An action begins."""
+        if action_name.endswith(self.ACTION):
+            self._since = self._clock()
+        self.inner.start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        """An action has ended."""
+        self.inner.stop(action_name)
+        if action_name.endswith(self.ACTION):
+            self.seconds += self._clock() - self._since
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """Handed on."""
+        self.inner.setup(stage, local_rank, log_dir)
+
+    def teardown(self, stage: str | None) -> None:
+        """Handed on."""
+        self.inner.teardown(stage)
+
+    def describe(self) -> None:
+        """Handed on."""
+        self.inner.describe()
+
+    def summary(self) -> str:
+        """Handed on."""
+        return self.inner.summary()
+
+
+class Throughput(pl.Callback):
+    """Logs rates over every `every` optimizer steps, with validation left out.
+
+    perf/clips_per_second and perf/tokens_per_second of all ranks, perf/step_seconds, perf/tflops (of one device, by the
+    model's FLOPs, recomputation not counted), perf/mfu (only where the device's peak is known) and perf/data_wait, the
+    part of the time in which rank 0 waited for its next batch (on a GPU an upper bound of the stall: queued work goes on
+    meanwhile).
+
+    Args:
+        flops: Forward and backward of one clip.
+        tokens: Patch tokens of one clip.
+        peak: FLOP/s of one device, None where it is not known.
+        every: Optimizer steps between logged points.
+        clock: Gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        flops: float,
+        tokens: int,
+        peak: float | None,
+        every: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.flops, self.tokens, self.peak, self.every = flops, tokens, peak, every
+        self._clock = clock
+        self._timer: FetchTimer | None = None
+        self._began = self._left_out = self._validating = 0.0
+        self._step = self._first = self._clips = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen to when batches are fetched."""
+        if stage == "fit" and self._timer is None:
+            self._timer = FetchTimer(trainer.profiler, self._clock)  # type: ignore[attr-defined]
+            trainer.profiler = self._timer  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from the step the run starts or goes on from."""
+        self._step = trainer.global_step
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        self._began, self._left_out, self._clips, self._first = self._clock(), 0.0, 0, trainer.global_step
+        if self._timer is not None:
+            self._timer.seconds = 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._validating = self._now(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let it run on."""
+        self._left_out += self._now(trainer) - self._validating
+
+    def _now(self, trainer: pl.Trainer) -> float:
+        """Seconds, with the device's queue empty: what has been launched is not done yet."""
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self._clock()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a micro-batch; log what is due."""
+        self._clips += int(batch["sample_id"].shape[0]) * trainer.world_size
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._step % self.every == 0:
+            self._log(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the rest."""
+        if self._step > self._first:
+            self._log(trainer)
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        seconds = self._now(trainer) - self._began - self._left_out
+        steps = self._step - self._first
+        if seconds > 0:
+            values = self.values(seconds, steps, self._clips, trainer.world_size)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=self._step)
+        self._begin(trainer)
+
+    def values(self, seconds: float, steps: int, clips: int, world: int) -> dict[str, float]:
+        """What is logged for `clips` clips of all ranks in `steps` optimizer steps that took `seconds`."""
+        rate = clips / seconds
+        done = rate * self.flops / world
+        found = {
+            "perf/clips_per_second": rate,
+            "perf/tokens_per_second": rate * self.tokens,
+            "perf/step_seconds": seconds / steps,
+            "perf/tflops": done / 1e12,
+        }
+        if self.peak is not None:
+            found["perf/mfu"] = done / self.peak
+        if self._timer is not None:
+            found["perf/data_wait"] = min(self._timer.seconds / seconds, 1.0)
+        return found

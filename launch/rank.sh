@@ -31,7 +31,7 @@ case "$1" in
 train)
     command=(
         "$SWIFT_PYTHON" -m swift.train --config-path "$SWIFT_RUN" --config-name config
-        hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=disabled hydra/hydra_logging=disabled
+        hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none hydra/hydra_logging=none
     )
     ;;
 health) command=("$SWIFT_PYTHON" -m swift.health check "${@:2}") ;;

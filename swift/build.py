@@ -25,6 +25,7 @@ from swift.data.samples import SamplesUnavailable, sample_store
 from swift.data.synthetic import synthetic_store
 from swift.models.v1 import load_v1, read_weights
 from swift.modules.pretrain import PretrainModule
+from swift.parallel import checkpoint
 from swift.parallel.saving import SaveCheckpoints
 from swift.parallel.strategies import build_strategy
 from swift.utils.errors import UserError
@@ -77,28 +78,37 @@ def start_from(module: PretrainModule, source: str) -> str:
     Raises:
         UserError: nothing readable there, or weights that do not fit the model.
     """
-    path = Path(source)
-    path = path / CHECKPOINTS if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"init={source}: there is no {path}")
     try:
-        tensors = read_weights(path)
+        tensors = weights_at(Path(source))
         if not any(key.startswith("model.encoder.") for key in tensors):
             return str(load_v1(module.model.encoder, tensors))
     except ValueError as error:
         raise UserError(f"init={source}: {error}") from error
-    wanted = module.state_dict()
-    wrong = [f"{key} is missing" for key in wanted.keys() - tensors.keys()]
-    wrong += [f"{key} has no place" for key in tensors.keys() - wanted.keys()]
-    wrong += [
-        f"{key} is {tuple(tensors[key].shape)}, the model has {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if wrong:
-        raise UserError(f"init={source}: {len(wrong)} tensors do not fit this model; {'; '.join(sorted(wrong)[:3])}")
+    there = {name: tuple(value.shape) for name, value in tensors.items()}
+    here = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    different = sorted(name for name in {**here, **there} if here.get(name) != there.get(name))
+    if different:
+        raise UserError(f"init={source}: {checkpoint.describe_differences(different, there, here)}")
     module.load_state_dict(tensors)
     return f"{len(tensors)} tensors taken"
+
+
+def weights_at(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a run's last checkpoint, of one checkpoint's folder, or of a file.
+
+    Raises:
+        ValueError: there are none, or they are damaged.
+    """
+    if path.is_file():
+        return read_weights(path)
+    single = (path / checkpoint.MANIFEST).is_file()
+    found = [path] if single else checkpoint.candidates(path / CHECKPOINTS)
+    if not found:
+        raise ValueError("neither a file nor a run with a checkpoint")
+    manifest = checkpoint.Manifest.read(found[0])
+    checkpoint.verify(found[0], manifest)
+    reader = checkpoint.Reader(found[0], manifest)
+    return {name: reader.whole(checkpoint.WEIGHT, name) for name in manifest.shapes}
 
 
 def count_parameters(cfg: Config) -> int:

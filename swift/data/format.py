@@ -303,10 +303,18 @@ def decode_manifest(path: Path) -> list[ScanInfo]:
     return scans
 
 
+def encode_json(content: dict[str, Any]) -> bytes:
+    """store.json: the description, and the xxh3_64 of its compact JSON with sorted keys."""
+    told = {name: value for name, value in content.items() if name != "xxh3_64"}
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(told, sort_keys=True).encode())
+    return (json.dumps({**told, "xxh3_64": digest}, indent=1) + "\n").encode()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """store.json, with the version checked."""
+    """store.json, with its version and its checksum checked."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        content = json.loads(raw.decode("utf-8"))
         version = content["format_version"]
         grid, spacing = content["grid"], content["spacing"]
         well = len(grid) == 3 and all(isinstance(n, int) and n > 0 for n in grid) and float(spacing) > 0
@@ -317,6 +325,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         hint = "update swift" if isinstance(version, int) and version > FORMAT_VERSION else "ingest again"
         raise UserError(f"{path}: format version {version!r}; this swift reads version {FORMAT_VERSION}: {hint}")
+    if "xxh3_64" in content and raw != encode_json(content):
+        raise UserError(f"{path}: differs from its own checksum; run `python -m swift.data repair` with a replica")
     if not well:
         raise UserError(f"{path}: grid {grid!r} and spacing {spacing!r} must be three voxel counts and mm above 0")
     return content

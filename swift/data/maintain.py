@@ -19,6 +19,7 @@ import xxhash
 
 from swift.data import format as fmt
 from swift.data.ingest import REPORT, read_report
+from swift.data.lists import agrees, mend_lists
 from swift.data.nifti import sha256_file
 from swift.data.prepare import Recipe, prepare
 from swift.data.sources import Source
@@ -33,6 +34,8 @@ Progress = Callable[[str], None]
 
 def describe(damage: Damage) -> str:
     """One line that names the place."""
+    if not damage.shard:
+        return damage.part
     if damage.part == "bold":
         return f"shard {damage.shard}, scan {damage.scan}, frame {damage.frame}"
     where = f"shard {damage.shard}" + (f", scan {damage.scan}" if damage.scan else "")
@@ -79,7 +82,7 @@ def verify(path: str | Path, workers: int = 1, progress: Progress | None = None)
     found: list[Damage] = []
     for place, info in enumerate(store.scans):
         inside = store.check(place) if info.shard in bad else []
-        if not any(damage.part == "header" for damage in inside) and not _agrees(store, place):
+        if not any(damage.part == "header" for damage in inside) and not agrees(info, store.attributes(place)):
             inside.append(Damage(info.shard, info.scan_id, "manifest"))
         found += inside
     located = {damage.shard for damage in found if damage.part != "manifest"}
@@ -99,15 +102,6 @@ def _check_shard(path: Path, name: str, listed: dict[str, Any]) -> list[Damage]:
     return [] if fmt.file_hash(file) == listed["xxh3_64"] else [Damage(name, "", "file")]
 
 
-def _agrees(store: Store, place: int) -> bool:
-    """Whether a line of the manifest says what the scan's own header says."""
-    info = store.scans[place]
-    attributes = store.attributes(place)
-    texts = all(getattr(info, name) == attributes[name] for name in fmt.COLUMNS[:6])
-    numbers = info.frames == attributes["frames"] and info.voxels == attributes["voxels"]
-    return bool(texts and numbers and info.tr == float(attributes["tr"]))
-
-
 # --------------------------------------------------------------------------------------------------------- repair
 @dataclass
 class Repair:
@@ -122,7 +116,8 @@ def repair(path: str | Path, replica: str | Path | None = None, sources: Iterabl
 
     Args:
         path: The store.
-        replica: Another copy. The same scans in other shards serve too, for frames and arrays.
+        replica: Another copy. The same scans in other shards serve too, for frames and arrays; the same shards also
+            for store.json and manifest.csv.
         sources: Where the scans came from, for frames and arrays; each is prepared again with the recipe of the last
             ingest.
 
@@ -133,7 +128,14 @@ def repair(path: str | Path, replica: str | Path | None = None, sources: Iterabl
     if replica is None and not sources:
         raise UserError("repair needs the right bytes from somewhere: --replica STORE or --source PATH")
     outcome = Repair()
+    if replica is not None:
+        outcome.fixed += [(Damage("", "", name), "replica") for name in mend_lists(path, Path(replica), False)]
     broken = verify(path)
+    lines = [damage for damage in broken if damage.part == "manifest"]
+    if replica is not None and lines and mend_lists(path, Path(replica), True):
+        still = verify(path)
+        outcome.fixed += [(damage, "replica") for damage in lines if damage not in still]
+        broken = still
     if replica is not None:
         for name in sorted({damage.shard for damage in broken if damage.part != "manifest"}):
             if _mend_shard(path, Path(replica), name):

@@ -221,7 +221,7 @@ class StoreWriter:
             "tool_version": tool_version(),
             "shards": shards,
         }
-        fmt.write_bytes(self.path / "store.json", (json.dumps(content, indent=1) + "\n").encode())
+        fmt.write_bytes(self.path / "store.json", fmt.encode_json(content))
 
     def _tidy(self, used: set[str]) -> None:
         """Remove what killed runs left: temporary files and a shard that was never committed."""

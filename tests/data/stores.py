@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from swift.config.schema import AugmentConfig
+from swift.data.format import encode_json
 from swift.data.store import ScanHeader, StoreWriter
 
 GRID = (5, 6, 7)
@@ -66,4 +67,4 @@ def forget_sizes(path: Path) -> None:
     description = json.loads((path / "store.json").read_text())
     for name, entry in description["shards"].items():
         entry["bytes"] = (path / "shards" / name).stat().st_size
-    (path / "store.json").write_text(json.dumps(description))
+    (path / "store.json").write_bytes(encode_json(description))

@@ -16,6 +16,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swift.data.format import encode_json
 from swift.data.stats import LEVELS, fold, quantize, summarize, voxel_code
 from swift.data.store import KINDS, CorruptData, Store
 from swift.utils.errors import BadScan, UserError
@@ -276,7 +277,7 @@ def test_stores_that_cannot_be_read(own: Path, tmp_path: Path) -> None:
     (own / "store.json").write_text("{")
     with pytest.raises(UserError, match="not the description"):
         Store(own)
-    (own / "store.json").write_text(json.dumps(description))
+    (own / "store.json").write_bytes(encode_json(description))
     shard = own / "shards" / "00001.h5"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])

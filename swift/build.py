@@ -15,9 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
+from swift.callbacks.monitor import Monitor
 from swift.callbacks.progress import ClipProgress
 from swift.callbacks.provenance import Provenance
 from swift.callbacks.survive import Heartbeat, StopOnSignal
+from swift.callbacks.throughput import Throughput
 from swift.config.compose import CHECKPOINTS, FROZEN, freeze
 from swift.config.schema import Config
 from swift.data.module import ClipDataModule
@@ -26,6 +28,9 @@ from swift.data.synthetic import synthetic_store
 from swift.models.v1 import load_v1, read_weights
 from swift.modules.pretrain import PretrainModule
 from swift.parallel import checkpoint
+from swift.parallel.devices import recognise
+from swift.parallel.flops import model_flops
+from swift.parallel.geometry import build_geometry
 from swift.parallel.saving import SaveCheckpoints
 from swift.parallel.strategies import build_strategy
 from swift.utils.errors import UserError
@@ -174,9 +179,19 @@ def precision(cfg: Config) -> str:
 
 
 def build_callbacks(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> list[Callback]:
-    """Metrics, progress, provenance, the frozen settings."""
+    """Metrics, progress, provenance, the frozen settings, speed and the machine."""
     frozen = FrozenConfig(replace(cfg, resume=None), run_dir / FROZEN)
-    return [TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen]
+    return [TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen, build_throughput(cfg), Monitor()]
+
+
+def build_throughput(cfg: Config) -> Throughput:
+    """Clips/s and FLOP/s of the run; MFU where the peak of its device is known."""
+    geometry = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
+    device = None
+    if accelerator(cfg) == "gpu":
+        device = recognise(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    peak = device.peak("bf16" if precision(cfg) == "bf16-mixed" else "32") if device else None
+    return Throughput(model_flops(geometry).total, geometry.tokens, peak, cfg.trainer.log_every)
 
 
 class FrozenConfig(Callback):

@@ -58,8 +58,8 @@ class Throughput(pl.Callback):
 
     perf/clips_per_second and perf/tokens_per_second of all ranks, perf/step_seconds, perf/tflops (of one device, by the
     model's FLOPs, recomputation not counted), perf/mfu (only where the device's peak is known) and perf/data_wait, the
-    part of the time in which rank 0 waited for its next batch (on a GPU an upper bound of the stall: queued work goes on
-    meanwhile).
+    part of the time in which rank 0 waited for its next batch (on a GPU an upper bound of the stall: queued work goes
+    on meanwhile).
 
     Args:
         flops: Forward and backward of one clip.

@@ -82,7 +82,7 @@ def verify(path: str | Path, workers: int = 1, progress: Progress | None = None)
     found: list[Damage] = []
     for place, info in enumerate(store.scans):
         inside = store.check(place) if info.shard in bad else []
-        if not any(damage.part == "header" for damage in inside) and not agrees(info, store.attributes(place)):
+        if not any(damage.part == "header" for damage in inside) and not _agrees(store, place):
             inside.append(Damage(info.shard, info.scan_id, "manifest"))
         found += inside
     located = {damage.shard for damage in found if damage.part != "manifest"}
@@ -100,6 +100,13 @@ def _check_shard(path: Path, name: str, listed: dict[str, Any]) -> list[Damage]:
     if file.stat().st_size != listed["bytes"]:
         return [Damage(name, "", "size")]
     return [] if fmt.file_hash(file) == listed["xxh3_64"] else [Damage(name, "", "file")]
+
+
+def _agrees(store: Store, place: int) -> bool:
+    try:
+        return agrees(store.scans[place], store.attributes(place))
+    except UserError:  # no such scan in that shard
+        return False
 
 
 # --------------------------------------------------------------------------------------------------------- repair

@@ -18,7 +18,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m swift.report",
-        description="Redraw the figures of runs (RUN_DIR/figures/{loss,reconstruction}.png) and print a table of them.",
+        description="Redraw the figures of runs (RUN_DIR/figures/{loss,reconstruction,performance}.png) and print a "
+        "table of them.",
     )
     made.add_argument(
         "runs", nargs="+", metavar="RUN_DIR", type=Path, help="directory of a run (run_dir= of swift.train)"
@@ -32,23 +33,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def draw(run: Run) -> list[Path]:
-    """Draw the figures of one run; the reconstruction only if its data is there.
+    """Draw the figures of one run; the reconstruction and the speed only if their data is there.
 
     Returns:
         The files written.
     """
-    from swift.analysis.plots import (
-        loss_curve,
-        reconstruction,
-    )  # matplotlib takes a second that --no-figures need not wait
+    # matplotlib takes a second that --no-figures need not wait
+    from swift.analysis.performance import has_performance, performance
+    from swift.analysis.plots import loss_curve, reconstruction
 
     folder = run.path / "figures"
     loss_curve([run.path], folder / "loss.png")
+    written = [folder / "loss.png"]
     data = folder / "reconstruction.npz"
-    if not data.is_file():
-        return [folder / "loss.png"]
-    reconstruction(data, folder / "reconstruction.png")
-    return [folder / "loss.png", folder / "reconstruction.png"]
+    if data.is_file():
+        reconstruction(data, folder / "reconstruction.png")
+        written.append(folder / "reconstruction.png")
+    if has_performance(run):
+        performance(run.path, folder / "performance.png")
+        written.append(folder / "performance.png")
+    return written
 
 
 def _number(value: Any, digits: int = 4) -> str:

@@ -71,7 +71,7 @@ def performance(run_dir: str | Path, out: str | Path | None) -> Figure:
             for (name, steps, values, factor), colour in zip(found, COLOURS, strict=False):
                 marker = "o" if len(steps) < 3 else None
                 ax.plot(steps, factor * values, color=colour, lw=1.4, marker=marker, ms=3.5, label=name, gid=name)
-            ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
+            ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
             ax.set_ylabel(label)
             ax.grid(axis="y", color="#E6E6E6", lw=0.6)
             ax.set_axisbelow(True)

@@ -140,31 +140,38 @@ health() {
     tail -n 1 "$reports/verdict" | grep -q '^healthy'
 }
 
-# End a run that makes no step: first so that every rank says where it stands, then for good.
-watch_for_hang() {
+# End ranks that cannot end by themselves. A run without a step hangs: first each rank says where it stands. After a rank
+# has failed the batch system ends the others, but waits for a lost node for as long as nobody calls it lost.
+watch() {
     local now last
     while sleep "$((SWIFT_HANG_SECONDS < 60 ? 2 : 15))"; do
         now=$(date +%s)
         last=$(stat -c %Y "$SWIFT_RUN/heartbeats/$ATTEMPT.json" 2>/dev/null || echo 0)
         [ "$last" -gt "$1" ] || last=$1
-        if [ "$((now - last))" -gt "$SWIFT_HANG_SECONDS" ]; then
+        if [ "$((now - $(stat -c %Y "$LAUNCH/failed" 2>/dev/null || echo "$now")))" -gt 60 ]; then
+            say "a rank has failed, and the others do not end"
+        elif [ "$((now - last))" -gt "$SWIFT_HANG_SECONDS" ]; then
             say "no step for $((now - last)) s: the run hangs and is ended"
             : >"$LAUNCH/hung"
             kill_step ABRT
             sleep 10
-            kill_step KILL
-            return
+        else
+            continue
         fi
+        kill_step KILL
+        sleep 5
+        kill -KILL "$STEP" 2>/dev/null
+        return
     done
 }
 
 # Start the ranks and wait. Returns their status.
 train() {
     local status watcher
-    rm -f "$LAUNCH/mistake" "$LAUNCH/hung"
+    rm -f "$LAUNCH/mistake" "$LAUNCH/failed" "$LAUNCH/hung"
     "${RANK_STEP[@]}" "${RUN_OPTIONS[@]}" "$LAUNCH/rank.sh" train &
     STEP=$!
-    watch_for_hang "$(date +%s)" &
+    watch "$(date +%s)" &
     watcher=$!
     [ -z "$STOP_ASKED" ] || kill -USR1 "$STEP"
     # A signal ends `wait`, not the ranks.
@@ -207,7 +214,7 @@ main() {
         health || again 1 "unhealthy: ${BAD_NODES[*]:-no node stands out}" "${BAD_NODES[@]}"
     fi
     if [ "$SWIFT_MONITOR_SECONDS" -gt 0 ]; then
-        "${MONITOR_STEP[@]}" "$LAUNCH/monitor.sh" "$SWIFT_RUN/monitor" "$SWIFT_MONITOR_SECONDS" &
+        "${MONITOR_STEP[@]}" "$LAUNCH/monitor.sh" "$SWIFT_RUN/monitor" "$SWIFT_MONITOR_SECONDS" 2>/dev/null &
         monitor=$!
     fi
 

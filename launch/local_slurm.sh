@@ -4,7 +4,7 @@
 #   launch/local_slurm.sh install              Debian packages slurm-wlm and munge, when missing (root)
 #   launch/local_slurm.sh start DIR            controller and nodes n1, n2; state, logs and slurm.conf in DIR
 #   launch/local_slurm.sh stop DIR             end them
-#   launch/local_slurm.sh stop-node DIR NODE   kill one node's daemon: a lost node
+#   launch/local_slurm.sh stop-node DIR NODE   kill one node's daemon and processes: a lost node
 #   launch/local_slurm.sh start-node DIR NODE  bring it back
 #
 # After start: export SLURM_CONF=DIR/slurm.conf. Nothing outside DIR is written and no other Slurm is touched: own munge
@@ -77,7 +77,7 @@ SlurmctldTimeout=15
 InactiveLimit=0
 MessageTimeout=30
 MinJobAge=3600
-SchedulerParameters=batch_sched_delay=1
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=1000000
 CONF
     for index in "${!NODES[@]}"; do
         echo "NodeName=${NODES[index]} NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 1 + index))" \
@@ -118,6 +118,20 @@ stop_pid() {
         sleep 0.1
     done
     kill -KILL "$pid" 2>/dev/null || true
+}
+
+# A lost node takes its processes along: here they would go on without their daemon.
+stop_node() {
+    local dir=$1 node=$2 place pid words
+    stop_pid "$dir/slurmd.$node.pid" KILL
+    for place in /proc/[0-9]*; do
+        { words=$(tr '\0' '\n' <"$place/environ"); } 2>/dev/null || continue
+        if grep -qx "SLURMD_NODENAME=$node" <<<"$words" && grep -qx "SLURM_CLUSTER_NAME=swiftlocal" <<<"$words"; then
+            pid=$(awk '{print $4}' "$place/stat" 2>/dev/null) || continue
+            case $(cat "/proc/$pid/comm" 2>/dev/null) in slurmstepd*) kill -KILL "$pid" 2>/dev/null || true ;; esac
+            kill -KILL "${place#/proc/}" 2>/dev/null || true
+        fi
+    done
 }
 
 start() {
@@ -164,7 +178,7 @@ case "${1:-} $#" in
 "install 1") install_packages ;;
 "start 2") start "$2" ;;
 "stop 2") stop "$2" ;;
-"stop-node 3") stop_pid "$(realpath "$2")/slurmd.$3.pid" KILL ;;
+"stop-node 3") stop_node "$(realpath "$2")" "$3" ;;
 "start-node 3") start_node "$(realpath "$2")" "$3" ;;
 *)
     sed -n '2,12s/^# \{0,1\}//p' "$0"

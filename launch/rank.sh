@@ -47,6 +47,9 @@ while :; do
     status=$?
     kill -0 "$rank" 2>/dev/null || break
 done
-# srun reports the highest status of all ranks, and those it ends itself count as killed.
-[ "$status" -ne 2 ] || : >"$SWIFT_RUN/launch/mistake"
+if [ "$1" = train ]; then
+    # srun reports the highest status of all ranks, and those it ends itself count as killed.
+    [ "$status" -ne 2 ] || : >"$SWIFT_RUN/launch/mistake"
+    [ "$status" -eq 0 ] || : >"$SWIFT_RUN/launch/failed"
+fi
 exit "$status"

@@ -44,7 +44,7 @@ broadcast() {
 
 # kill_step SIGNAL: to all processes of the step that trains, and to nothing else.
 kill_step() {
-    scancel --signal="$1" "$(cat "$SWIFT_RUN/launch/step")"
+    scancel --quiet --signal="$1" "$(cat "$SWIFT_RUN/launch/step")"
 }
 
 # Whether nobody has ended the job from outside: who cancels a job does not want it back.

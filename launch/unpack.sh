@@ -27,7 +27,7 @@ fi
 # A virtual environment packed by launch/pack_env.sh: it names its own folder in the first line of its commands, and the
 # folder of the Python it was made from.
 packed=$(cat "$home/.packed-prefix")
-grep -lI "^#!$packed/" "$home"/bin/* | while IFS= read -r file; do
+{ grep -lI "^#!$packed/" "$home"/bin/* || true; } | while IFS= read -r file; do
     sed -i "1s|^#!$packed/|#!$home/|" "$file"
 done
 if [ -d "$home/base" ]; then

@@ -132,7 +132,8 @@ def all_reduce(device: Any, rank: int, world: int) -> None:
 def check(reports: Path, environ: dict[str, str]) -> dict[str, Any]:
     """All checks of this rank; returns its note, which is also written to `reports` after every step."""
     place = current_place()
-    note: dict[str, Any] = {"node": node_name(), "rank": place.rank, "seconds": {}, "failed": None}
+    note: dict[str, Any] = {"node": node_name(), "rank": place.rank, "python": sys.executable}
+    note |= {"seconds": {}, "failed": None}
     path = reports / f"rank-{place.rank:06d}.json"
     device: Any = None
 

@@ -5,7 +5,6 @@ Fake tensors (torch's own) have shapes, devices and storages but no memory, so 1
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from swift.config.schema import ModelConfig
 from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
-from swift.models.encoder import SwinBlock
+from swift.parallel.activation import recomputing
 
 Volume = tuple[int, int, int, int]
 
@@ -83,11 +81,11 @@ def inputs(model: MaskedAutoencoder, volume: Volume, device: str, dtype: torch.d
     return x, mask, torch.empty(1, *volume, device=device, dtype=torch.bool)
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Keep only the input of each block."""
-    for module in model.modules():
-        if isinstance(module, SwinBlock):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+def checkpoint_blocks(model: MaskedAutoencoder, how: str) -> None:
+    """Recompute blocks as training does; `how` is none, selective or block."""
+    for block in model.encoder.blocks():
+        if how != "none":
+            block.forward = recomputing(block.forward, how)
 
 
 def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
@@ -143,14 +141,14 @@ def kept_by_gpu_autocast(cfg: ModelConfig, volume: Volume) -> int:
             return saved_bytes(lambda: reconstruction_loss(model(x, mask), x, counted, "l1"), model)
 
 
-def peak_of_step(cfg: ModelConfig, volume: Volume, dtype: torch.dtype, prepare: Callable[[nn.Module], None]) -> int:
+def peak_of_step(cfg: ModelConfig, volume: Volume, dtype: torch.dtype, checkpointing: str) -> int:
     """Peak bytes of a forward and backward pass above weights, buffers and batch: activations and gradients."""
     model = on_meta(cfg, volume)
     with FakeTensorMode():
         live = Live()
         with live:
             fill(model, "cpu", dtype)
-            prepare(model)
+            checkpoint_blocks(model, checkpointing)
             x, mask, counted = inputs(model, volume, "cpu", dtype)
             before = live.now - counted.untyped_storage().nbytes()
             reconstruction_loss(model(x, mask), x, counted, "l1").backward()

@@ -101,8 +101,8 @@ def test_the_peak_is_the_worst_moment() -> None:
 def test_states_of_real_engines(stage: int, ranks: int, bf16: int, accumulate: int) -> None:
     """DeepSpeed on gloo ranks: bytes of all tensors after a step, and at the peaks, within 10 %.
 
-    ZeRO 3 gathers all weights of the one module here at once and makes their gradients beside them: its backward peak is
-    only within 20 %.
+    ZeRO 3 gathers all weights of the one module here at once and makes their gradients beside them: its backward peak
+    is only within 20 %.
     """
     command = [sys.executable, "-m", "tests.parallel.engine_memory", *map(str, (stage, ranks, bf16, accumulate))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -25,6 +25,7 @@ from swift.config.schema import Config
 from swift.data.module import ClipDataModule
 from swift.data.samples import SamplesUnavailable, sample_store
 from swift.data.synthetic import synthetic_store
+from swift.models.encoder import SwinEncoder
 from swift.models.v1 import load_v1, read_weights
 from swift.modules.pretrain import PretrainModule
 from swift.parallel import checkpoint
@@ -33,6 +34,7 @@ from swift.parallel.flops import model_flops
 from swift.parallel.geometry import build_geometry
 from swift.parallel.saving import SaveCheckpoints
 from swift.parallel.strategies import build_strategy
+from swift.parallel.weights import CheckpointWeights, FileWeights, TensorWeights, Weights, find_checkpoint
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ def build_module(cfg: Config, empty: bool = False) -> PretrainModule:
 
 
 def start_from(module: PretrainModule, source: str) -> str:
-    """Give a module the weights of another run, of a checkpoint, or of a SwiFT v1 file (encoder only).
+    """Give a module the weights of another run, of a checkpoint, of an exported file, or of a SwiFT v1 file (encoder).
+
+    A module on the meta device gets them from the strategy that trains it, each rank the part that it holds.
 
     Returns:
         What was taken, for the log.
@@ -84,36 +88,41 @@ def start_from(module: PretrainModule, source: str) -> str:
         UserError: nothing readable there, or weights that do not fit the model.
     """
     try:
-        tensors = weights_at(Path(source))
-        if not any(key.startswith("model.encoder.") for key in tensors):
-            return str(load_v1(module.model.encoder, tensors))
+        weights, said = weights_at(Path(source), module)
     except ValueError as error:
         raise UserError(f"init={source}: {error}") from error
-    there = {name: tuple(value.shape) for name, value in tensors.items()}
-    here = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    different = sorted(name for name in {**here, **there} if here.get(name) != there.get(name))
-    if different:
-        raise UserError(f"init={source}: {checkpoint.describe_differences(different, there, here)}")
-    module.load_state_dict(tensors)
-    return f"{len(tensors)} tensors taken"
+    module.first_weights = weights
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        for name, parameter in module.named_parameters():
+            if name in weights.shapes:
+                parameter.detach().view(-1).copy_(weights.read(name, 0, parameter.numel()))
+    return said
 
 
-def weights_at(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a run's last checkpoint, of one checkpoint's folder, or of a file.
+def weights_at(path: Path, module: PretrainModule) -> tuple[Weights, str]:
+    """Weights for a module from a run, from one checkpoint, or from a file; and what was taken.
 
     Raises:
-        ValueError: there are none, or they are damaged.
+        ValueError: there are none, they are damaged, or do not fit.
     """
-    if path.is_file():
-        return read_weights(path)
-    single = (path / checkpoint.MANIFEST).is_file()
-    found = [path] if single else checkpoint.candidates(path / CHECKPOINTS)
-    if not found:
-        raise ValueError("neither a file nor a run with a checkpoint")
-    manifest = checkpoint.Manifest.read(found[0])
-    checkpoint.verify(found[0], manifest)
-    reader = checkpoint.Reader(found[0], manifest)
-    return {name: reader.whole(checkpoint.WEIGHT, name) for name in manifest.shapes}
+    weights: Weights
+    if not path.is_file():
+        if not (path / checkpoint.MANIFEST).is_file() and not checkpoint.exists(path / CHECKPOINTS):
+            raise ValueError("neither a file nor a run with a checkpoint")
+        weights = CheckpointWeights(*find_checkpoint(path))
+    elif path.suffix == ".safetensors":
+        weights = FileWeights(path)
+    else:
+        tensors = read_weights(path)
+        if not any(key.startswith("model.encoder.") for key in tensors):
+            encoder = SwinEncoder(module.cfg.model, module.cfg.data.grid, module.cfg.data.frames)
+            report = load_v1(encoder, tensors)
+            taken = {name: value for name, value in encoder.state_dict().items() if name not in report.missing}
+            return TensorWeights({f"model.encoder.{name}": value for name, value in taken.items()}), str(report)
+        weights = TensorWeights(tensors)
+    here = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    checkpoint.compare_shapes("the source", weights.shapes, here)
+    return weights, f"{len(here)} tensors taken"
 
 
 def count_parameters(cfg: Config) -> int:
@@ -227,7 +236,8 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     # Lightning sets its own level when it is imported; its notes on devices and products are not the user's concern.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for talkative in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     spread = build_strategy(cfg, accelerator(cfg), precision(cfg))
     saves = SaveCheckpoints(run_dir / CHECKPOINTS, spread["strategy"].saver, cfg.trainer.checkpoint_every)
     return pl.Trainer(

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from swift.config.compose import CHECKPOINTS, FROZEN, conf_dir, differences, load_frozen, typed, writable
 from swift.config.help import register
 from swift.config.schema import Config
-from swift.parallel.launch import SETTINGS, current_place, start_ranks
+from swift.parallel.launch import SETTINGS, current_place, first_to_report, start_ranks
 from swift.utils import jsonl
 from swift.utils.entry import STOPPED_STATUS, USER_ERROR_STATUS, reported, set_up_logging
 from swift.utils.errors import UserError
@@ -70,6 +70,7 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return start(cfg, overrides, ranks)
     # Torch and Lightning take seconds to import: --help and a wrong option should not wait for them.
     import torch
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from swift.analysis.plots import loss_curve, reconstruction
     from swift.build import build_data, build_module, build_trainer, count_parameters, start_from
@@ -77,13 +78,20 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir)
     before = checkpoint_to_go_on_from(cfg)
     parameters = count_parameters(cfg)
-    module = build_module(cfg)
+    module = build_module(cfg, empty=True)
     if cfg.init and not before:
         log.info("init=%s: %s", cfg.init, start_from(module, cfg.init))
     data = build_data(cfg)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
     trainer = build_trainer(cfg, run_dir, overrides)
     torch.set_float32_matmul_precision("high")
+    judgement: dict[str, Any] | None = None
+
+    def at_end(_: Any, __: Any) -> None:
+        nonlocal judgement
+        judgement = judge(trainer)
+
+    trainer.callbacks.append(LambdaCallback(on_train_end=at_end))  # type: ignore[attr-defined]  # set at run time
     try:
         trainer.fit(module, datamodule=data, ckpt_path=before, weights_only=True)
     except SystemExit as stop:
@@ -96,10 +104,11 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"trainer.max_steps={cfg.trainer.max_steps}: the run has done {trainer.global_step} steps already"
         )
+    # Judged already by all ranks, while their engines still held the model; not if there was nothing left to train.
+    summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
+    summary |= judge(trainer) if judgement is None else judgement
     if not trainer.is_global_zero:
         return {}
-    summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
-    summary |= judge(cfg, module, data, trainer)
     write_summary(summary, run_dir)
     if cfg.trainer.figures:
         loss_curve([run_dir], run_dir / "figures" / "loss.png")
@@ -147,17 +156,15 @@ def run_rank(path: Path) -> None:
     train(typed(OmegaConf.create(sent["config"])), sent["overrides"])
 
 
-def judge(cfg: Config, module: Any, data: Any, trainer: Any) -> dict[str, Any]:
+def judge(trainer: Any) -> dict[str, Any]:
     """Held-out reconstruction error of the trained model and of the baselines, as validation computes it.
 
-    The same clips, device and precision, so that the last validation and the summary say the same.
+    The same clips, ranks and precision, so that the last validation and the summary say the same. All ranks call it.
     """
-    import torch
-
     from swift.analysis.held_out import compare
-    from swift.build import accelerator
 
-    device = torch.device("cuda" if accelerator(cfg) == "gpu" else "cpu")
+    strategy, module, data = trainer.strategy, trainer.lightning_module, trainer.datamodule
+    cfg, device = module.cfg, strategy.root_device
     module.to(device).eval()
 
     def dense(packed: Any) -> Any:
@@ -166,8 +173,16 @@ def judge(cfg: Config, module: Any, data: Any, trainer: Any) -> dict[str, Any]:
 
     batches = map(dense, itertools.islice(data.val_dataloader(), cfg.trainer.val_batches or None))
     seconds = [scan.tr for scan in data.store.scans]
+    figure = Path(cfg.run_dir) / "figures" / "reconstruction.npz" if trainer.is_global_zero else None
     with trainer.precision_plugin.val_step_context():
-        return compare(module, batches, seconds, Path(cfg.run_dir) / "figures" / "reconstruction.npz")
+        return compare(
+            module,
+            batches,
+            seconds,
+            figure,
+            lambda batch: strategy.call("reconstruct", batch),
+            lambda part: strategy.reduce(part, reduce_op="sum"),
+        )
 
 
 def write_summary(summary: dict[str, Any], run_dir: Path) -> None:
@@ -230,8 +245,10 @@ def main() -> None:
 
     set_up_logging()
     register()
+    if current_place().rank:
+        logging.getLogger("swift").setLevel(logging.WARNING)  # rank 0 says it for all
     if SETTINGS in os.environ:
-        reported(lambda: run_rank(Path(os.environ[SETTINGS])))
+        reported(lambda: run_rank(Path(os.environ[SETTINGS])), first_to_report)
         return
     reached = False
     jobs: list[Any] = []
@@ -250,7 +267,7 @@ def main() -> None:
                 from swift.submit import point_dir
 
                 tree.run_dir = str(point_dir(Path(node.runtime.output_dir), overrides, sys.argv))
-        reported(lambda: run(tree, overrides, jobs))
+        reported(lambda: run(tree, overrides, jobs), first_to_report)
 
     # Hydra 1.4 drops version_base; 1.3 warns without it.
     extra = {"version_base": None} if "version_base" in signature(hydra.main).parameters else {}

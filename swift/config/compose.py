@@ -90,7 +90,7 @@ def freeze(cfg: Config, path: Path) -> None:
 
 
 def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """Settings of an existing run with `SECTION.NAME=VALUE` overrides on top.
+    """Settings of an existing run with `SECTION.NAME=VALUE` overrides on top, or `parallel=NAME` for another strategy.
 
     Raises:
         UserError: no (readable) frozen configuration there, or an override that a resumed run cannot have.
@@ -104,6 +104,11 @@ def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} holds no settings")
+    # How a run is spread over devices is no part of what it computes: the one group that may change.
+    for override in overrides:
+        if override.startswith("parallel="):
+            tree.parallel = strategy_settings(override.removeprefix("parallel="))
+    overrides = [override for override in overrides if not override.startswith("parallel=")]
     for override in overrides:
         key = override.partition("=")[0]
         section = key.partition(".")[0]
@@ -116,6 +121,24 @@ def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return typed(tree)
+
+
+def strategy_settings(name: str) -> DictConfig:
+    """What conf/parallel has under a name.
+
+    Raises:
+        UserError: there is no such strategy.
+    """
+    folder = conf_dir() / "parallel"
+    known = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
+    if name not in known:
+        raise UserError(f"parallel={name}: must be one of {', '.join(known)}")
+    own = OmegaConf.load(folder / f"{name}.yaml")
+    assert isinstance(own, DictConfig)
+    del own["defaults"]
+    merged = OmegaConf.merge(OmegaConf.load(folder / "_common.yaml"), own)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def differences(before: Config, after: Config) -> list[str]:

@@ -50,6 +50,8 @@ class PretrainModule(pl.LightningModule):
             self.model.encoder.norm.requires_grad_(False)
         self.val_loss = WeightedMean()
         self.val_l1 = WeightedMean()
+        self.first_weights: Any = None
+        """Weights to begin with in place of the initial values, for a module that is still empty."""
         self._step_loss = torch.zeros(())
         self._rate = 0.0
 

@@ -185,17 +185,21 @@ def verify(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> Non
             raise Damaged(f"{name} has another checksum")
 
 
-def check_shapes(path: Path, manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Make sure that a checkpoint was made by a model with these parameters.
+def compare_shapes(source: object, there: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Make sure that weights were made by a model with these parameters.
+
+    Args:
+        source: Where they come from, for the message.
+        there: Name -> shape of the weights.
+        shapes: Name -> shape of the parameters of the model.
 
     Raises:
         UserError: the first five tensors that differ.
     """
     here = {name: list(shape) for name, shape in shapes.items()}
-    there = manifest.shapes
     different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if different:
-        raise UserError(f"{path} is of another model: {describe_differences(different, there, here)}")
+        raise UserError(f"{source} is of another model: {describe_differences(different, there, here)}")
 
 
 def describe_differences(names: Sequence[str], there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -32,6 +32,8 @@ class Durable:
     saver: Saver
     root_device: torch.device
     lightning_module: Any
+    model: Any
+    _forward_redirection: Any
     optimizers: list[torch.optim.Optimizer]
     precision_plugin: Any
 
@@ -47,14 +49,17 @@ class Durable:
             self.materialize()
         super().setup(trainer)  # type: ignore[misc]  # of the Lightning strategy this is mixed into
         if empty:
-            values, seed = module.initial_values(), module.cfg.seed
+            values, seed, first = module.initial_values(), module.cfg.seed, module.first_weights
             for piece in self.pieces(moments=False):
-                fill(piece.tensors[WEIGHT], values[piece.name], seed, piece.name, piece.start)
+                if first is not None and piece.name in first.shapes:
+                    piece.tensors[WEIGHT].copy_(first.read(piece.name, piece.start, piece.stop))
+                else:
+                    fill(piece.tensors[WEIGHT], values[piece.name], seed, piece.name, piece.start)
             self.refresh()
 
     def materialize(self) -> None:
-        """Give a module on the meta device memory on that of this rank."""
-        self.lightning_module.to_empty(device=self.root_device)
+        """Give a model on the meta device memory on that of this rank (not the metrics beside it: they have values)."""
+        self.lightning_module.model.to_empty(device=self.root_device)
         with torch.no_grad():
             for parameter in self.lightning_module.parameters():
                 parameter.zero_()
@@ -63,6 +68,12 @@ class Durable:
         """What this rank holds; `steps` sets Adam's count, before a load."""
         saver, optimizer = self.saver, self.optimizers[0] if moments else None
         return module_pieces(self.lightning_module, optimizer, saver.rank, saver.world, steps)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the module through whatever holds its weights, as Lightning calls its steps."""
+        if self.model is self.lightning_module:
+            return getattr(self.lightning_module, method)(*args)
+        return self._forward_redirection(self.model, self.lightning_module, method, *args)
 
     def refresh(self) -> None:
         """After a load: nothing, where the pieces are the module's own weights."""

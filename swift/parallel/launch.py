@@ -24,7 +24,7 @@ SETTINGS = "SWIFT_RANK_SETTINGS"
 """Environment variable of a started rank: file with the settings it shall run."""
 LAUNCH = "SWIFT_LAUNCH"
 """Environment variable: name of one start of a run, the same for all of its ranks on a node."""
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Place:
     local_world: int
     """Ranks on this node."""
     source: str
-    """none: alone | swift: started by `start_ranks` | torchrun | slurm."""
+    """none: alone | swift: started by `start_ranks` | torchrun | mpiexec | slurm."""
 
     @property
     def nodes(self) -> int:
@@ -55,6 +55,9 @@ def current_place(env: Mapping[str, str] = os.environ) -> Place:
         return Place(number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"), number("LOCAL_WORLD_SIZE"), "swift")
     if "TORCHELASTIC_RUN_ID" in env:
         return Place(number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"), number("LOCAL_WORLD_SIZE"), "torchrun")
+    if "PALS_RANKID" in env:
+        # mpiexec of Cray PALS; launch/rank.sh adds the sizes.
+        return Place(number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"), number("LOCAL_WORLD_SIZE"), "mpiexec")
     # An interactive job's shell or a batch script has SLURM_NTASKS too; only srun gives a process its own number, and
     # a shell started by srun (salloc's default step, `srun --pty bash`) is named so by Slurm.
     if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive") and "SLURM_STEP_ID" in env:

@@ -192,7 +192,7 @@ def restore(
         manifest, trouble = _whole(folder / name, rank, world)
         if trouble is None:
             assert manifest is not None
-            checkpoint.check_shapes(folder / name, manifest, shapes)
+            checkpoint.compare_shapes(folder / name, manifest.shapes, shapes)
             Reader(folder / name, manifest).fill(pieces(manifest.optimizer_steps))
             return folder / name, manifest
         if rank == 0:

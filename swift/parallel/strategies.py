@@ -7,6 +7,7 @@ DeepSpeed runs on a CPU too (gloo), which is what the tests use; Lightning's own
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -151,6 +152,8 @@ class _Fsdp(Durable, DDPStrategy):
         """Shard a module on the meta device, then give each rank memory for its part."""
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         model = self.lightning_module.model
+        # A reconstruction is a view; nobody writes into it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for part in (*model.blocks(), model):
             fully_shard(part, mesh=mesh, mp_policy=self.mixed)
         super().materialize()

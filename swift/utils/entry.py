@@ -25,13 +25,20 @@ def set_up_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def reported(work: Callable[[], object]) -> None:
-    """Run `work`; a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130."""
+def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: True) -> None:
+    """Run `work`; a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130.
+
+    Args:
+        work: What the command does.
+        speaks: Whether this process is the one to say it, of several that fail together.
+    """
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        if speaks():
+            print("stopped", file=sys.stderr)
         sys.exit(130)

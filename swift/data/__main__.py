@@ -168,7 +168,7 @@ def _split(options: argparse.Namespace) -> int:
         {"hash": digest, **{part: len(names) for part, names in split.parts.items()}, **split.how}
         for digest, split in zip(hashes, splits, strict=True)
     ]
-    lines = [f"{options.out}#{n}  " + "  ".join(f"{k} {v}" for k, v in row.items()) for n, row in enumerate(rows)]
+    lines = [f"{options.out}:{n}  " + "  ".join(f"{k} {v}" for k, v in row.items()) for n, row in enumerate(rows)]
     _show(options, rows, lines)
     return 0
 

@@ -198,13 +198,13 @@ def load_splits(path: str | os.PathLike[str]) -> list[Split]:
 
 
 def load_split(name: str) -> Split:
-    """The split that `file.json` (its first) or `file.json#3` (number 3, from 0) names."""
-    path, mark, number = name.rpartition("#")
-    if not mark:
+    """The split that `file.json` (its first) or `file.json:3` (number 3, from 0) names."""
+    path, mark, number = name.rpartition(":")
+    if not mark or not number.isdigit():
         path, number = name, "0"
     splits = load_splits(path)
-    if not number.isdigit() or int(number) >= len(splits):
-        raise UserError(f"{name}: split {number!r} of {path}; it has 0 to {len(splits) - 1}")
+    if int(number) >= len(splits):
+        raise UserError(f"{name}: split {number} of {path}; it has 0 to {len(splits) - 1}")
     return splits[int(number)]
 
 

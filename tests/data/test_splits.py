@@ -94,10 +94,10 @@ def test_files_keep_splits_and_find_edits(tmp_path: Path) -> None:
     assert len(set(hashes)) == 3
     assert load_splits(path) == splits
     assert load_split(str(path)) == splits[0]
-    assert load_split(f"{path}#2") == splits[2]
-    assert load_split(f"{path}#2").hash == hashes[2]
+    assert load_split(f"{path}:2") == splits[2]
+    assert load_split(f"{path}:2").hash == hashes[2]
     with pytest.raises(UserError, match="it has 0 to 2"):
-        load_split(f"{path}#3")
+        load_split(f"{path}:3")
     edited = json.loads(path.read_text())
     edited["splits"][1]["train"].pop()
     path.write_text(json.dumps(edited))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shutil
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -43,10 +42,10 @@ def freeze_run(cfg: Config, launcher: LauncherConfig, run: Path, overrides: Sequ
     launch.mkdir(exist_ok=True)
     (launch / FINISHED).unlink(missing_ok=True)
     write_code(launch / "code.tar.gz", git)
-    for name in _SHELL_FILES:
-        shutil.copy(launch_dir() / name, launch / name)
-    shutil.copy(launch_dir() / f"{launcher.scheduler}.sh", launch / "scheduler.sh")
-    shutil.copy(launch_dir() / "sites" / f"{launcher.site}.sh", launch / "site.sh")
+    sources = {name: name for name in _SHELL_FILES}
+    sources |= {"scheduler.sh": f"{launcher.scheduler}.sh", "site.sh": f"sites/{launcher.site}.sh"}
+    for name, source in sources.items():
+        write_whole(launch / name, (launch_dir() / source).read_text(encoding="utf-8"), executable=True)
     write_whole(run / "launcher.yaml", OmegaConf.to_yaml(OmegaConf.structured(launcher)))
     asked = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

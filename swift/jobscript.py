@@ -61,7 +61,7 @@ def _settings(cfg: LauncherConfig, python: str, data: Path | None, cache: str | 
         "HEALTH": "true" if cfg.health else "false",
         "HEALTH_SECONDS": HEALTH_SECONDS,
         "MIN_FREE_GB": cfg.min_free_gb,
-        "DEVICE": "cpu" if cfg.device_memory_gb is None else "gpu",
+        "DEVICE": cfg.device,
         "MONITOR_SECONDS": cfg.monitor_seconds,
         "DATA": data or "",
         "ENVIRONMENT": cfg.environment or "",

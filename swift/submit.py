@@ -59,8 +59,9 @@ def prepare(cfg: Config, overrides: Sequence[str], make_data: Callable[[Config],
     Raises:
         UserError: a wrong value, or a missing file or command.
     """
-    launcher = cfg.launcher
-    assert launcher is not None
+    assert cfg.launcher is not None
+    environment = cfg.launcher.environment
+    launcher = replace(cfg.launcher, environment=str(Path(environment).absolute()) if environment else None)
     check_ranks(cfg)
     _check_site(launcher)
     run = _run_dir(cfg)
@@ -188,7 +189,15 @@ def _as_it_will_run(cfg: Config, run: Path) -> Config:
 
     single = cfg.parallel.name == "single"
     parallel = cfg.parallel if single else replace(cfg.parallel, nodes=launcher.nodes, devices=launcher.ranks_per_node)
-    data = replace(cfg.data, path=whole(cfg.data.path), split=whole(cfg.data.split))
+    mixture = [replace(cohort, path=str(Path(cohort.path).absolute())) for cohort in cfg.data.mixture]
+    stage_dir = f"{launcher.node_local}/swift-shards" if launcher.stage_data else None
+    data = replace(
+        cfg.data,
+        path=whole(cfg.data.path),
+        mixture=mixture,
+        split=whole(cfg.data.split),
+        stage_dir=cfg.data.stage_dir or stage_dir,
+    )
     return replace(cfg, launcher=None, parallel=parallel, data=data, run_dir=str(run), init=whole(cfg.init))
 
 
@@ -204,11 +213,26 @@ def _check_same_run(run: Path, frozen: Config) -> None:
 
 
 def check_memory(cfg: Config) -> None:
-    """Refuse a run that the plan says does not fit the devices or the nodes.
+    """Refuse a run that the plan says does not fit the devices or the hosts of the machine.
 
     Raises:
-        UserError: with both sizes.
+        UserError: what does not fit, and what would.
     """
+    launcher = cfg.launcher
+    assert launcher is not None
+    if launcher.machine is None:
+        return
+    # The plan counts parameters on torch's meta device: seconds, spared where nothing is known of the machine.
+    from swift.parallel.devices import load_site
+    from swift.parallel.planning import make_plan, why_not
+
+    site = replace(load_site(launcher.machine), devices_per_node=launcher.ranks_per_node)
+    plan = make_plan(cfg, site, launcher.nodes, cfg.data.batch_size, clips=1.0)
+    if not plan.chosen.fits:
+        remedy = f"; what would fit: {plan.suggestions[0]}" if plan.suggestions else ""
+        raise UserError(
+            f"model={cfg.model.name} parallel={cfg.parallel.name} does not fit {launcher.name}: {why_not(plan)}{remedy}"
+        )
 
 
 def _checked_data(frozen: Config, launcher: LauncherConfig, make_data: Callable[[Config], Path]) -> Path | None:
@@ -216,12 +240,12 @@ def _checked_data(frozen: Config, launcher: LauncherConfig, make_data: Callable[
     if frozen.data.name != "store":
         # Compute nodes reach no registry: the sample scans are fetched here. A dry run fetches nothing.
         return None if launcher.dry_run else make_data(frozen).absolute()
-    assert frozen.data.path is not None
-    path = Path(frozen.data.path)
-    for name in ("store.json", "manifest.csv"):
-        message = f"data.path={path}: no {name} in it; make a store with python -m swift.data ingest"
-        _machine(launcher, (path / name).is_file(), message)
-    return path
+    stores = [cohort.path for cohort in frozen.data.mixture] or [frozen.data.path or ""]
+    for store in stores:
+        missing = [name for name in ("store.json", "manifest.csv") if not (Path(store) / name).is_file()]
+        message = f"{store}: no {' and no '.join(missing)} in it; make a store with python -m swift.data ingest"
+        _machine(launcher, not missing, message)
+    return Path(stores[0])
 
 
 def _check_idle(launcher: LauncherConfig, run: Path) -> None:

@@ -32,9 +32,7 @@ def check_launcher(cfg: LauncherConfig) -> None:
     for name in ("monitor_seconds", "save_seconds", "min_free_gb"):
         _require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "must not be negative")
     _require(0 < cfg.hang_minutes < math.inf, "hang_minutes", cfg.hang_minutes, "must be a number of minutes above 0")
-    for name in ("device_memory_gb", "node_memory_gb"):
-        value = getattr(cfg, name)
-        _require(value is None or 0 < value < math.inf, name, value, "must be a size in GB above 0, or null")
+    _require(cfg.device in ("cpu", "gpu"), "device", cfg.device, "must be one of cpu, gpu")
     for name in ("name", "site"):
         _require(bool(_WORD.fullmatch(getattr(cfg, name))), name, getattr(cfg, name), "must be one word")
     for name in ("account", "partition", "qos"):
@@ -46,7 +44,9 @@ def check_launcher(cfg: LauncherConfig) -> None:
         for option in getattr(cfg, name):
             legal = "each must begin with - and stand on one line, without quotes"
             _require(option.startswith("-") and not set(option) & set("\n'\"\\"), name, option, legal)
-    _require(not cfg.environment or bool(cfg.node_local), "environment", cfg.environment, "needs launcher.node_local")
+    for name in ("environment", "stage_data"):
+        value = getattr(cfg, name)
+        _require(not value or bool(cfg.node_local), name, value, "needs launcher.node_local, where to put it")
     _check_time(cfg)
 
 

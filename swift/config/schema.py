@@ -295,10 +295,12 @@ class LauncherConfig:
     """Folder on a disk or in the memory of each node, written in the job's shell; null: nothing is staged."""
     environment: Optional[str]
     """Archive of the Python environment (launch/pack_env.sh) to unpack in node_local; null: the Python that submits."""
-    device_memory_gb: Optional[float]
-    """Memory of a device, GB; null: ranks run on the CPU."""
-    node_memory_gb: Optional[float]
-    """Host memory of a node, GB; null: not checked."""
+    stage_data: bool
+    """Copy the shards a node needs to node_local too (data.stage_dir, where that is null)."""
+    device: str
+    """cpu | gpu: what a rank must find on its node."""
+    machine: Optional[str]
+    """conf/sites/NAME.yaml: memory of devices and hosts, which the plan must fit into; null: not checked."""
     min_free_gb: float
     """Free space each node must have in node_local and for the run directory, GB."""
     health: bool

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slurm check format demo sizes bench bench-data clean
+.PHONY: help setup test test-slow test-slurm check format demo sizes bench bench-data clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(INSTALLED): pyproject.toml
 
 test: setup ## Run the CPU test suite
 	$(BIN)/python -m pytest
+
+test-slow: setup ## Run the slow tests too: several ranks, kills, whole commands
+	$(BIN)/python -m pytest -m 'slow and not gpu and not slurm'
 
 test-slurm: setup ## Run the tests that need Slurm: installs (Debian, root), starts and stops two nodes on this machine
 	launch/local_slurm.sh install

@@ -126,25 +126,6 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-@torch.no_grad()
-def rescale(model: nn.Module, table: Table) -> None:
-    """Multiply freshly drawn weights by the factors of their width, in place; call it once.
-
-    The values at hand are those that every width is given without muP. Module by module through `Module.apply`, which
-    DeepSpeed's sharded construction replaces by one that gathers the weights first.
-    """
-    names = {module: name for name, module in model.named_modules()}
-
-    def visit(module: nn.Module) -> None:
-        for key, parameter in module.named_parameters(recurse=False):
-            scale = table[plain_name(f"{names[module]}.{key}".removeprefix("."))]
-            assert list(parameter.shape) == scale.shape.shape(), f"{names[module]}.{key} is sharded: rescale it before"
-            if scale.init != 1.0:
-                parameter.mul_(scale.init)
-
-    model.apply(visit)
-
-
 def attach(model: nn.Module, table: Table) -> None:
     """Hang the shapes on the parameters, where functions of the `mup` package look for them.
 

@@ -90,31 +90,6 @@ def test_base_shapes_name_the_dimensions_that_grow() -> None:
     assert shapes["mask_token"] == [16]
 
 
-def test_rescaling_multiplies_fresh_weights() -> None:
-    cfg = config(embed_dim=64)
-    table = mup.width_table(build, cfg, BASE)
-    torch.manual_seed(0)
-    plain = build(cfg)
-    torch.manual_seed(0)
-    scaled = build(cfg)
-    mup.rescale(scaled, table)
-    for (name, before), after in zip(plain.named_parameters(), scaled.parameters()):
-        factor = {"hidden": 0.5, "output": 0.25}.get(table[name].kind, 1.0)
-        assert torch.equal(after, before * factor), name
-    # variance of hidden weights goes as 1/fan_in, from 0.02^2 at the base width
-    weight = scaled.get_parameter("encoder.stages.1.blocks.0.mlp.fn.fc1.weight")
-    assert float(weight.detach().std()) == pytest.approx(0.02 * math.sqrt(BASE / 64), rel=0.03)
-
-
-def test_rescaling_says_when_it_comes_too_late() -> None:
-    cfg = config(embed_dim=32)
-    model = build(cfg)
-    table = mup.width_table(build, cfg, BASE)
-    model.mask_token.data = torch.empty(0)
-    with pytest.raises(AssertionError, match=r"mask_token is sharded"):
-        mup.rescale(model, table)
-
-
 @pytest.mark.parametrize("variant", ["factorized", "joint"])
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_attention_divides_by_head_dim_beyond_the_base_width(variant: str, width: int) -> None:
@@ -156,7 +131,6 @@ def test_names_survive_wrappers() -> None:
     assert wrapped != list(table)
     assert [mup.plain_name(name) for name in wrapped] == list(table)
     assert mup.plain_name("module.encoder._orig_mod.norm.weight") == "encoder.norm.weight"  # DDP and torch.compile
-    mup.rescale(model, table)
 
 
 def test_infshapes_lost_with_the_parameters_are_restored() -> None:

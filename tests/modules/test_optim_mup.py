@@ -73,6 +73,17 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> li
     return losses
 
 
+def test_initial_values_are_those_of_adamw_times_the_factor_of_the_width() -> None:
+    plain, scaled = module_of(settings("model.embed_dim=64")), module_of(mup_settings(64))
+    assert scaled.widths is not None
+    for name, before in plain.model.named_parameters():
+        factor = {"hidden": 0.5, "output": 0.25}.get(scaled.widths[name].kind, 1.0)
+        torch.testing.assert_close(scaled.model.get_parameter(name), before * factor, rtol=1e-6, atol=0)
+    # the variance of hidden weights goes as 1/fan_in, from 0.02^2 at the base width
+    weight = scaled.model.get_parameter("encoder.stages.1.blocks.0.mlp.fn.fc1.weight")
+    assert float(weight.detach().std()) == pytest.approx(0.02 * (16 / 64) ** 0.5, rel=0.03)
+
+
 def test_groups_are_split_by_width() -> None:
     cfg = mup_settings(64)
     module = module_of(cfg)

@@ -131,12 +131,16 @@ def point_dir(numbered: Path, overrides: Sequence[str], given: Sequence[str]) ->
     Args:
         numbered: Folder that Hydra has made for the point, named by its number; removed where it is empty.
         overrides: Settings of this point.
-        given: The words of the command line: what stands there unchanged is the same at every point.
+        given: The settings on the command line, swept ones with all their values.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides([word for word in given if word[:1] != "-" and "=" in word])
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
     parts = [numbered.name]
     for override in overrides:
-        if override not in given:
-            name, _, value = override.partition("=")
+        name, _, value = override.partition("=")
+        if name.lstrip("+") in swept:
             words = re.sub(r"[^A-Za-z0-9.+]+", "x", value).strip("x")
             parts.append(f"{name.lstrip('+').rpartition('.')[2].replace('/', '-')}-{words}")
     with contextlib.suppress(OSError):

@@ -266,7 +266,7 @@ def main() -> None:
             if "launcher" in tree:
                 from swift.submit import point_dir
 
-                tree.run_dir = str(point_dir(Path(node.runtime.output_dir), overrides, sys.argv))
+                tree.run_dir = str(point_dir(Path(node.runtime.output_dir), overrides, sys.argv[1:]))
         reported(lambda: run(tree, overrides, jobs), first_to_report)
 
     # Hydra 1.4 drops version_base; 1.3 warns without it.

@@ -21,7 +21,9 @@ PYTHON = "/sw/swift/bin/python"
 
 def launcher(name: str, *overrides: str) -> LauncherConfig:
     model = ["model=3b", "parallel=zero1"]
-    cfg = typed(composed(*model, f"+launcher={name}", "launcher.account=abc123", "launcher.environment=null", *overrides))
+    cfg = typed(
+        composed(*model, f"+launcher={name}", "launcher.account=abc123", "launcher.environment=null", *overrides)
+    )
     assert cfg.launcher is not None
     return cfg.launcher
 

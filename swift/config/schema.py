@@ -131,7 +131,7 @@ class DataConfig:
     val_gap: int
     """Frames left out between training and held-out frames."""
     split: Optional[str]
-    """File of a split by subject (made by `swift.data split`); null: hold out in time."""
+    """File of a split by subject (made by `swift.data split`), FILE:3 for its split 3; null: hold out in time."""
     verify: bool
     """Check the checksum of every frame that is read."""
     mixture: list[CohortConfig]

@@ -183,7 +183,7 @@ def test_the_loss_falls_and_the_model_beats_the_mean(store: Path, tmp_path: Path
 def test_a_diverged_run_is_said_in_strict_json(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = swift.build.build_module
 
-    def broken(cfg: Any) -> Any:
+    def broken(cfg: Any, empty: bool) -> Any:
         module = original(cfg)
         torch.nn.init.constant_(module.model.mask_token, float("nan"))
         return module

@@ -260,12 +260,13 @@ class Reader:
         return out.view(shape)
 
     def fill(self, pieces: Sequence[Piece]) -> None:
-        """Copy what the checkpoint has into the tensors of the pieces; a moment it lacks becomes 0."""
+        """Copy what the checkpoint has into the tensors of the pieces.
+
+        Raises:
+            Damaged: it lacks a part of them.
+        """
         for piece in pieces:
             for kind, target in piece.tensors.items():
-                if kind != WEIGHT and not self.manifest.places(tensor_key(kind, piece.name)):
-                    target.zero_()
-                    continue
                 for first, part in self.read(kind, piece.name, piece.start, piece.stop):
                     at = first - piece.start
                     target[at : at + part.numel()].copy_(part)

@@ -193,7 +193,10 @@ def restore(
         if trouble is None:
             assert manifest is not None
             checkpoint.compare_shapes(folder / name, manifest.shapes, shapes)
-            Reader(folder / name, manifest).fill(pieces(manifest.optimizer_steps))
+            try:
+                Reader(folder / name, manifest).fill(pieces(manifest.optimizer_steps))
+            except Damaged as error:  # its files are what they were: it never was of this run
+                raise UserError(f"{folder / name} cannot be gone on from: {error}") from error
             return folder / name, manifest
         if rank == 0:
             then = f"going on from {names[place + 1]}" if place + 1 < len(names) else "and there is none before it"

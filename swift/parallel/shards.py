@@ -59,6 +59,7 @@ def module_pieces(
     owner = _owners({name: p.numel() for name, p in module.named_parameters() if not isinstance(p, DTensor)}, world)
     groups = optimizer.param_groups if optimizer is not None else []
     trained = {parameter for group in groups for parameter in group["params"]}
+    assert trained <= set(module.parameters()), "the optimizer steps on parameters that the module does not have"
     for name, parameter in module.named_parameters():
         start = 0
         if isinstance(parameter, DTensor):

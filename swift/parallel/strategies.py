@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from swift.config.schema import Config, ParallelConfig
@@ -157,6 +157,14 @@ class _Fsdp(Durable, DDPStrategy):
         for part in (*model.blocks(), model):
             fully_shard(part, mesh=mesh, mp_policy=self.mixed)
         super().materialize()
+
+    def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
+        """What this rank holds; `steps` sets Adam's count, before a load."""
+        for module in self.lightning_module.modules():
+            # After a validation the outermost weights are still whole, and not those that the optimizer knows.
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().pieces(steps, moments)
 
     def configure_ddp(self) -> None:
         """Nothing: the module is sharded already, in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,71 @@ class Recorder(pl.Callback):
             self._loss, self._samples = 0.0, []
 
 
-def train(store: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train, going on from a checkpoint if the run has one; what this rank saw."""
+def build(store: Path, run_dir: Path, overrides: list[str]) -> tuple[pl.LightningModule, Any, pl.Trainer]:
+    """As the command does it."""
     torch.use_deterministic_algorithms(True)
     cfg = typed(composed(*command(store, run_dir, "trainer.accelerator=cpu", "trainer.figures=false", *overrides)))
     module, data = build_module(cfg, empty=True), build_data(cfg)
-    trainer = build_trainer(cfg, run_dir, overrides)
+    return module, data, build_trainer(cfg, run_dir, overrides)
+
+
+class Look(pl.Callback):
+    """Keeps what this rank holds when training starts, and ends it."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for piece in trainer.strategy.pieces(moments=False):
+            self.held[piece.name] = piece.start, piece.tensors["weight"].detach().float().numpy().copy()
+        trainer.should_stop = True
+        trainer.fit_loop.epoch_loop.max_steps = 0
+
+
+def initial(store: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    """The weights that this rank begins with: flat parts, or for one rank whole tensors."""
+    module, data, trainer = build(store, run_dir, overrides)
+    look = Look()
+    trainer.callbacks[:] = [look]
+    trainer.fit(module, datamodule=data)
+    if trainer.world_size > 1:
+        return look.held
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    return {name: values.reshape(shapes[name]) for name, (_, values) in look.held.items()}
+
+
+class Stop(pl.Callback):
+    """Ends training after an optimizer step, as a job's end would: the schedule stays that of the whole run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+class Lines(logging.Handler):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def train(store: Path, run_dir: Path, overrides: list[str], stop: int | None = None) -> dict[str, Any]:
+    """Train, going on from a checkpoint if the run has one; what this rank saw."""
+    said = Lines()
+    logging.getLogger("swift").addHandler(said)
+    module, data, trainer = build(store, run_dir, overrides)
     recorder = Recorder()
     trainer.callbacks.insert(0, recorder)
+    if stop:
+        trainer.callbacks.insert(0, Stop(stop))
     folder = run_dir / CHECKPOINTS
     trainer.fit(module, datamodule=data, ckpt_path=folder if folder.exists() else None, weights_only=True)
-    return {"losses": recorder.losses, "samples": recorder.samples, "norms": recorder.norms}
+    seen = {"losses": recorder.losses, "samples": recorder.samples, "norms": recorder.norms}
+    return seen | {"warnings": said.lines}

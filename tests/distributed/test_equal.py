@@ -1,0 +1,89 @@
+"""Every strategy computes what one device computes: losses, gradient norms, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from swift.export import export, load
+from tests.distributed import jobs
+from tests.distributed.ranks import run
+
+pytestmark = [pytest.mark.distributed]
+
+RUN = ["trainer.max_steps=20", "trainer.val_every=20", "trainer.log_every=20", "trainer.val_batches=1"]
+TWO = ["data.batch_size=2"]
+PARTS = ["data.batch_size=1", "trainer.accumulate=2"]
+STRATEGIES = {
+    "ddp": TWO,
+    "zero1": TWO,
+    "zero2": PARTS,
+    "zero3": TWO,
+    # Torch's Adam in place of DeepSpeed's, which would be compiled here.
+    "zero3_offload": [*TWO, "parallel.cpu_adam=false"],
+    "fsdp": PARTS,
+}
+OPTIMIZERS = {"adamw": ["optimizer=adamw"], "mup": ["optimizer=adamw_mup", "optimizer.base_width=6"]}
+MIXED = ["trainer.precision=bf16"]
+
+
+def trained(store: Path, folder: Path, ranks: int, *overrides: str) -> dict[str, Any]:
+    """What rank 0 saw, after 20 steps with a global batch of 4."""
+    return run(jobs.train, ranks, store, folder, [*RUN, *overrides])[0]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """After export."""
+    out = run_dir / "weights.safetensors"
+    export(run_dir, out)
+    return load(out).model.state_dict()
+
+
+@pytest.fixture(scope="module", params=["adamw", pytest.param("mup", marks=pytest.mark.slow)])
+def single(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("single")
+    overrides = OPTIMIZERS[request.param]
+    seen = trained(store, folder, 1, "data.batch_size=4", *overrides)
+    return seen | {"weights": weights(folder), "overrides": overrides}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_twenty_steps_are_those_of_one_device(single: dict[str, Any], name: str, store: Path, tmp_path: Path) -> None:
+    seen = trained(store, tmp_path, 2, f"parallel={name}", *STRATEGIES[name], *single["overrides"])
+    assert seen["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert seen["norms"] == pytest.approx(single["norms"], rel=1e-4)
+    found = weights(tmp_path)
+    assert found.keys() == single["weights"].keys()
+    for key, value in single["weights"].items():
+        # An element whose gradient is rounding noise may go either way for a step or two.
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-5, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_bf16_stays_near_float32(single: dict[str, Any], name: str, store: Path, tmp_path: Path) -> None:
+    seen = trained(store, tmp_path, 2, f"parallel={name}", *STRATEGIES[name], *single["overrides"], *MIXED)
+    assert seen["losses"] == pytest.approx(single["losses"], rel=2e-2)
+    assert seen["losses"] != single["losses"]
+    # The weights that are kept are the fp32 ones: not all of them happen to be bf16 numbers.
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights(tmp_path).values())
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3", "fsdp"])
+def test_shards_begin_with_the_values_of_one_device(name: str, store: Path, tmp_path: Path) -> None:
+    mup = OPTIMIZERS["mup"]
+    whole = run(jobs.initial, 1, store, tmp_path, [*mup, "parallel=single"])[0]
+    for precision in ("32", "bf16"):
+        parts = run(jobs.initial, 2, store, tmp_path, [*mup, f"parallel={name}", f"trainer.precision={precision}"])
+        found = {key: np.zeros_like(value) for key, value in whole.items()}
+        for part in parts:
+            for key, (start, values) in part.items():
+                found[key].reshape(-1)[start : start + values.size] = values
+        for key, value in whole.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=key)
+        held = [sum(values.size for _, values in part.values()) for part in parts]
+        assert max(held) < 0.6 * sum(value.size for value in whole.values())

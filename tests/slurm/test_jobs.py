@@ -1,0 +1,133 @@
+"""`+launcher=local` on a real Slurm: submitted, staged, checked, trained on two nodes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import ROOT, STEPS, Cluster, Run, eventually
+from tests.small import DATA, MODEL
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def test_a_run_trains_on_two_nodes_and_ends(undisturbed: Run) -> None:
+    run = undisturbed.path
+    log = undisturbed.log()
+    assert "the run is finished" in log, log
+    assert (run / "launch" / "finished").exists()
+    manifest = json.loads((run / "checkpoints" / f"step-{STEPS:07d}" / "manifest.json").read_text())
+    assert manifest["manifest"]["world"] == 2
+    state = undisturbed.state()
+    assert (state["state"], state["step"], state["max_steps"], state["restarts"]) == ("finished", STEPS, STEPS, 0)
+    assert 0 < float(state["goodput"]) < 1  # type: ignore[arg-type]
+    assert isinstance(state["loss"], float)
+
+
+def test_the_packed_environment_and_the_code_came_by_sbcast(undisturbed: Run) -> None:
+    notes = sorted((undisturbed.path / "health").rglob("rank-*.json"))
+    found = {note["node"]: note for note in map(json.loads, (path.read_text() for path in notes))}
+    assert sorted(found) == ["n1", "n2"]
+    for node, note in found.items():
+        # Neither the interpreter that submitted nor the packed folder: the copy of this node, which is gone by now.
+        assert note["python"].endswith(f"/{node}/environment/bin/python"), note
+        assert not Path(note["python"]).exists()
+        assert note["failed"] is None
+    asked = json.loads((undisturbed.path / "submitted.json").read_text())
+    made = json.loads((undisturbed.path / "provenance.json").read_text())
+    assert made["git"] == asked["git"]
+
+
+def test_start_up_is_timed_by_phase_and_nodes_are_watched(undisturbed: Run) -> None:
+    phases = [line["phase"] for line in undisturbed.lines("startup.jsonl")]
+    before = ["modules", "staging", "health"]
+    assert phases == [*before, "python", "meeting of the ranks", "model, data and checkpoint", "first step"]
+    assert all(float(line["seconds"]) >= 0 for line in undisturbed.lines("startup.jsonl"))  # type: ignore[arg-type]
+    for node in ("n1", "n2"):
+        with (undisturbed.path / "monitor" / f"{node}.csv").open() as stream:
+            rows = list(csv.DictReader(stream))
+        assert rows
+        assert all(float(row["memory_used_gb"]) > 0 for row in rows)
+
+
+def test_later_edits_of_conf_and_code_change_nothing(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "checkout"
+    for name in ("swift", "conf", "launch"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    edited = Cluster(cluster.folder, cluster.store, cluster.environment, copy, cluster.env)
+    cluster.call("scontrol", "update", "nodename=n1,n2", "state=drain", "reason=test")
+    try:
+        run = edited.submit(tmp_path / "edited")
+        assert cluster.states()[run.job] == "PENDING"
+        (copy / "conf" / "config.yaml").write_text("everything: else\n")
+        (copy / "conf" / "optimizer" / "adamw.yaml").write_text("lr: 100\n")
+        (copy / "swift" / "train.py").write_text("raise SystemExit('edited')\n")
+        (copy / "launch" / "rank.sh").write_text("exit 1\n")
+    finally:
+        cluster.call("scontrol", "update", "nodename=n1,n2", "state=resume")
+    run.wait()
+    assert "the run is finished" in run.log(), run.log()
+    assert run.checkpoint() == undisturbed.checkpoint()
+
+
+def test_tiny_with_zero1_as_typed(cluster: Cluster, tmp_path: Path) -> None:
+    """The command of the documentation, on the synthetic cohort (the real scans need a registry)."""
+    words = ["+launcher=local", "model=tiny", "parallel=zero1", "data=synthetic", f"run_dir={tmp_path}/tiny"]
+    short = ["trainer.max_steps=4", "trainer.val_every=4", "trainer.val_batches=1", "trainer.figures=false"]
+    done = cluster.train(*words, *short)
+    assert done.returncode == 0, done.stderr
+    run = Run(cluster, tmp_path / "tiny", done.stdout.split()[1])
+    run.wait()
+    assert json.loads((run.path / "summary.json").read_text())["steps"] == 4, run.log()
+
+
+def sweep(cluster: Cluster, folder: Path, *words: str) -> list[Path]:
+    """Submit a sweep of small runs of one rank each, wait, and return the folders of its points."""
+    small = ["data=store", f"data.path={cluster.store}", *MODEL, *DATA, "trainer.max_steps=4", "trainer.val_every=2"]
+    one = ["+launcher=local", "launcher.nodes=1", "trainer.figures=false", "trainer.threads=1", "launcher.health=false"]
+    done = cluster.train("-m", f"hydra.sweep.dir={folder}", *small, *one, *words)
+    assert done.returncode == 0, done.stderr
+    eventually("end of the sweep", lambda: not cluster.states(), 600)
+    points = sorted(path for path in folder.iterdir() if (path / "config.yaml").exists())
+    logs = {path.name: "".join(log.read_text() for log in path.glob("log/*")) for path in [folder, *points]}
+    assert all((path / "launch" / "finished").exists() for path in points), logs
+    return points
+
+
+def test_a_sweep_side_by_side_and_its_table(cluster: Cluster, tmp_path: Path) -> None:
+    points = sweep(
+        cluster, tmp_path / "pack", "task.mask_ratio=0.4,0.8", "task.mask_unit=null,[8,4,4,2]", "launcher.pack=2"
+    )
+    assert [point.name for point in points] == [
+        "0_mask_ratio-0.4_mask_unit-null",
+        "1_mask_ratio-0.4_mask_unit-8x4x4x2",
+        "2_mask_ratio-0.8_mask_unit-null",
+        "3_mask_ratio-0.8_mask_unit-8x4x4x2",
+    ]
+    nodes = {
+        line["nodes"] for point in points for line in Run(cluster, point, "").lines("attempts.jsonl") if "nodes" in line
+    }
+    assert nodes == {"n1", "n2"}
+    command = [sys.executable, "-m", "swift.report", *map(str, points)]
+    table = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert table.returncode == 0, table.stderr
+    assert all(point.name in table.stdout for point in points)
+
+
+def test_a_sweep_as_one_array(cluster: Cluster, tmp_path: Path) -> None:
+    points = sweep(cluster, tmp_path / "array", "seed=1,2", "launcher.array=true")
+    assert [point.name for point in points] == ["0_seed-1", "1_seed-2"]
+
+
+def test_a_refusal_of_slurm_is_passed_on(cluster: Cluster, tmp_path: Path) -> None:
+    small = ["data=store", f"data.path={cluster.store}", *MODEL, *DATA, "parallel=zero1", f"run_dir={tmp_path}/run"]
+    done = cluster.train("+launcher=local", "launcher.partition=gone", *small)
+    assert done.returncode == 2
+    assert "invalid partition specified: gone" in done.stderr.splitlines()[-1]
+    assert not cluster.states()

@@ -1,0 +1,115 @@
+"""Whatever happens to a job, the run goes on by itself and ends with the weights of an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import STEPS, Cluster, Run, end, eventually
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def lose_a_node(run: Run) -> None:
+    run.cluster.node("stop-node", "n2")
+    eventually("n2 is down", lambda: "down" in run.cluster.call("sinfo", "-h", "-n", "n2", "-o", "%T"))
+    run.cluster.node("start-node", "n2")
+
+
+DISTURBANCES: dict[str, tuple[Callable[[Run], object], list[str], str]] = {
+    "lost node": (lose_a_node, [], ""),
+    "USR1": (lambda run: run.cluster.call("scancel", "--batch", "--signal=USR1", run.job), [], "asked to stop"),
+    "TERM": (lambda run: run.cluster.call("scancel", "--signal=TERM", run.job), [], "asked to stop"),
+    "kill -9 of a rank": (lambda run: end(run.rank(1)), [], "a rank failed"),
+    "a rank that hangs": (lambda run: end(run.rank(1), signal.SIGSTOP), ["launcher.hang_minutes=0.75"], "the run hung"),
+}
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disturb, words, reason = DISTURBANCES[name]
+    run = cluster.submit(tmp_path / "run", *words)
+    run.wait_for_step(30)
+    disturb(run)
+    run.wait()
+    assert "the run is finished" in run.log(), run.log()
+    assert run.checkpoint() == undisturbed.checkpoint()
+    assert series(run) == series(undisturbed)
+    starts = [line for line in run.lines("attempts.jsonl") if line["event"] == "start"]
+    assert len(starts) >= 2
+    assert starts[-1]["checkpoint"] != "none"
+    assert len({line["chain"] for line in starts}) == 1
+    ends = [str(line["reason"]) for line in run.lines("attempts.jsonl") if line["event"] == "end"]
+    assert any(reason in text for text in ends), ends
+    state = run.state()
+    assert (state["state"], state["step"], state["restarts"]) == ("finished", STEPS, len(starts) - 1)
+    with capsys.disabled():
+        print(f"\n{name}: goodput {100 * float(state['goodput']):.1f} % of {state['wall_seconds']} s")  # type: ignore[arg-type]
+
+
+def series(run: Run) -> list[tuple[object, ...]]:
+    """(step, loss, rate) as logged: one trajectory, no step twice, none missing."""
+    lines = run.lines("metrics.jsonl")
+    return [(line["step"], line["train/loss"], line["train/lr"]) for line in lines if "train/loss" in line]
+
+
+def test_a_time_limit_is_a_pause(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+    """Slurm sends USR1 before the limit; its clock is good to half a minute."""
+    slow = ["trainer.checkpoint_every=0", "trainer.max_steps=2000", "trainer.val_every=2000"]
+    run = cluster.submit(tmp_path / "run", *slow, "launcher.time=00:02:00", "launcher.save_seconds=70")
+    eventually("a second start", lambda: len(list((run.path / "heartbeats").glob("*.json"))) > 1, 400)
+    cluster.call("scancel", run.job)
+    run.wait()
+    first = next(line for line in run.lines("attempts.jsonl") if line["event"] == "end")
+    assert "asked to stop; queued again" in str(first["reason"])
+    assert str(first["checkpoint"]).startswith("step-")
+
+
+def test_who_cancels_a_job_does_not_want_it_back(cluster: Cluster, tmp_path: Path) -> None:
+    run = cluster.submit(tmp_path / "run", "trainer.max_steps=5000", "trainer.val_every=5000")
+    run.wait_for_step(2)
+    cluster.call("scancel", run.job)
+    run.wait(120)
+    assert "queued again" not in run.log()
+    assert run.state()["state"] != "finished"
+
+
+def frozen(run_dir: Path, cluster: Cluster, name: str, old: str, new: str, *words: str) -> Run:
+    """Submit a run while the nodes are closed, change one of its own frozen shell files, open the nodes."""
+    cluster.call("scontrol", "update", "nodename=n1,n2", "state=drain", "reason=test")
+    try:
+        run = cluster.submit(run_dir, *words)
+        path = run.path / "launch" / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    finally:
+        cluster.call("scontrol", "update", "nodename=n1,n2", "state=resume")
+    return run
+
+
+def test_a_bad_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    """n1 says that it has no space; the job of one node is queued again without it and runs on n2."""
+    bad = 'use_node "$node"\n[ "$node" != n1 ] || export SWIFT_MIN_FREE_GB=1000000000\n'
+    one = ["launcher.nodes=1", "parallel=single", "trainer.max_steps=4", "trainer.val_every=4"]
+    run = frozen(tmp_path / "run", cluster, "rank.sh", 'use_node "$node"\n', bad, *one)
+    run.wait()
+    assert "n1: space: " in run.log(), run.log()
+    starts = [line["nodes"] for line in run.lines("attempts.jsonl") if line["event"] == "start"]
+    assert starts == ["n1", "n2"]
+    assert run.state()["state"] == "finished"
+
+
+def test_a_run_that_gets_nowhere_is_left_alone(cluster: Cluster, tmp_path: Path) -> None:
+    crash = "launcher.health=false", "launcher.fruitless_restarts=1"
+    run = frozen(tmp_path / "run", cluster, "rank.sh", '"$SWIFT_PYTHON" -m swift.train', "false", *crash)
+    run.wait()
+    starts = [line for line in run.lines("attempts.jsonl") if line["event"] == "start"]
+    assert len(starts) == 2, run.log()
+    assert "1 restarts without a new checkpoint: left alone" in run.log()
+    assert run.state()["state"] == "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from swift.config.compose import conf_dir, typed
 from swift.config.schema import Config
 from swift.data.synthetic import CohortSpec, write_store
+from swift.utils import jsonl
 
 GRID = (12, 12, 12)
 MODEL = [
@@ -52,3 +54,13 @@ def command(store: Path, run_dir: Path, *overrides: str) -> list[str]:
 def settings(*overrides: str) -> Config:
     """Typed settings of a small run on a store that need not exist."""
     return typed(composed(*command(Path("nowhere"), Path("nowhere-run"), *overrides)))
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of the training itself: step, train/... and val/..., not of time and speed."""
+    records = []
+    for record in jsonl.read(run_dir / "metrics.jsonl"):
+        kept = {key: value for key, value in record.items() if key.startswith(("train/", "val/"))}
+        if kept:
+            records.append({"step": record["step"], **kept})
+    return records

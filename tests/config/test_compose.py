@@ -382,12 +382,20 @@ def test_values_of_a_resumed_run_can_be_changed(run_dir: Path) -> None:
     assert after.task.mask_unit is None
 
 
+@pytest.mark.parametrize("name", choices("parallel"))
+def test_a_resumed_run_may_be_spread_otherwise(run_dir: Path, name: str) -> None:
+    after = load_frozen(run_dir, [f"parallel={name}"])
+    assert after.parallel == typed(composed(f"parallel={name}")).parallel
+    assert all(part.startswith("parallel.") for part in differences(load_frozen(run_dir, []), after))
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
         ("model=51m", "only single values"),
         ("model/variant=joint", "only single values"),
-        ("parallel=zero1", "only single values"),
+        ("optimizer=adamw", "only single values"),
+        ("parallel=zero9", "must be one of ddp, fsdp, single, zero1"),
         ("+launcher=frontier", "only single values"),
         ("~task.loss", "only single values"),
         ("model.embed_dim=48", "keeps its model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from swift.build import build_data, build_module, build_trainer
 from swift.config.compose import CHECKPOINTS, typed
+from swift.parallel import checkpoint
+from swift.utils import jsonl
 from tests.small import command, composed
 
 
@@ -104,3 +107,32 @@ def train(store: Path, run_dir: Path, overrides: list[str], stop: int | None = N
     trainer.fit(module, datamodule=data, ckpt_path=folder if folder.exists() else None, weights_only=True)
     seen = {"losses": recorder.losses, "samples": recorder.samples, "norms": recorder.norms}
     return seen | {"warnings": said.lines}
+
+
+class Trace(pl.Callback):
+    """Writes samples and loss of every optimizer step to RUN/trace-RANK.jsonl as they are done."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        record = {"step": trainer.global_step, "loss": float(outputs["loss"]), "time": time.time()}
+        record["samples"] = batch["sample_id"].tolist()
+        path = self.run_dir / f"trace-{trainer.global_rank}.jsonl"
+        if path.exists():
+            # A line that a kill has cut off must not swallow the next.
+            content = path.read_bytes()
+            if content and not content.endswith(b"\n"):
+                path.write_bytes(content[: content.rfind(b"\n") + 1])
+        jsonl.append(path, record)
+
+
+def traced(store: Path, run_dir: Path, overrides: list[str]) -> None:
+    """Train to the end, going on from the latest checkpoint, and leave a trace."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    module, data, trainer = build(store, run_dir, overrides)
+    trainer.callbacks.insert(0, Trace(run_dir))
+    folder = run_dir / CHECKPOINTS
+    trainer.fit(module, datamodule=data, ckpt_path=folder if checkpoint.exists(folder) else None, weights_only=True)

@@ -58,52 +58,83 @@ class Failed(AssertionError):
         self.kind, self.message = kind, message
 
 
-def run(job: Callable[..., Any], ranks: int, *args: Any, env: dict[str, str] | None = None, seconds: int = 240) -> list:
+class Running:
+    """`job(*args)` on each of `ranks` ranks, started.
+
+    Attributes:
+        processes: One a rank.
+    """
+
+    def __init__(
+        self, job: Callable[..., Any], ranks: int, args: Sequence[Any], env: dict[str, str] | None = None
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        shared |= {"LOCAL_WORLD_SIZE": str(ranks), SETTINGS: "unused"} | (env or {})
+        context = _context()
+        self._folder = tempfile.TemporaryDirectory()
+        self.processes: list[Any] = []
+        self._pipes: list[Any] = []
+        for rank in range(ranks):
+            mine, other = context.Pipe(duplex=False)
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = str(Path(self._folder.name) / f"{rank}.log")
+            process = context.Process(target=_rank, args=(job, args, own, log, other), daemon=True)
+            process.start()
+            other.close()
+            self._pipes.append(mine)
+            self.processes.append(process)
+
+    def alive(self) -> bool:
+        """Whether any rank is still running."""
+        return any(process.is_alive() for process in self.processes)
+
+    def end(self) -> None:
+        """End all ranks, also those that wait for a dead one."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+    def results(self, seconds: int = 240) -> list[Any]:
+        """What the job returned on each rank.
+
+        Raises:
+            Failed: the first failure of a rank; the others are ended.
+        """
+        try:
+            results = self._collect(seconds)
+            for process in self.processes:
+                process.join(timeout=5)
+            return results
+        finally:
+            self.end()
+
+    def _collect(self, seconds: int) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < len(self._pipes):
+            ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in results], timeout=seconds)
+            log = "".join(path.read_text()[-4000:] for path in sorted(Path(self._folder.name).glob("*.log")))
+            if not ready:
+                raise Failed(-1, "TimeoutError", f"no rank has answered for {seconds} s", log)
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    good, value = pipe.recv()
+                except EOFError:
+                    good, value = False, ("EOFError", "the process has ended")
+                if not good:
+                    raise Failed(rank, *value, log)
+                results[rank] = value
+        return [results[rank] for rank in range(len(self._pipes))]
+
+
+def run(job: Callable[..., Any], ranks: int, *args: Any, env: dict[str, str] | None = None) -> list[Any]:
     """What `job(*args)` returns on each of `ranks` ranks.
 
     Raises:
         Failed: the first failure of a rank; the others are ended.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    shared |= {"LOCAL_WORLD_SIZE": str(ranks), SETTINGS: "unused"} | (env or {})
-    context = _context()
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(ranks):
-            mine, other = context.Pipe(duplex=False)
-            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = str(Path(folder) / f"{rank}.log")
-            process = context.Process(target=_rank, args=(job, args, own, log, other), daemon=True)
-            process.start()
-            other.close()
-            pipes.append(mine)
-            processes.append(process)
-        try:
-            return _collect(pipes, Path(folder), seconds)
-        finally:
-            for process in processes:
-                process.join(timeout=5)
-                process.kill()
-                process.join()
-
-
-def _collect(pipes: list[Any], folder: Path, seconds: int) -> list[Any]:
-    results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout=seconds)
-        log = "".join(path.read_text()[-4000:] for path in sorted(folder.glob("*.log")))
-        if not ready:
-            raise Failed(-1, "TimeoutError", f"no rank has answered for {seconds} s", log)
-        for pipe in ready:
-            rank = pipes.index(pipe)
-            try:
-                good, value = pipe.recv()
-            except EOFError:
-                good, value = False, ("EOFError", "the process has ended")
-            if not good:
-                raise Failed(rank, *value, log)
-            results[rank] = value
-    return [results[rank] for rank in range(len(pipes))]
+    return Running(job, ranks, args, env).results()

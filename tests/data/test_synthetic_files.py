@@ -132,6 +132,8 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quiet", action="store_true")
     synthetic.add_arguments(parser)
     text = "--subjects 1 --grid 10 10 10 --spacing 15 --frames 20 --site-tr 1 1.5 2 --binary-auroc 0.8 --json --quiet"
     for kind, made in (("bids", "participants.tsv"), ("store", "manifest.csv")):

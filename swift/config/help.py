@@ -60,7 +60,8 @@ def _rows(
     """The lines of one section; those of sections inside it are added to `blocks`."""
     rows = []
     for name, hint in typing.get_type_hints(kind).items():
-        inner = next((part for part in (hint, *typing.get_args(hint)) if is_dataclass(part)), None)
+        parts = (hint, *typing.get_args(hint))
+        inner = next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None)
         if name not in node:
             continue
         value = node[name]

@@ -11,9 +11,8 @@ import pytest
 
 import swift
 from swift.config.check import CHOICES, check, mask_unit
-from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, writable
-from swift.config.help import groups_text, meanings, values_text
-from swift.config.schema import AugmentConfig, Config
+from swift.config.compose import conf_dir, differences, typed
+from swift.config.schema import Config
 from swift.utils.errors import UserError
 from tests.small import composed
 
@@ -289,14 +288,6 @@ def accesses() -> set[tuple[str, str]]:
     return found
 
 
-BEING_BUILT = {
-    "data.mixture", "data.max_subjects", "data.max_frames", "data.budget_seed", "data.stage_dir",
-    *(f"data.augment.{name}" for name in AugmentConfig.__dataclass_fields__),
-    "parallel.activation_checkpointing", "parallel.compile",
-}  # fmt: skip
-"""Settings that came before what reads them; nothing may stay here for good."""
-
-
 def test_every_setting_is_read_somewhere() -> None:
     read = accesses()
     dead = []
@@ -306,147 +297,4 @@ def test_every_setting_is_read_somewhere() -> None:
         # What the optimizer is, its base width says; the name is checked against it.
         if setting != "optimizer.name" and not any((owner, name) in read for owner in owners):
             dead.append(setting)
-    assert set(dead) - BEING_BUILT == set()
-
-
-def test_every_setting_has_a_meaning() -> None:
-    texts = meanings()
-    sections = {"Config"} | {hint.__name__ for hint in typing.get_type_hints(Config).values() if is_dataclass(hint)}
-    for section in sections:
-        silent = {key for key, text in texts[section].items() if len(text) < 8}
-        assert silent - {hint.removesuffix("Config").lower() for hint in texts} == set()
-    assert texts["DataConfig"]["spacing"] == "Isotropic voxel size, mm."
-    # Of several lines, one.
-    assert texts["ModelConfig"]["last_stage"].endswith("| unshifted: windowed, never shifted.")
-
-
-def test_help_lists_every_setting_with_its_value() -> None:
-    text = values_text(composed("model=51m", "data=store", "data.path=a b", "task.mask_unit=[6,6,6,2]"))
-    names = [line.split("=")[0].strip() for line in text.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert set(names) == set(settings_of(Config)) - {"launcher"}
-    for part in (
-        "model.embed_dim=96 ",
-        "data.path=a b ",
-        "task.mask_unit=[6,6,6,2] ",
-        "trainer.figures=true ",
-        "init=null ",
-    ):
-        assert f"  {part}" in text
-    assert "model=          14b5, 1b2, 202m" in groups_text()
-    assert "_common" not in groups_text()
-
-
-# --- frozen settings ----------------------------------------------------------------------------------------------
-RUN = ["task.mask_unit=[12,6,6,2]", "seed=7", "data.path='a folder: with # signs'"]
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    freeze(typed(composed(f"run_dir={tmp_path}", *RUN)), tmp_path / "config.yaml")
-    return tmp_path
-
-
-def test_frozen_settings_come_back_equal(run_dir: Path) -> None:
-    cfg = load_frozen(run_dir, [])
-    assert cfg.task.mask_unit == [12, 6, 6, 2]
-    assert cfg.data.path == "a folder: with # signs"
-    assert cfg == typed(composed(f"run_dir={run_dir}", *RUN))
-    freeze(cfg, run_dir / "config.yaml")
-    assert load_frozen(run_dir, []) == cfg
-    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
-
-
-@pytest.mark.parametrize("choice", choices("model"))
-def test_every_size_freezes(choice: str, tmp_path: Path) -> None:
-    cfg = typed(composed(f"model={choice}", "+launcher=frontier", "run_dir=x"))
-    freeze(cfg, tmp_path / "config.yaml")
-    assert load_frozen(tmp_path, []) == cfg
-
-
-def test_frozen_settings_compose_with_hydra(run_dir: Path) -> None:
-    """`--config-path RUN --config-name config` gives the same run: what a submitted job does."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(run_dir), version_base=None):
-        tree = compose("config", ["trainer.max_steps=9"])
-    assert typed(tree) == load_frozen(run_dir, ["trainer.max_steps=9"])
-
-
-def test_values_of_a_resumed_run_can_be_changed(run_dir: Path) -> None:
-    before = load_frozen(run_dir, [])
-    after = load_frozen(
-        run_dir, ["trainer.max_steps=900", "optimizer.betas=[0.8,0.9]", "data.path=/new/place", "task.mask_unit=null"]
-    )
-    assert differences(before, after) == ["data.path", "optimizer.betas", "task.mask_unit", "trainer.max_steps"]
-    assert (after.trainer.max_steps, after.optimizer.betas, after.data.path) == (900, [0.8, 0.9], "/new/place")
-    assert after.task.mask_unit is None
-
-
-@pytest.mark.parametrize("name", choices("parallel"))
-def test_a_resumed_run_may_be_spread_otherwise(run_dir: Path, name: str) -> None:
-    after = load_frozen(run_dir, [f"parallel={name}"])
-    assert after.parallel == typed(composed(f"parallel={name}")).parallel
-    assert all(part.startswith("parallel.") for part in differences(load_frozen(run_dir, []), after))
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("model=51m", "only single values"),
-        ("model/variant=joint", "only single values"),
-        ("optimizer=adamw", "only single values"),
-        ("parallel=zero9", "must be one of ddp, fsdp, single, zero1"),
-        ("+launcher=frontier", "only single values"),
-        ("~task.loss", "only single values"),
-        ("model.embed_dim=48", "keeps its model"),
-        ("run_dir=elsewhere", "its folder"),
-        ("init=weights.ckpt", "its weights"),
-        ("trainer.max_steps=many", "must be an integer"),
-        ("trainer.foo=1", "no such setting"),
-        ("task.mask_ratio=1.2", "(0, 1)"),
-        ("task.mask_unit=[1", "task.mask_unit=[1"),
-    ],
-)
-def test_a_resumed_run_refuses(run_dir: Path, override: str, says: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load_frozen(run_dir, [override])
-    assert override.partition("=")[0].lstrip("+~") in str(caught.value)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "not a run directory"),
-        ("a: [1", "cannot be read"),
-        ("- 1", "holds no settings"),
-        ("seed: 1", "is missing"),
-        (b"\xff\xfe\x00", "cannot be read"),
-    ],
-)
-def test_a_damaged_frozen_file_is_named(tmp_path: Path, content: str | bytes | None, says: str) -> None:
-    if content is not None:
-        (tmp_path / "config.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(UserError, match=says) as caught:
-        load_frozen(tmp_path, [])
-    assert "\n" not in str(caught.value)
-
-
-def test_differences_are_named_to_the_last_level(run_dir: Path) -> None:
-    cfg = load_frozen(run_dir, [])
-    other = replace(cfg, seed=8, launcher={"name": "x"}, data=replace(cfg.data, frames=4, grid=[1, 2, 3]))
-    assert differences(cfg, other) == ["data.frames", "data.grid", "launcher", "seed"]
-    assert differences(cfg, cfg) == []
-
-
-def test_writable(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    assert writable(tmp_path)
-    assert writable(tmp_path / "a" / "b")
-    assert not writable(tmp_path / "file")
-    assert not writable(tmp_path / "file" / "run")
-    assert not writable(tmp_path / "nowhere" / "run")
-    assert writable(Path("relative") / "run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+    assert dead == []

@@ -1,0 +1,131 @@
+"""Frozen settings of a run: they come back equal, and a resumed run changes what it may and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, writable
+from swift.utils.errors import UserError
+from tests.small import composed
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("[!_]*.yaml"))
+
+
+RUN = ["task.mask_unit=[12,6,6,2]", "seed=7", "data.path='a folder: with # signs'"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    freeze(typed(composed(f"run_dir={tmp_path}", *RUN)), tmp_path / "config.yaml")
+    return tmp_path
+
+
+def test_frozen_settings_come_back_equal(run_dir: Path) -> None:
+    cfg = load_frozen(run_dir, [])
+    assert cfg.task.mask_unit == [12, 6, 6, 2]
+    assert cfg.data.path == "a folder: with # signs"
+    assert cfg == typed(composed(f"run_dir={run_dir}", *RUN))
+    freeze(cfg, run_dir / "config.yaml")
+    assert load_frozen(run_dir, []) == cfg
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("choice", choices("model"))
+def test_every_size_freezes(choice: str, tmp_path: Path) -> None:
+    cfg = typed(composed(f"model={choice}", "+launcher=frontier", "run_dir=x"))
+    freeze(cfg, tmp_path / "config.yaml")
+    assert load_frozen(tmp_path, []) == cfg
+
+
+def test_frozen_settings_compose_with_hydra(run_dir: Path) -> None:
+    """`--config-path RUN --config-name config` gives the same run: what a submitted job does."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(run_dir), version_base=None):
+        tree = compose("config", ["trainer.max_steps=9"])
+    assert typed(tree) == load_frozen(run_dir, ["trainer.max_steps=9"])
+
+
+def test_values_of_a_resumed_run_can_be_changed(run_dir: Path) -> None:
+    before = load_frozen(run_dir, [])
+    after = load_frozen(
+        run_dir, ["trainer.max_steps=900", "optimizer.betas=[0.8,0.9]", "data.path=/new/place", "task.mask_unit=null"]
+    )
+    assert differences(before, after) == ["data.path", "optimizer.betas", "task.mask_unit", "trainer.max_steps"]
+    assert (after.trainer.max_steps, after.optimizer.betas, after.data.path) == (900, [0.8, 0.9], "/new/place")
+    assert after.task.mask_unit is None
+
+
+@pytest.mark.parametrize("name", choices("parallel"))
+def test_a_resumed_run_may_be_spread_otherwise(run_dir: Path, name: str) -> None:
+    after = load_frozen(run_dir, [f"parallel={name}"])
+    assert after.parallel == typed(composed(f"parallel={name}")).parallel
+    assert all(part.startswith("parallel.") for part in differences(load_frozen(run_dir, []), after))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model=51m", "only single values"),
+        ("model/variant=joint", "only single values"),
+        ("optimizer=adamw", "only single values"),
+        ("parallel=zero9", "must be one of ddp, fsdp, single, zero1"),
+        ("+launcher=frontier", "only single values"),
+        ("~task.loss", "only single values"),
+        ("model.embed_dim=48", "keeps its model"),
+        ("run_dir=elsewhere", "its folder"),
+        ("init=weights.ckpt", "its weights"),
+        ("trainer.max_steps=many", "must be an integer"),
+        ("trainer.foo=1", "no such setting"),
+        ("task.mask_ratio=1.2", "(0, 1)"),
+        ("task.mask_unit=[1", "task.mask_unit=[1"),
+    ],
+)
+def test_a_resumed_run_refuses(run_dir: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_frozen(run_dir, [override])
+    assert override.partition("=")[0].lstrip("+~") in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "not a run directory"),
+        ("a: [1", "cannot be read"),
+        ("- 1", "holds no settings"),
+        ("seed: 1", "is missing"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_damaged_frozen_file_is_named(tmp_path: Path, content: str | bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=says) as caught:
+        load_frozen(tmp_path, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_differences_are_named_to_the_last_level(run_dir: Path) -> None:
+    cfg = load_frozen(run_dir, [])
+    other = replace(cfg, seed=8, launcher={"name": "x"}, data=replace(cfg.data, frames=4, grid=[1, 2, 3]))
+    assert differences(cfg, other) == ["data.frames", "data.grid", "launcher", "seed"]
+    assert differences(cfg, cfg) == []
+
+
+def test_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    assert writable(tmp_path)
+    assert writable(tmp_path / "a" / "b")
+    assert not writable(tmp_path / "file")
+    assert not writable(tmp_path / "file" / "run")
+    assert not writable(tmp_path / "nowhere" / "run")
+    assert writable(Path("relative") / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]

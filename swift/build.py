@@ -32,15 +32,14 @@ from swift.parallel import checkpoint
 from swift.parallel.devices import recognise
 from swift.parallel.flops import model_flops
 from swift.parallel.geometry import build_geometry
+from swift.parallel.launch import current_place
+from swift.parallel.memory import gradient_bytes, host_bytes, optimizer_bytes, sharding_of, weight_bytes
 from swift.parallel.saving import SaveCheckpoints
 from swift.parallel.strategies import build_strategy
 from swift.parallel.weights import CheckpointWeights, FileWeights, TensorWeights, Weights, find_checkpoint
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-# Weights, gradients and two AdamW moments in float32.
-BYTES_PER_PARAMETER = 16
 
 
 def store_path(cfg: Config) -> Path:
@@ -139,20 +138,33 @@ def count_parameters(cfg: Config) -> int:
 
 
 def check_memory(cfg: Config) -> None:
-    """Refuse a model whose training states alone exceed the memory of the device.
+    """Refuse a model whose training states alone exceed the memory of the device, or that has no part for a rank.
 
     Raises:
         UserError: with both sizes.
     """
-    need = count_parameters(cfg) * BYTES_PER_PARAMETER
+    place = current_place()
+    parameters = count_parameters(cfg)
+    if place.world > parameters:
+        raise UserError(f"parallel={cfg.parallel.name}: {place.world} ranks, but the model has {parameters} parameters")
+    geometry = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
+    sharding = sharding_of(cfg, place.world, precision(cfg) == "bf16-mixed")
+    need = weight_bytes(geometry, sharding) + optimizer_bytes(geometry, sharding)
+    need += gradient_bytes(geometry, sharding, parameters)
+    host = host_bytes(geometry, sharding)
     if accelerator(cfg) == "gpu":
-        have, where = torch.cuda.get_device_properties(0).total_memory, "this GPU"
-    else:
-        have, where = psutil.virtual_memory().total, "this machine"
+        _check_fits(cfg, need, torch.cuda.get_device_properties(0).total_memory, "a rank", "its GPU")
+        need = 0.0
+    ranks = f"the {place.local_world} ranks of a node" if place.local_world > 1 else "a rank"
+    _check_fits(cfg, (need + host) * place.local_world, psutil.virtual_memory().total, ranks, "this machine")
+
+
+def _check_fits(cfg: Config, need: float, have: float, who: str, where: str) -> None:
     if need > have:
         raise UserError(
-            f"model={cfg.model.name} needs {need / 2**30:.0f} GiB for weights, gradients and optimizer, "
-            f"and {where} has {have / 2**30:.0f} GiB: choose a smaller model or shard it with parallel= and +launcher="
+            f"model={cfg.model.name} parallel={cfg.parallel.name}: {who} would need {need / 2**30:.0f} GiB for "
+            f"weights, gradients and optimizer, and {where} has {have / 2**30:.0f} GiB: choose a smaller model "
+            "or shard it over more devices (python -m swift.plan says what fits)"
         )
 
 

@@ -7,6 +7,7 @@ DeepSpeed runs on a CPU too (gloo), which is what the tests use; Lightning's own
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -331,8 +332,10 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
         UserError: the launcher has started another number of ranks than the settings say.
     """
     place = current_place()
-    check_place(cfg.parallel, place)
     parallel = cfg.parallel
+    check_place(parallel, place)
+    if parallel.compile and accelerator == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise UserError("parallel.compile=true: torch.compile needs a C++ compiler on a CPU; install g++, or use false")
     plugin: Precision = _Float32()
     if precision == "bf16-mixed":
         plugin = _Bf16("bf16-mixed", "cpu" if accelerator == "cpu" else "cuda")

@@ -1,0 +1,138 @@
+"""What each `parallel=` becomes, who is refused, and where a process stands among the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from swift.build import check_memory
+from swift.parallel.geometry import build_geometry
+from swift.parallel.launch import LAUNCH, SETTINGS, Place, current_place, first_to_report
+from swift.parallel.strategies import OneGpuEach, Ranks, build_strategy, check_place, deepspeed_config
+from swift.utils.errors import UserError
+from tests.small import settings
+
+ALONE = Place(0, 0, 1, 1, "none")
+SLURM = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place", "nodes"),
+    [
+        ({}, ALONE, 1),
+        (SLURM, Place(11, 3, 16, 8, "slurm"), 2),
+        # A shell inside an allocation is no rank, nor is a batch script.
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, ALONE, 1),
+        ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, ALONE, 1),
+        (TORCHRUN, Place(5, 1, 8, 4, "torchrun"), 2),
+        # torchrun inside a job of one task a node.
+        (SLURM | TORCHRUN, Place(5, 1, 8, 4, "torchrun"), 2),
+        (TORCHRUN | {SETTINGS: "file"}, Place(5, 1, 8, 4, "swift"), 2),
+    ],
+)
+def test_place_is_read_from_the_launcher(env: dict[str, str], place: Place, nodes: int) -> None:
+    assert current_place(env) == place
+    assert place.nodes == nodes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "says"),
+    [
+        (["parallel=single"], Place(0, 0, 2, 2, "slurm"), "parallel=single: slurm started 2 ranks"),
+        (["parallel=ddp", "parallel.devices=4"], Place(0, 0, 2, 2, "torchrun"), "torchrun started 2 ranks on a node"),
+        (["parallel=ddp", "parallel.nodes=3"], Place(0, 0, 4, 2, "slurm"), "slurm started ranks on 2 nodes"),
+        (["parallel=ddp", "parallel.devices=2"], Place(0, 0, 4, 2, "slurm"), "parallel.nodes=1: slurm started"),
+    ],
+)
+def test_a_launcher_that_contradicts_the_settings_is_refused(overrides: list[str], place: Place, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_place(settings(*overrides).parallel, place)
+
+
+def test_a_launcher_that_agrees_is_not() -> None:
+    check_place(settings("parallel=zero1").parallel, Place(3, 1, 4, 2, "slurm"))
+    check_place(settings("parallel=zero1", "parallel.devices=2", "parallel.nodes=2").parallel, Place(3, 1, 4, 2, "x"))
+
+
+def test_one_rank_speaks_for_all_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    env = TORCHRUN | {LAUNCH: "launch-1"}
+    assert [first_to_report(env | {"RANK": str(rank)}) for rank in range(3)] == [True, False, False]
+    assert first_to_report(env | {LAUNCH: "launch-2"})
+    assert first_to_report({})
+    assert first_to_report({})
+
+
+def test_ranks_are_what_the_launcher_made_them() -> None:
+    ranks = Ranks(Place(5, 1, 8, 4, "torchrun"))
+    assert (ranks.world_size(), ranks.global_rank(), ranks.local_rank(), ranks.node_rank()) == (8, 5, 1, 1)
+    assert ranks.creates_processes_externally
+    with pytest.raises(AssertionError):
+        ranks.set_world_size(4)
+
+
+def test_one_visible_gpu_serves_every_local_rank() -> None:
+    assert OneGpuEach.get_parallel_devices(OneGpuEach.parse_devices(3)) == [torch.device("cuda", 0)] * 3
+
+
+def zero(*overrides: str) -> dict[str, Any]:
+    found: dict[str, Any] = deepspeed_config(settings(*overrides).parallel, element_bytes=2)["zero_optimization"]
+    return found
+
+
+def test_deepspeed_is_told_what_the_settings_say() -> None:
+    one = zero(
+        "parallel=zero1", "parallel.reduce_bucket_mb=10", "parallel.gather_bucket_mb=4", "parallel.overlap=false"
+    )
+    # Megabytes become elements of two bytes.
+    assert (one["stage"], one["reduce_bucket_size"], one["allgather_bucket_size"]) == (1, 5_000_000, 2_000_000)
+    assert one["overlap_comm"] is False
+    assert "offload_optimizer" not in one
+    assert zero("parallel=zero2")["stage"] == 2
+    three = zero("parallel=zero3_offload", "parallel.gather_bucket_mb=4")
+    assert (three["stage"], three["stage3_prefetch_bucket_size"]) == (3, 2_000_000)
+    assert three["offload_optimizer"]["device"] == three["offload_param"]["device"] == "cpu"
+    slower = deepspeed_config(settings("parallel=zero3_offload", "parallel.cpu_adam=false").parallel, 4)
+    assert slower["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"parallel.compile=true: torch.compile needs a C\+\+ compiler"):
+        build_strategy(settings("parallel.compile=true"), "cpu", "32-true")
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, world: int, local: int) -> None:
+    monkeypatch.setenv(SETTINGS, "unused")
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_more_shards_than_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 1_000_000, 8)
+    with pytest.raises(UserError, match=r"parallel=zero3: 1000000 ranks, but the model has \d+ parameters"):
+        check_memory(settings("parallel=zero3", "trainer.accelerator=cpu"))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "fits"),
+    # Room for ten bytes a parameter. One device needs 16. Of four, ZeRO 1 takes 4 and a quarter of 16; ZeRO 3 a quarter
+    # of 20 and 4 for what is too small to be sharded, which here is everything.
+    [("single", 1, False), ("ddp", 4, False), ("zero1", 4, True), ("zero3", 4, True), ("zero3", 2, False)],
+)
+def test_states_must_fit_into_memory(monkeypatch: pytest.MonkeyPatch, parallel: str, world: int, fits: bool) -> None:
+    cfg = settings(f"parallel={parallel}", "trainer.accelerator=cpu")
+    as_rank(monkeypatch, world, 1)
+    room = SimpleNamespace(total=10 * build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames)).total_parameters)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    if fits:
+        check_memory(cfg)
+        return
+    with pytest.raises(UserError, match="GiB for weights, gradients and optimizer, and this machine has"):
+        check_memory(cfg)

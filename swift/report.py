@@ -1,8 +1,12 @@
-"""`python -m swift.report RUN_DIR...`: redraw the figures of runs and print a table of them, from their files only."""
+"""`python -m swift.report RUN_DIR...`: redraw the figures of runs and print a table of them, from their files only.
+
+`python -m swift.report NAME ...` makes one figure or table of the report; each NAME is a module of swift.analysis.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import sys
@@ -13,6 +17,10 @@ from typing import Any
 from swift.analysis.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 
+COMMANDS: dict[str, str] = {}
+"""Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is the
+help."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -20,6 +28,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m swift.report",
         description="Redraw the figures of runs (RUN_DIR/figures/{loss,reconstruction,performance}.png) and print a "
         "table of them.",
+        epilog="One figure or table of the report: python -m swift.report NAME --help, where NAME is one of "
+        f"{', '.join(COMMANDS)}. (A run directory of such a name is given as ./NAME.)"
+        if COMMANDS
+        else None,
     )
     made.add_argument(
         "runs", nargs="+", metavar="RUN_DIR", type=Path, help="directory of a run (run_dir= of swift.train)"
@@ -97,13 +109,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def _command(name: str, given: Sequence[str]) -> int:
+    """Run one subcommand: 0, or 2 for a user's mistake (one line on standard error)."""
+    module = importlib.import_module(COMMANDS[name])
+    made = argparse.ArgumentParser(prog=f"python -m swift.report {name}", description=module.__doc__)
+    module.add_arguments(made)
+    try:
+        return int(module.run(made.parse_args(given)))
+    except UserError as error:
+        print(f"swift.report {name}: {error}", file=sys.stderr)
+        return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
         0, or 2 for a user's mistake (one line on standard error).
     """
-    args = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in COMMANDS:
+        return _command(given[0], given[1:])
+    args = parser().parse_args(given)
     try:
         runs = [load_run(path) for path in args.runs]
         rows = [describe(run) for run in runs]

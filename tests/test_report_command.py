@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
 from swift import report
 from swift.analysis.runs import describe, load_run
+from swift.utils.errors import UserError
 
 
 @pytest.fixture
@@ -113,3 +115,31 @@ def test_as_a_command_without_torch(run):
     done = subprocess.run([sys.executable, "-m", "swift.report", str(run) + "x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"swift.report: {run}x: no such run directory\n"
+
+
+def test_a_subcommand_gets_its_arguments_and_its_mistakes_are_one_line(monkeypatch, capsys):
+    module = types.ModuleType("table_of_squares", "Squares.")
+    module.add_arguments = lambda parser: parser.add_argument("number", type=int)
+
+    def run(args):
+        if args.number < 0:
+            raise UserError(f"{args.number}: must not be negative")
+        print(args.number**2)
+        return 0
+
+    module.run = run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(report.COMMANDS, "squares", module.__name__)
+    assert report.main(["squares", "7"]) == 0
+    assert capsys.readouterr().out == "49\n"
+    assert report.main(["squares", "--", "-1"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "swift.report squares: -1: must not be negative\n")
+
+
+@pytest.mark.parametrize("name", list(report.COMMANDS))
+def test_every_subcommand_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"python -m swift.report {name}" in capsys.readouterr().out

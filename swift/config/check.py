@@ -11,6 +11,7 @@ from swift.config.schema import (
     AugmentConfig,
     Config,
     DataConfig,
+    GuardConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -34,6 +35,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
+    "guard.action": ("off", "skip", "stop", "rollback"),
     "trainer.precision": ("auto", "32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
 }
@@ -205,6 +207,16 @@ def check_trainer(cfg: TrainerConfig) -> None:
         _require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
 
 
+def check_guard(cfg: GuardConfig) -> None:
+    """Raise UserError for a guard that could not decide anything."""
+    _check_choices("guard", cfg)
+    for name, least in (("window", 4), ("limit", 1), ("patience", 0), ("records", 0), ("batches", 0)):
+        _require(getattr(cfg, name) >= least, f"guard.{name}", getattr(cfg, name), f"must be at least {least}")
+    for name in ("spike", "weights_mb"):
+        value = getattr(cfg, name)
+        _require(0 <= value < math.inf, f"guard.{name}", value, "must be a finite number, not negative")
+
+
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
@@ -245,5 +257,6 @@ def check(cfg: Config) -> None:
     check_mup(cfg)
     check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)
+    check_guard(cfg.guard)
     if cfg.launcher:
         check_launcher(cfg.launcher)

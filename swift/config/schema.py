@@ -251,6 +251,30 @@ class TrainerConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What happens at an optimizer step whose loss or gradient is not finite, or a spike. See docs/guard.md."""
+
+    action: str
+    """off | skip: leave that step out | stop: end the run there | rollback: leave it out and put weights and moments
+    back to the last good checkpoint. Learning rate and order of the data go on in any case."""
+    spike: float
+    """How far above the last good steps a loss or gradient norm is a spike: robust standard deviations of its
+    logarithm, and at least twice the median; 0: only values that are not finite are bad."""
+    window: int
+    """Good steps that are looked back on; nothing is called a spike before half as many, nor in the warm-up."""
+    patience: int
+    """Spikes in a row that are left out; after them the new level is taken for normal."""
+    limit: int
+    """Bad steps in a row after which the run ends."""
+    records: int
+    """Records kept in RUN/guard; 0: none."""
+    batches: int
+    """Of these, records that keep the batch for `python -m swift.replay`, and look for the first bad layer."""
+    weights_mb: float
+    """Keep the weights of that step with the batch where they are no larger, MB; 0: only name the checkpoint before."""
+
+
+@dataclass
 class TimeBin:
     """How long a job of some number of nodes may run in a partition."""
 
@@ -331,6 +355,7 @@ class Config:
     optimizer: OptimizerConfig
     parallel: ParallelConfig
     trainer: TrainerConfig
+    guard: GuardConfig
     seed: int
     """Of weights, order of clips, masks and dropout."""
     run_dir: str

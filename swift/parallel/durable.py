@@ -16,13 +16,14 @@ from swift.config.schema import ParallelConfig
 from swift.models.init import fill
 from swift.parallel.activation import prepare_blocks
 from swift.parallel.checkpoint import WEIGHT, Manifest, Piece
+from swift.parallel.judging import Judged
 from swift.parallel.saving import Saver, restore
 from swift.parallel.shards import module_pieces, optimizer_steps, parameter_shapes
 
 log = logging.getLogger(__name__)
 
 
-class Durable:
+class Durable(Judged):
     """What every strategy of swift adds to Lightning's: checkpoints of named pieces, and the gradient norm.
 
     `trainer.save_checkpoint(FOLDER)` and `trainer.fit(ckpt_path=FOLDER)` take the folder of all checkpoints of a run.

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from swift.config.schema import Config, ParallelConfig
 from swift.parallel.checkpoint import Piece
 from swift.parallel.durable import Durable
+from swift.parallel.judging import Judge, JudgedEngine, drop_gradients
 from swift.parallel.launch import Place, current_place, free_port
 from swift.parallel.saving import Saver
 from swift.parallel.shards import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
@@ -112,12 +113,16 @@ class _ClipsByNorm:
     """Precision plugin that clips by the global norm and keeps what it was."""
 
     norm: Tensor | None = None
+    judge: Judge | None = None
+    """Says from the norm whether to leave the step out."""
 
     def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = None) -> None:
         """Scale all gradients so that their norm is `clip_val` at most."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
         self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.judge is not None and self.judge(self.norm):
+            drop_gradients(parameters)
 
 
 class _Float32(_ClipsByNorm, Precision):
@@ -184,7 +189,7 @@ class _DeepSpeedPrecision(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class _DeepSpeed(Durable, DeepSpeedStrategy):
+class _DeepSpeed(JudgedEngine, Durable, DeepSpeedStrategy):
     """DeepSpeed on any device torch.distributed has a backend for."""
 
     @property
@@ -206,11 +211,6 @@ class _DeepSpeed(Durable, DeepSpeedStrategy):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
-
-    def gradient_norm(self) -> Tensor | None:
-        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
-        norm = self.deepspeed_engine.get_global_grad_norm()
-        return None if norm is None else torch.as_tensor(norm)
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         """Wrap the model; with offload the optimizer becomes DeepSpeed's vectorized one, in the same groups."""

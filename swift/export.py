@@ -62,7 +62,7 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
     import torch
 
     from swift.parallel.tensors import Entry, write_safetensors
-    from swift.parallel.weights import FORMAT, PREFIX, CheckpointWeights, find_checkpoint
+    from swift.parallel.weights import FORMAT, PREFIX, CheckpointWeights, find_checkpoint, metadata_of
 
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
@@ -78,10 +78,7 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
             name.removeprefix(PREFIX), kind, tuple(shape), lambda: weights.read(name, 0, numel).to(kind).view(shape)
         )
 
-    state = manifest.state
-    data = next((value for value in state.values() if isinstance(value, dict) and "contract" in value), {})
-    said = {"config": state["config"], "contract": data.get("contract", {}), "step": manifest.step}
-    said |= {"score": manifest.score, "base_shapes": state.get("base_shapes")}
+    said = metadata_of(manifest) | {"score": manifest.score, "base_shapes": manifest.state.get("base_shapes")}
     metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in said.items()}
     partial = out.with_name(f".{out.name}.partial")
     partial.unlink(missing_ok=True)

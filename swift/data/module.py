@@ -135,9 +135,15 @@ class ClipDataModule(lightning.LightningDataModule):
             "background": data.background,
         }
 
+    def tr_range(self) -> list[float]:
+        """Shortest and longest TR of the training scans, seconds."""
+        found = [self.store.scans[scan].tr for scan in np.unique(self.train_index.scan)]
+        return [min(found), max(found)]
+
     def state_dict(self) -> dict[str, Any]:
         """All that exact continuation needs, and what it must find again."""
-        return {"consumed": self.consumed, "contract": self.contract(), **self._stream()}
+        # Beside the contract, not in it: runs that began without it must still be able to go on.
+        return {"consumed": self.consumed, "contract": self.contract(), "tr": self.tr_range(), **self._stream()}
 
     def _stream(self) -> dict[str, Any]:
         """What decides which sample every counter is."""

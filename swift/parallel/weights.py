@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from swift.config.schema import ModelConfig
 from swift.parallel import checkpoint
 from swift.parallel.checkpoint import WEIGHT, Damaged, Manifest, Reader
 from swift.utils.errors import UserError
@@ -102,6 +103,33 @@ class FileWeights:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements start..stop of a tensor."""
         return self.tensor(name).reshape(-1)[start:stop]
+
+
+def metadata_of(manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint says of its model: config, contract (with the TR of its training scans, if recorded), step."""
+    state = manifest.state
+    data = next((value for value in state.values() if isinstance(value, dict) and "contract" in value), {})
+    contract = data.get("contract", {})
+    tr = {"tr": data["tr"]} if contract and data.get("tr") else {}
+    return {"config": state["config"], "contract": contract | tr, "step": manifest.step}
+
+
+def check_attention(weights: CheckpointWeights | FileWeights, model: ModelConfig) -> None:
+    """Refuse weights whose attention scores were divided by something else: no tensor would show it.
+
+    Raises:
+        ValueError: the muP base width there and here.
+    """
+    config = weights.manifest.state["config"] if isinstance(weights, CheckpointWeights) else weights.metadata["config"]
+    there = config["model"].get("attention_base_width")
+    # At the base width itself scores are divided as without muP.
+    if (there or model.embed_dim) != (model.attention_base_width or model.embed_dim):
+        names = ["null" if width is None else width for width in (there, model.attention_base_width)]
+        raise ValueError(
+            f"trained with model.attention_base_width={names[0]}, which divides attention scores otherwise than "
+            f"{names[1]} here: give model.attention_base_width={names[0]} (with optimizer=adamw_mup: "
+            f"optimizer.base_width={names[0]})"
+        )
 
 
 def find_checkpoint(path: Path, which: str = "latest") -> tuple[Path, Manifest]:

@@ -32,6 +32,7 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, float], ...]], ...] = (
             ("mon/host_rss_gib", "host, with workers", 1.0),
         ),
     ),
+    ("a save stalls, ms", (("perf/save_stall_seconds", "training stands still", 1000.0),)),
     ("CPU, % of a core", (("mon/cpu_percent", "rank 0 with workers", 1.0),)),
 )
 

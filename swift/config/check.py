@@ -18,6 +18,7 @@ from swift.config.schema import (
     TaskConfig,
     TrainerConfig,
 )
+from swift.config.target import check_target
 from swift.utils.errors import UserError
 
 CHOICES = {
@@ -29,9 +30,10 @@ CHOICES = {
     "model.decoder": ("local", "linear"),
     "data.name": ("sample", "synthetic", "store"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
-    "task.name": ("pretrain",),
     "task.mask_kind": ("random", "tube", "temporal"),
-    "task.loss": ("l1", "smooth_l1", "l2"),
+    "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy"),
+    "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
+    "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "pearson_r"),
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
@@ -239,7 +241,8 @@ def check_parallel(cfg: ParallelConfig) -> None:
     legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
     _require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
     for name in ("reduce_bucket_mb", "gather_bucket_mb", "timeout_minutes"):
-        _require(getattr(cfg, name) > 0, f"parallel.{name}", getattr(cfg, name), "must be above 0")
+        value = getattr(cfg, name)
+        _require(value is None or value > 0, f"parallel.{name}", value, "must be above 0")
 
 
 def check(cfg: Config) -> None:
@@ -253,6 +256,7 @@ def check(cfg: Config) -> None:
     check_model(cfg.model)
     check_data(cfg.data)
     check_task(cfg.task, cfg.model, cfg.data)
+    check_target(cfg.task, cfg.init)
     check_optimizer(cfg.optimizer)
     check_mup(cfg)
     check_parallel(cfg.parallel)

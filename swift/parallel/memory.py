@@ -24,6 +24,8 @@ from swift.parallel.activations import Moment, Widths, moments
 from swift.parallel.geometry import Geometry
 
 MB = 1_000_000
+BUCKET = 100 * MB
+"""Of gradients, where the settings leave it open."""
 # DeepSpeed's defaults: gathered weights kept for reuse, and parameters too small to shard.
 LIVE_PARAMETERS = 1_000_000_000
 PERSISTENT_PARAMETER = 100_000
@@ -63,7 +65,23 @@ class Sharding:
         return 2 if self.bf16 and self.zero_stage else 4
 
 
-def sharding_of(cfg: Config, ranks: int, bf16: bool) -> Sharding:
+def reduce_bucket(cfg: Config, largest: int, bf16: bool) -> float:
+    """Bytes of a bucket in which gradients are reduced.
+
+    Args:
+        cfg: Of the run.
+        largest: Elements of the largest parameter.
+        bf16: Whether products run in bf16.
+    """
+    parallel = cfg.parallel
+    if parallel.reduce_bucket_mb is not None:
+        return parallel.reduce_bucket_mb * MB
+    # Accumulated gradients are whole on every device anyway.
+    holds_largest = parallel.zero_stage == 1 and cfg.trainer.accumulate == 1
+    return max(BUCKET, largest * (2 if bf16 else 4) if holds_largest else 0)
+
+
+def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool) -> Sharding:
     """The part of a run's settings that `memory` needs."""
     parallel = cfg.parallel
     return Sharding(
@@ -72,7 +90,7 @@ def sharding_of(cfg: Config, ranks: int, bf16: bool) -> Sharding:
         bf16=bf16,
         checkpointing=parallel.activation_checkpointing,
         accumulate=cfg.trainer.accumulate,
-        reduce_bucket=parallel.reduce_bucket_mb * MB,
+        reduce_bucket=reduce_bucket(cfg, geometry.sizes[0], bf16),
         gather_bucket=parallel.gather_bucket_mb * MB,
         overlap=parallel.overlap,
         zero_stage=parallel.zero_stage,

@@ -179,7 +179,7 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
             f"nodes={nodes}: {ranks:,} ranks are more than the {geometry.total_parameters:,} parameters of "
             f"model={cfg.model.name} that parallel={cfg.parallel.name} would share out among them"
         )
-    sharding = replace(sharding_of(cfg, ranks, bf16), on_cpu=site.device_name == "CPU")
+    sharding = replace(sharding_of(cfg, geometry, ranks, bf16), on_cpu=site.device_name == "CPU")
     options = {
         kept: option(geometry, replace(sharding, checkpointing=kept), site, micro_batch) for kept in CHECKPOINTING
     }

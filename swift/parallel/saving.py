@@ -32,6 +32,8 @@ from swift.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.02
+STALL = "perf/save_stall_seconds"
+"""Metric: how long training stood still for a save."""
 
 
 def _agree(value: Any, rank: int, world: int) -> list[Any]:
@@ -59,8 +61,6 @@ class Saver:
 
     def __init__(self, rank: int, world: int, keep: int, background: bool, timeout: float) -> None:
         self.rank, self.world, self.keep, self.background, self.timeout = rank, world, keep, background, timeout
-        self.stall = 0.0
-        """Seconds that training stood still for the last save."""
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
 
@@ -75,7 +75,6 @@ class Saver:
         Raises:
             UserError: an earlier save has failed, or this one cannot be written, on any rank.
         """
-        began = time.monotonic()
         self.finish()
         fresh = self._begin(folder)
         # A copy, as the next step changes the live tensors.
@@ -92,7 +91,6 @@ class Saver:
         self._thread.start()
         if not self.background:
             self.finish()
-        self.stall = time.monotonic() - began
 
     def finish(self) -> None:
         """Wait until the last save is on the disk; all ranks call it together.
@@ -288,4 +286,8 @@ class SaveCheckpoints(pl.Callback):
         value = None if metric is None else float(metric)
         self._score = value if value is not None and math.isfinite(value) else None
         self.saved = trainer.global_step
+        began = time.monotonic()
         trainer.save_checkpoint(self.folder)
+        stall = {STALL: time.monotonic() - began}
+        for logger in trainer.loggers:
+            logger.log_metrics(stall, step=trainer.global_step)

@@ -28,13 +28,13 @@ from torch.distributed.tensor import DTensor
 from swift.config.schema import Config, ParallelConfig
 from swift.parallel.checkpoint import Piece
 from swift.parallel.durable import Durable
+from swift.parallel.geometry import build_geometry
 from swift.parallel.judging import Judge, JudgedEngine, drop_gradients
 from swift.parallel.launch import Place, current_place, free_port
+from swift.parallel.memory import MB, reduce_bucket
 from swift.parallel.saving import Saver
 from swift.parallel.shards import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
 from swift.utils.errors import UserError
-
-MB = 1_000_000
 
 
 class Ranks(ClusterEnvironment):
@@ -287,14 +287,15 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return made
 
 
-def deepspeed_config(cfg: ParallelConfig, element_bytes: int) -> dict[str, Any]:
+def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int) -> dict[str, Any]:
     """DeepSpeed's settings for a ZeRO stage.
 
     Args:
         cfg: `parallel=`.
+        bucket: Bytes of a bucket in which gradients are reduced.
         element_bytes: Bytes of a gradient element: DeepSpeed counts buckets in elements.
     """
-    reduce, gather = (int(mb * MB / element_bytes) for mb in (cfg.reduce_bucket_mb, cfg.gather_bucket_mb))
+    reduce, gather = (int(size / element_bytes) for size in (bucket, cfg.gather_bucket_mb * MB))
     zero: dict[str, Any] = {
         "stage": cfg.zero_stage,
         "contiguous_gradients": True,
@@ -349,16 +350,19 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
         "cluster_environment": environment,
         "timeout": timedelta(minutes=parallel.timeout_minutes),
     }
+    narrow = precision == "bf16-mixed"
+    largest = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames)).sizes[0]
+    bucket = reduce_bucket(cfg, largest, narrow)
     strategy: _DeepSpeed | _Fsdp | _Ddp
     if parallel.zero_stage:
         # DeepSpeed looks for its device when it is imported.
         os.environ["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
-        config = deepspeed_config(parallel, 2 if precision == "bf16-mixed" else 4)
+        config = deepspeed_config(parallel, bucket, 2 if narrow else 4)
         strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
     elif parallel.name == "fsdp":
-        strategy = _Fsdp(precision == "bf16-mixed", precision_plugin=_Float32(), **shared)
+        strategy = _Fsdp(narrow, precision_plugin=_Float32(), **shared)
     else:
-        strategy = _Ddp(precision_plugin=plugin, bucket_cap_mb=parallel.reduce_bucket_mb, **shared)
+        strategy = _Ddp(precision_plugin=plugin, bucket_cap_mb=bucket / MB, **shared)
     strategy.parallel, strategy.saver = parallel, build_saver(cfg, place)
     return {
         "strategy": strategy,

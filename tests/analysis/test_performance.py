@@ -27,12 +27,21 @@ def curve(fig, name):
 
 
 def test_curves_are_the_numbers_of_the_run(tmp_path):
-    run = write_run(tmp_path / "run", {"perf/mfu": 0.4, "mon/device_busy": 93.0, "mon/device_peak_gib": 50.0}.items())
+    run = write_run(
+        tmp_path / "run",
+        {
+            "perf/mfu": 0.4,
+            "perf/save_stall_seconds": 0.08,
+            "mon/device_busy": 93.0,
+            "mon/device_peak_gib": 50.0,
+        }.items(),
+    )
     fig = performance(run, run / "figures" / "performance.png")
     np.testing.assert_array_equal(curve(fig, "all ranks").get_xdata(), [10, 20, 30])
     np.testing.assert_allclose(curve(fig, "all ranks").get_ydata(), [20, 40, 60])
     np.testing.assert_allclose(curve(fig, "MFU").get_ydata(), 40.0)
     np.testing.assert_allclose(curve(fig, "waiting for data").get_ydata(), 25.0)
+    np.testing.assert_allclose(curve(fig, "training stands still").get_ydata(), 80.0)
     np.testing.assert_allclose(curve(fig, "device busy").get_ydata(), 93.0)
     assert [ax.get_ylabel() for ax in fig.axes][-1] == "CPU, % of a core"
     with Image.open(run / "figures" / "performance.png") as picture:

@@ -13,6 +13,7 @@ import torch
 from swift.build import check_memory
 from swift.parallel.geometry import build_geometry
 from swift.parallel.launch import LAUNCH, SETTINGS, Place, current_place, first_to_report
+from swift.parallel.memory import reduce_bucket
 from swift.parallel.strategies import OneGpuEach, Ranks, build_strategy, check_place, deepspeed_config
 from swift.utils.errors import UserError
 from tests.small import settings
@@ -82,7 +83,9 @@ def test_one_visible_gpu_serves_every_local_rank() -> None:
 
 
 def zero(*overrides: str) -> dict[str, Any]:
-    found: dict[str, Any] = deepspeed_config(settings(*overrides).parallel, element_bytes=2)["zero_optimization"]
+    cfg = settings(*overrides)
+    bucket = reduce_bucket(cfg, 300_000_000, bf16=True)
+    found: dict[str, Any] = deepspeed_config(cfg.parallel, bucket, element_bytes=2)["zero_optimization"]
     return found
 
 
@@ -98,8 +101,16 @@ def test_deepspeed_is_told_what_the_settings_say() -> None:
     three = zero("parallel=zero3_offload", "parallel.gather_bucket_mb=4")
     assert (three["stage"], three["stage3_prefetch_bucket_size"]) == (3, 2_000_000)
     assert three["offload_optimizer"]["device"] == three["offload_param"]["device"] == "cpu"
-    slower = deepspeed_config(settings("parallel=zero3_offload", "parallel.cpu_adam=false").parallel, 4)
+    slower = deepspeed_config(settings("parallel=zero3_offload", "parallel.cpu_adam=false").parallel, 1e6, 4)
     assert slower["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_a_bucket_left_open_holds_the_largest_gradient_where_that_saves_memory() -> None:
+    """Under ZeRO 1 without accumulation; 100 MB, 50 million elements of two bytes, elsewhere and for small models."""
+    assert zero("parallel=zero1")["reduce_bucket_size"] == 300_000_000
+    assert zero("parallel=zero1", "trainer.accumulate=2")["reduce_bucket_size"] == 50_000_000
+    assert zero("parallel=zero2")["reduce_bucket_size"] == zero("parallel=zero3")["reduce_bucket_size"] == 50_000_000
+    assert reduce_bucket(settings("parallel=zero1"), 1000, bf16=False) == 1e8
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,9 @@ def _complaint(error: OmegaConfBaseException, plain: Any) -> str:
     where: Any = Config
     value = plain
     for section in sections:
-        where, value = typing.get_type_hints(where)[section], value[section] if value else None
+        hint = typing.get_type_hints(where)[section] if is_dataclass(where) else where
+        inner = [part for part in typing.get_args(hint) if is_dataclass(part)]
+        where, value = inner[0] if inner else hint, value[section] if value else None
     if plain is None or not is_dataclass(where):
         return f"{key or 'configuration'}: {str(error).splitlines()[0]}"
     if isinstance(error, MissingMandatoryValue):

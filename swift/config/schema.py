@@ -6,7 +6,7 @@ default must be given by a YAML file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 
@@ -148,11 +148,40 @@ class DataConfig:
 
 
 @dataclass
+class TargetConfig:
+    """What is to be predicted, and where it is written down."""
+
+    kind: str
+    """binary | multiclass | regression."""
+    per: str = "subject"
+    """subject: one value a person | frame: one value a frame."""
+    source: str = "manifest"
+    """manifest: a phenotype of the store's manifest (per subject) | events: an events.tsv | confounds: a column of the
+    per-frame table that the store keeps of each scan (per frame)."""
+    column: Optional[str] = None
+    """Of the manifest, events or confounds; null (events): whether any event goes on, classes [no, yes]."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes, as in the column; F|female|0 is class F with other ways to write it. Of a binary task the
+    second is the positive one. Per frame from events: a class named `rest` is that of frames without an event."""
+    others: str = "refuse"
+    """Values of the column that are no class: refuse | leave_out (as n/a and empty ones always are)."""
+    response: str = "shift"
+    """Events to frames: shift: a frame has the label of delay_seconds before it | hrf: values are convolved with the
+    canonical haemodynamic response (regression)."""
+    delay_seconds: float = 0.0
+    """Haemodynamic delay of response=shift, s."""
+    bridge_seconds: float = 0.0
+    """Events with a pause of at most so long between them are one, s."""
+    events: Optional[str] = None
+    """Folder with SCAN_ID_events.tsv (or BIDS names); null: the events that the store has kept."""
+
+
+@dataclass
 class TaskConfig:
     """What the model is trained to do."""
 
     name: str
-    """pretrain: reconstruct what is hidden."""
+    """pretrain: reconstruct what is hidden; any other name: predict task.target (a YAML file in conf/task)."""
     mask_ratio: float
     """Part of the mask units that is hidden, inside (0, 1)."""
     mask_kind: str
@@ -160,9 +189,38 @@ class TaskConfig:
     mask_unit: Optional[list[int]]
     """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch."""
     loss: str
-    """l1 | smooth_l1 | l2."""
+    """l1 | smooth_l1 | l2; classes: cross_entropy."""
     loss_background: bool
     """Include masked voxels outside the brain."""
+    target: Optional[TargetConfig] = None
+    """What to predict; null: pre-training."""
+    adapt: str = "scratch"
+    """How much of the model is trained. scratch: all, without init= | linear: a linear head on the frozen encoder |
+    attentive: a head with attention pooling on the frozen encoder | last_block: the head and the last block | lora:
+    the head and low-rank changes of the attention | full: all, lower layers slower (layer_decay)."""
+    layer_decay: float = 0.75
+    """adapt=full: factor on the learning rate from one block to the one below it."""
+    lora_rank: int = 8
+    """adapt=lora: rank of the changes."""
+    lora_alpha: float = 16.0
+    """adapt=lora: the changes are multiplied by lora_alpha / lora_rank."""
+    balance: bool = False
+    """Weigh classes in the loss by the inverse of their number among the training clips (or frames)."""
+    class_weights: Optional[list[float]] = None
+    """Weights of the classes in the loss, in their order, on top of balance; null: 1."""
+    select: str = "loss"
+    """By which figure of the validation a checkpoint is chosen: loss | auroc | balanced_accuracy (classes) | loss |
+    mae | pearson_r (regression)."""
+    patience: int = 0
+    """Validations without improvement after which training stops; 0: never."""
+    eval_stride: Optional[int] = None
+    """Frames between the starts of validation and test clips; null: they do not overlap."""
+    test_fraction: float = 0.5
+    """Per-frame tasks without data.split: last part of every scan that is tested."""
+    allow_seen: bool = False
+    """Test subjects that the weights of init= have seen: go on, and say so."""
+    allow_id_leak: bool = False
+    """Labels that follow from the names of the subjects: go on, and say so."""
 
 
 @dataclass
@@ -208,8 +266,9 @@ class ParallelConfig:
     input of each block."""
     compile: bool
     """torch.compile each block."""
-    reduce_bucket_mb: float
-    """Gradients are reduced in buckets of this size, MB."""
+    reduce_bucket_mb: Optional[float]
+    """Gradients are reduced in buckets of this size, MB; null: 100, under ZeRO 1 as large as the largest gradient,
+    which would stay whole on every device until the step if no bucket could hold it."""
     gather_bucket_mb: float
     """Weights are gathered in buckets of this size, MB (ZeRO)."""
     overlap: bool
@@ -225,7 +284,7 @@ class TrainerConfig:
     val_every: int
     """Optimizer steps between validations."""
     val_batches: int
-    """Batches a validation at most; 0: all."""
+    """Batches a validation at most; 0: all. Tasks with a target always take all."""
     log_every: int
     """Optimizer steps between logged points."""
     accumulate: int
@@ -239,11 +298,13 @@ class TrainerConfig:
     threads: int
     """CPU threads of torch; 0: torch's own choice."""
     keep_checkpoints: int
-    """The last ones; the best by val/l1 is kept besides."""
+    """The last ones; the best by val/l1 (tasks: task.select) is kept besides."""
     checkpoint_every: int
     """Optimizer steps between checkpoints, besides those at validations and at the end; 0: only those."""
     checkpoint_background: bool
     """Write checkpoints while training goes on (needs host memory for a copy of this rank's states)."""
+    phases_every: int
+    """Optimizer steps between profiles of three steps, for their time by phase (perf/phase_*); 0: none."""
     figures: bool
     """Draw the loss curve and a reconstruction at the end."""
     wandb: bool
@@ -302,6 +363,9 @@ class LauncherConfig:
     nodes: int
     ranks_per_node: int
     """One rank a device."""
+    global_batch: Optional[int]
+    """Clips of all ranks in an optimizer step, dealt evenly: trainer.accumulate follows from it, with data.batch_size or
+    less at a time (strong scaling). null: data.batch_size times trainer.accumulate for each rank."""
     cores_per_rank: int
     time: str
     """HH:MM:SS of one job. A run that takes longer goes on in the next."""

@@ -59,12 +59,12 @@ def _ingest(options: argparse.Namespace) -> int:
         )
     figures = report.summary()
     line = (
-        "{store}: {added} added, {present} there already, {failed} failed, "
+        "{store}: {added} added, {present} there already, {changed} changed, {failed} failed, "
         "{seconds:g} s, {scans_per_minute:g} scans/min"
     )
     _show(options, figures, [line.format(**figures)])
     if report.exit_code:
-        print(f"the failed ones are named in {options.out / 'ingest_report.csv'}", file=sys.stderr)
+        print(f"what failed or has changed is named in {options.out / 'ingest_report.csv'}", file=sys.stderr)
     return report.exit_code
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from swift.data import format as fmt
+from swift.data.nifti import sha256_file
 from swift.data.prepare import Recipe, prepare
 from swift.data.sources import Source, duplicates
 from swift.data.writer import StoreWriter, tool_version
@@ -32,12 +33,17 @@ from swift.utils.errors import BadScan, UserError
 log = logging.getLogger("swift.data")
 REPORT = "ingest_report"
 SHARD_BYTES = 4 << 30
+_KEPT = ("frames", "voxels", "tr", "notes", "source_bytes", "source_modified", "source_sha256")
 _FIELDS = ("scan_id", "status", "reason", "source", "frames", "voxels", "tr", "seconds", "notes")
 
 
 @dataclass
 class Result:
-    """What became of one source. `status`: added, present (it was in the store already) or failed."""
+    """What became of one source.
+
+    `status`: added, present (it was in the store already), changed (so was it, but the source is another file now) or
+    failed.
+    """
 
     scan_id: str
     source: str
@@ -48,6 +54,10 @@ class Result:
     tr: float = 0.0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    source_bytes: int = 0
+    source_modified: int = 0
+    """Time of the source file's last change, ns since 1970; with its size a cheap sign that it is another one now."""
+    source_sha256: str = ""
 
 
 @dataclass
@@ -65,8 +75,8 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 when some scan failed."""
-        return 1 if self.having("failed") else 0
+        """0, or 1 when some scan failed or has changed."""
+        return 1 if self.having("failed") or self.having("changed") else 0
 
     def summary(self) -> dict[str, Any]:
         """Figures for people and machines."""
@@ -75,6 +85,7 @@ class Report:
             "store": str(self.path),
             "added": added,
             "present": len(self.having("present")),
+            "changed": len(self.having("changed")),
             "failed": len(self.having("failed")),
             "seconds": round(self.seconds, 2),
             "scans_per_minute": round(60 * added / self.seconds, 2) if self.seconds > 0 else 0.0,
@@ -91,6 +102,8 @@ def ingest(
     progress: bool = False,
 ) -> Report:
     """Bring scans into a store; those that it has already are left as they are.
+
+    A scan whose source has become another file is refused by name, and the store keeps the one it has.
 
     Args:
         sources: From swift.data.bids.find_sources. Two of one name are both refused.
@@ -146,12 +159,28 @@ def _sort_out(
             results.append(Result(source.scan_id, str(source.path), "failed", reason))
             _say(results[-1])
         elif source.scan_id in done:
-            row = {key: earlier.get(source.scan_id, {}).get(key) for key in ("frames", "voxels", "tr", "notes")}
-            kept = {key: value for key, value in row.items() if value}
+            row = earlier.get(source.scan_id, {})
+            kept = {key: row[key] for key in _KEPT if row.get(key)}
             results.append(Result(source.scan_id, str(source.path), "present", **kept))
+            if _changed(source, row):
+                results[-1].status = "changed"
+                results[
+                    -1
+                ].reason = f"{source.path.name} has changed since; the store has the old scan: use another folder"
+                _say(results[-1])
         else:
             todo.append(source)
     return results, todo
+
+
+def _changed(source: Source, row: dict[str, Any]) -> bool:
+    """Whether a source is not the file that a line of the report tells of; False where the line does not say."""
+    if source.is_frames or not row.get("source_sha256"):
+        return False
+    stat = source.path.stat()
+    if (stat.st_size, stat.st_mtime_ns) == (row["source_bytes"], row["source_modified"]):
+        return False
+    return bool(sha256_file(source.path) != row["source_sha256"])
 
 
 def _run(todo: list[Source], recipe: Recipe, writer: StoreWriter, workers: int) -> Generator[Result, None, None]:
@@ -218,6 +247,10 @@ def ingest_one(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
         scan = prepare(source, recipe)
         info = writer.add(scan.header, scan.mask, scan.bold)
         result.frames, result.voxels, result.tr, result.notes = info.frames, info.voxels, info.tr, scan.header.notes
+        if not source.is_frames:
+            stat = source.path.stat()
+            result.source_bytes, result.source_modified = stat.st_size, stat.st_mtime_ns
+        result.source_sha256 = scan.header.source_sha256
     except BadScan as error:
         result.status, result.reason = "failed", " ".join(str(error).split())
     except UserError:
@@ -233,8 +266,8 @@ def ingest_one(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
 
 
 def _say(result: Result) -> None:
-    if result.status == "failed":
-        log.warning("%s: failed: %s", result.scan_id, result.reason)
+    if result.reason:
+        log.warning("%s: %s: %s", result.scan_id, result.status, result.reason)
     for note in result.notes:
         log.info("%s: %s", result.scan_id, note)
 

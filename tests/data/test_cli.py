@@ -44,7 +44,7 @@ def test_ingest_prints_figures(tmp_path: Path, made: tuple[Path, Path], capsys: 
     assert figures["scans_per_minute"] == pytest.approx(60 * 6 / figures["seconds"], rel=0.05)
     code, out, err = run(capsys, "ingest", made[1], "--out", tmp_path / "s", *SMALL)
     assert (code, err) == (0, "")
-    assert "0 added, 6 there already, 0 failed" in out
+    assert "0 added, 6 there already, 0 changed, 0 failed" in out
 
 
 def test_some_failed_is_1_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_some_failed_is_1_and_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     next(data.rglob("sub-01*_bold.nii.gz")).write_bytes(b"")
     code, out, err = run(capsys, "ingest", data, "--out", tmp_path / "s", *SMALL)
     assert code == 1
-    assert "1 added, 0 there already, 1 failed" in out
+    assert "1 added, 0 there already, 0 changed, 1 failed" in out
     assert "ingest_report.csv" in err
     assert "a NIfTI header has 348" in (tmp_path / "s" / "ingest_report.csv").read_text()
 

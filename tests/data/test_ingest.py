@@ -142,6 +142,23 @@ def test_going_on_leaves_what_is_there_and_mends_what_failed(tmp_path: Path) -> 
     assert Store(tmp_path / "s").values(1).mean() == pytest.approx(1000, abs=2)
 
 
+def test_a_source_that_has_changed_since_is_named(tmp_path: Path) -> None:
+    sources = [one(tmp_path, name, seed) for seed, name in enumerate("ab")]
+    ingest(sources, tmp_path / "s", RECIPE)
+    before = shard_bytes(tmp_path / "s")
+    os.utime(sources[0].path)  # another date, the same bytes
+    assert [row.status for row in ingest(sources, tmp_path / "s", RECIPE).results] == ["present", "present"]
+    sources[1].path.write_bytes(sources[0].path.read_bytes())
+    for _ in range(2):  # the second time the line of the first must still tell
+        again = ingest(sources, tmp_path / "s", RECIPE)
+        assert [row.status for row in again.results] == ["present", "changed"]
+        assert again.results[1].reason == (
+            f"{sources[1].path.name} has changed since; the store has the old scan: use another folder"
+        )
+        assert again.exit_code == 1
+    assert shard_bytes(tmp_path / "s") == before
+
+
 def test_two_workers_give_the_bytes_of_one(tmp_path: Path) -> None:
     sources = [one(tmp_path, name, seed) for seed, name in enumerate("abc")]
     ingest(sources, tmp_path / "one", RECIPE, workers=1)

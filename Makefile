@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# One thread a process: the tests are small, and two processes fill the two cores of CI.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow test-slurm check format demo sizes bench bench-data clean
@@ -21,11 +23,11 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-test: setup ## Run the CPU test suite
-	$(BIN)/python -m pytest
+test: setup ## Run the CPU test suite, two files at a time
+	$(PYTEST)
 
 test-slow: setup ## Run the slow tests too: several ranks, kills, whole commands
-	$(BIN)/python -m pytest -m 'slow and not gpu and not slurm'
+	$(PYTEST) -m 'slow and not gpu and not slurm'
 
 test-slurm: setup ## Run the tests that need Slurm: installs (Debian, root), starts and stops two nodes on this machine
 	launch/local_slurm.sh install

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
 from swift.callbacks.monitor import Monitor
+from swift.callbacks.phases import Phases
 from swift.callbacks.progress import ClipProgress
 from swift.callbacks.provenance import Provenance
 from swift.callbacks.survive import Heartbeat, StopOnSignal
@@ -36,7 +37,14 @@ from swift.parallel.launch import current_place
 from swift.parallel.memory import gradient_bytes, host_bytes, optimizer_bytes, sharding_of, weight_bytes
 from swift.parallel.saving import SaveCheckpoints
 from swift.parallel.strategies import build_strategy
-from swift.parallel.weights import CheckpointWeights, FileWeights, TensorWeights, Weights, find_checkpoint
+from swift.parallel.weights import (
+    CheckpointWeights,
+    FileWeights,
+    TensorWeights,
+    Weights,
+    check_attention,
+    find_checkpoint,
+)
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -121,6 +129,8 @@ def weights_at(path: Path, module: PretrainModule) -> tuple[Weights, str]:
         weights = TensorWeights(tensors)
     here = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     checkpoint.compare_shapes("the source", weights.shapes, here)
+    if isinstance(weights, CheckpointWeights | FileWeights):
+        check_attention(weights, module.cfg.model)
     return weights, f"{len(here)} tensors taken"
 
 
@@ -148,7 +158,7 @@ def check_memory(cfg: Config) -> None:
     if place.world > parameters:
         raise UserError(f"parallel={cfg.parallel.name}: {place.world} ranks, but the model has {parameters} parameters")
     geometry = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
-    sharding = sharding_of(cfg, place.world, precision(cfg) == "bf16-mixed")
+    sharding = sharding_of(cfg, geometry, place.world, precision(cfg) == "bf16-mixed")
     need = weight_bytes(geometry, sharding) + optimizer_bytes(geometry, sharding)
     need += gradient_bytes(geometry, sharding, parameters)
     host = host_bytes(geometry, sharding)
@@ -202,7 +212,9 @@ def precision(cfg: Config) -> str:
 def build_callbacks(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> list[Callback]:
     """Metrics, progress, provenance, the frozen settings, speed and the machine."""
     frozen = FrozenConfig(replace(cfg, resume=None), run_dir / FROZEN)
-    return [TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen, build_throughput(cfg), Monitor()]
+    throughput = build_throughput(cfg)
+    timed = [throughput, Phases(cfg.trainer.phases_every, throughput), Monitor()]
+    return [TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen, *timed]
 
 
 def build_throughput(cfg: Config) -> Throughput:

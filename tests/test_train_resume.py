@@ -13,6 +13,7 @@ import torch
 
 from swift.build import build_module, start_from
 from swift.config.compose import load_frozen
+from swift.export import export
 from swift.modules.pretrain import PretrainModule
 from swift.utils.errors import UserError
 from tests.runs import QUIET, assert_same_run, restarts, start, state_of, weights
@@ -193,9 +194,14 @@ def test_init_refuses_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
     torch.save({"nothing": torch.ones(1)}, tmp_path / "foreign.ckpt")
     (tmp_path / "text.ckpt").write_text("not weights")
     (tmp_path / "empty").mkdir()
+    exported = tmp_path / "exported.safetensors"
+    export(finished, exported)
+    start_from(build_module(settings("model.attention_base_width=12")), str(finished))  # its own width: the same scale
     for source, overrides, says in [
         (finished, ["model.decoder_dim=20"], "tensors differ (model.decoder"),
         (finished, ["model.depths=[1,1]"], "there, nothing here"),
+        (finished, ["model.attention_base_width=6"], "trained with model.attention_base_width=null, which divides"),
+        (exported, ["model.attention_base_width=6"], "give model.attention_base_width=null"),
         (finished, ["model.depths=[1,3]"], "is nothing there, "),
         (tmp_path / "foreign.ckpt", [], "is it a SwiFT v1 checkpoint?"),
         (tmp_path / "text.ckpt", [], "cannot be read as plain weights"),

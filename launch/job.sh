@@ -168,7 +168,7 @@ watch() {
 # Start the ranks and wait. Returns their status.
 train() {
     local status watcher
-    rm -f "$LAUNCH/mistake" "$LAUNCH/failed" "$LAUNCH/hung"
+    rm -f "$LAUNCH/mistake" "$LAUNCH/failed" "$LAUNCH/hung" "$LAUNCH/stopped"
     "${RANK_STEP[@]}" "${RUN_OPTIONS[@]}" "$LAUNCH/rank.sh" train &
     STEP=$!
     watch "$(date +%s)" &
@@ -223,15 +223,17 @@ main() {
     train
     status=$?
     [ -z "$monitor" ] || kill "$monitor" 2>/dev/null
-    if [ "$status" -eq 0 ]; then
+    if [ "$status" -eq 0 ] && [ -e "$LAUNCH/stopped" ]; then
+        again 75 "the run was asked to stop"
+    elif [ "$status" -eq 0 ]; then
         : >"$LAUNCH/finished"
         finish 0 "the run is finished"
     elif [ -e "$LAUNCH/mistake" ]; then
         finish 2 "the run cannot go on as it is: see the message above"
     elif [ -e "$LAUNCH/hung" ]; then
         again "$status" "the run hung"
-    elif [ -n "$STOP_ASKED" ] || [ "$status" -eq 75 ]; then
-        again "$status" "the run was asked to stop"
+    elif [ -n "$STOP_ASKED" ]; then
+        again "$status" "the run was asked to stop and a rank failed with status $status"
     else
         again "$status" "a rank failed with status $status"
     fi

@@ -50,6 +50,11 @@ done
 if [ "$1" = train ]; then
     # srun reports the highest status of all ranks, and those it ends itself count as killed.
     [ "$status" -ne 2 ] || : >"$SWIFT_RUN/launch/mistake"
+    if [ "$status" -eq 75 ]; then
+        # Saved and stopped: no failure, for which the others would be killed where they still tidy up.
+        : >"$SWIFT_RUN/launch/stopped"
+        exit 0
+    fi
     [ "$status" -eq 0 ] || : >"$SWIFT_RUN/launch/failed"
 fi
 exit "$status"

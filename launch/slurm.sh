@@ -47,18 +47,21 @@ kill_step() {
     scancel --quiet --signal="$1" "$(cat "$SWIFT_RUN/launch/step")"
 }
 
+job_state() {
+    scontrol --oneliner show job "$JOB" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p'
+}
+
 # Whether nobody has ended the job from outside: who cancels a job does not want it back.
 still_wanted() {
-    local state
-    state=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
-    [ "$state" != CANCELLED ]
+    [ "$(job_state)" != CANCELLED ]
 }
 
 # queue_again [BAD_NODE ...]: the same job, later. It ends this script, so what is to follow must be shielded.
 queue_again() {
     local bad
     trap '' TERM USR1
-    scontrol requeue "$JOB" || return 1
+    # After a node was lost Slurm may have queued the job again before this script could.
+    scontrol requeue "$JOB" || [ "$(job_state)" = PENDING ] || return 1
     # Slurm takes this only while the job is waiting, which it is from here on.
     if [ "$#" -gt 0 ]; then
         bad=$(scontrol show hostlist "$(printf '%s\n' "$@" | paste -sd,)")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swift.config.compose import FROZEN, differences, load_frozen, writable
-from swift.config.launcher import check_ranks
+from swift.config.launcher import check_ranks, dealt
 from swift.config.schema import Config, LauncherConfig
 from swift.jobfiles import freeze_run, write_whole
 from swift.jobscript import SUFFIX, array_script, job_script, pack_script, site_files
@@ -193,6 +193,7 @@ def _as_it_will_run(cfg: Config, run: Path) -> Config:
 
     single = cfg.parallel.name == "single"
     parallel = cfg.parallel if single else replace(cfg.parallel, nodes=launcher.nodes, devices=launcher.ranks_per_node)
+    batch, accumulate = dealt(cfg)
     mixture = [replace(cohort, path=str(Path(cohort.path).absolute())) for cohort in cfg.data.mixture]
     stage_dir = f"{launcher.node_local}/swift-shards" if launcher.stage_data else None
     data = replace(
@@ -201,8 +202,11 @@ def _as_it_will_run(cfg: Config, run: Path) -> Config:
         mixture=mixture,
         split=whole(cfg.data.split),
         stage_dir=cfg.data.stage_dir or stage_dir,
+        batch_size=batch,
     )
-    return replace(cfg, launcher=None, parallel=parallel, data=data, run_dir=str(run), init=whole(cfg.init))
+    trainer = replace(cfg.trainer, accumulate=accumulate)
+    own = {"parallel": parallel, "data": data, "trainer": trainer}
+    return replace(cfg, launcher=None, run_dir=str(run), init=whole(cfg.init), **own)
 
 
 def _check_same_run(run: Path, frozen: Config) -> None:
@@ -231,7 +235,7 @@ def check_memory(cfg: Config) -> None:
     from swift.parallel.planning import make_plan, why_not
 
     site = replace(load_site(launcher.machine), devices_per_node=launcher.ranks_per_node)
-    plan = make_plan(cfg, site, launcher.nodes, cfg.data.batch_size, clips=1.0)
+    plan = make_plan(cfg, site, launcher.nodes, dealt(cfg)[0], clips=1.0)
     if not plan.chosen.fits:
         remedy = f"; what would fit: {plan.suggestions[0]}" if plan.suggestions else ""
         raise UserError(

@@ -22,11 +22,17 @@ class FetchTimer(Profiler):
     def __init__(self, inner: Profiler, clock: Callable[[], float]) -> None:
         super().__init__()
         self.inner, self.seconds = inner, 0.0
+        self.on_start: Callable[[], None] | None = None
+        """Called before the loop asks for a batch."""
+        self.on_stop: Callable[[], None] | None = None
+        """Called when it has one, or when there are no more."""
         self._clock, self._since = clock, 0.0
 
     def start(self, action_name: str) -> None:
         """An action begins."""
         if action_name.endswith(self.ACTION):
+            if self.on_start is not None:
+                self.on_start()
             self._since = self._clock()
         self.inner.start(action_name)
 
@@ -35,6 +41,8 @@ class FetchTimer(Profiler):
         self.inner.stop(action_name)
         if action_name.endswith(self.ACTION):
             self.seconds += self._clock() - self._since
+            if self.on_stop is not None:
+                self.on_stop()
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         """Handed on."""
@@ -79,15 +87,17 @@ class Throughput(pl.Callback):
     ) -> None:
         self.flops, self.tokens, self.peak, self.every = flops, tokens, peak, every
         self._clock = clock
-        self._timer: FetchTimer | None = None
+        self.timer: FetchTimer | None = None
+        """Of the trainer, once it is set up."""
+        self._paused = False
         self._began = self._left_out = self._validating = 0.0
         self._step = self._first = self._clips = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen to when batches are fetched."""
-        if stage == "fit" and self._timer is None:
-            self._timer = FetchTimer(trainer.profiler, self._clock)  # type: ignore[attr-defined]
-            trainer.profiler = self._timer  # type: ignore[attr-defined]
+        if stage == "fit" and self.timer is None:
+            self.timer = FetchTimer(trainer.profiler, self._clock)  # type: ignore[attr-defined]
+            trainer.profiler = self.timer  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from the step the run starts or goes on from."""
@@ -96,8 +106,18 @@ class Throughput(pl.Callback):
 
     def _begin(self, trainer: pl.Trainer) -> None:
         self._began, self._left_out, self._clips, self._first = self._clock(), 0.0, 0, trainer.global_step
-        if self._timer is not None:
-            self._timer.seconds = 0.0
+        if self.timer is not None:
+            self.timer.seconds = 0.0
+
+    def pause(self) -> None:
+        """Log nothing until `resume`."""
+        self._paused = True
+
+    def resume(self, trainer: pl.Trainer) -> None:
+        """Go on measuring, from here; what was not logged yet is left out."""
+        self._paused = False
+        self._begin(trainer)
+        self._validating = self._began
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -122,12 +142,12 @@ class Throughput(pl.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._step % self.every == 0:
+        if self._step % self.every == 0 and not self._paused:
             self._log(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the rest."""
-        if self._step > self._first:
+        if self._step > self._first and not self._paused:
             self._log(trainer)
 
     def _log(self, trainer: pl.Trainer) -> None:
@@ -151,6 +171,6 @@ class Throughput(pl.Callback):
         }
         if self.peak is not None:
             found["perf/mfu"] = done / self.peak
-        if self._timer is not None:
-            found["perf/data_wait"] = min(self._timer.seconds / seconds, 1.0)
+        if self.timer is not None:
+            found["perf/data_wait"] = min(self.timer.seconds / seconds, 1.0)
         return found

@@ -33,7 +33,7 @@ CHOICES = {
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy"),
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
-    "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "pearson_r"),
+    "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r"),
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
@@ -205,7 +205,7 @@ def check_trainer(cfg: TrainerConfig) -> None:
     _check_choices("trainer", cfg)
     for name in ("max_steps", "val_every", "log_every", "accumulate", "keep_checkpoints"):
         _require(getattr(cfg, name) >= 1, f"trainer.{name}", getattr(cfg, name), "must be at least 1")
-    for name in ("val_batches", "clip_norm", "threads", "checkpoint_every"):
+    for name in ("val_batches", "clip_norm", "threads", "checkpoint_every", "phases_every"):
         _require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
 
 

@@ -79,11 +79,29 @@ def _check_time(cfg: LauncherConfig) -> None:
     _require(time <= (seconds(longest.time) or 0), "time", cfg.time, legal)
 
 
+def dealt(cfg: Config) -> tuple[int, int]:
+    """data.batch_size and trainer.accumulate of a rank: together a step of all has launcher.global_batch clips.
+
+    Raises:
+        UserError: the ranks cannot share them evenly.
+    """
+    assert cfg.launcher is not None
+    clips, ranks = cfg.launcher.global_batch, cfg.launcher.nodes * cfg.launcher.ranks_per_node
+    if clips is None:
+        return cfg.data.batch_size, cfg.trainer.accumulate
+    legal = f"must be a multiple of the {ranks} ranks (launcher.nodes x launcher.ranks_per_node)"
+    _require(clips >= 1 and clips % ranks == 0, "global_batch", clips, legal)
+    each = clips // ranks
+    batch = max(size for size in range(1, min(each, cfg.data.batch_size) + 1) if each % size == 0)
+    return batch, each // batch
+
+
 def check_ranks(cfg: Config) -> None:
     """Raise UserError where `parallel=` cannot have the ranks that the launcher starts."""
     assert cfg.launcher is not None
     nodes, ranks = cfg.launcher.nodes, cfg.launcher.ranks_per_node
     given = f"launcher.nodes={nodes} x launcher.ranks_per_node={ranks}"
+    dealt(cfg)
     if cfg.parallel.name == "single":
         if nodes * ranks > 1:
             raise UserError(f"parallel=single: one rank, but {given}; choose parallel=ddp, zero1 or another")

@@ -210,7 +210,7 @@ class TaskConfig:
     """Weights of the classes in the loss, in their order, on top of balance; null: 1."""
     select: str = "loss"
     """By which figure of the validation a checkpoint is chosen: loss | auroc | balanced_accuracy (classes) | loss |
-    mae | pearson_r (regression)."""
+    mae | r (regression)."""
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
     eval_stride: Optional[int] = None

@@ -41,7 +41,7 @@ class Cluster:
     folder: Path
     store: Path
     environment: Path
-    code: Path = ROOT
+    code: Path
     env: dict[str, str] = field(default_factory=dict)
 
     def call(self, *command: str, check: bool = True) -> str:
@@ -49,19 +49,22 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
-    def train(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """`python -m swift.train` of `code` for this cluster."""
-        env = self.env | {"PYTHONPATH": str(self.code), "SWIFT_ENVIRONMENT": str(self.environment)}
+    def train(self, *words: str, packed: bool = False) -> subprocess.CompletedProcess[str]:
+        """`python -m swift.train` of `code` for this cluster; `packed`: with an environment to send to the nodes."""
+        env = (
+            self.env | {"PYTHONPATH": str(self.code)} | ({"SWIFT_ENVIRONMENT": str(self.environment)} if packed else {})
+        )
         command = [sys.executable, "-m", "swift.train", *words]
         return subprocess.run(command, capture_output=True, text=True, env=env, cwd=self.folder)
 
-    def submit(self, run: Path, *words: str) -> Run:
+    def submit(self, run: Path, *words: str, packed: bool = False) -> Run:
         """Submit a small run of two ranks."""
         small = ["data=store", f"data.path={self.store}", *MODEL, *DATA]
         schedule = [f"trainer.max_steps={STEPS}", "trainer.val_every=150", "trainer.log_every=10"]
         schedule.append("trainer.checkpoint_every=20")
         quick = ["trainer.val_batches=1", "trainer.figures=false", "trainer.threads=1", "optimizer.warmup_steps=2"]
-        done = self.train("+launcher=local", f"run_dir={run}", *small, *schedule, *quick, "parallel=zero1", *words)
+        first = ["+launcher=local", f"run_dir={run}", *small, *schedule, *quick, "parallel=zero1"]
+        done = self.train(*first, *words, packed=packed)
         assert done.returncode == 0, done.stderr
         return Run(self, run, re.search(r"job (\d+) submitted", done.stdout)[1])  # type: ignore[index]
 
@@ -146,20 +149,29 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     archive = folder / "environment.tar.gz"
     subprocess.run([ROOT / "launch" / "pack_env.sh", home, archive], check=True, stdout=subprocess.DEVNULL)
     store = small_store(folder / "store")
+    # A copy: what is edited while these tests run, for minutes, must not make two runs differ.
+    code = copy_code(folder / "code")
     env = os.environ | {"SWIFT_CACHE": str(folder / "cache"), "SLURM_CONF": str(folder / "slurm.conf")}
     subprocess.run([LOCAL_SLURM, "start", folder], check=True, env=env, stdout=subprocess.DEVNULL)
     try:
-        yield Cluster(folder, store, archive, env=dict(env))
+        yield Cluster(folder, store, archive, code, dict(env))
     finally:
-        subprocess.run([LOCAL_SLURM, "stop", folder], check=False, env=env)
+        subprocess.run([LOCAL_SLURM, "stop", folder], check=False, env=env, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster) -> Run:
     """A run that nothing happens to."""
-    run = cluster.submit(cluster.folder / "runs" / "undisturbed")
+    run = cluster.submit(cluster.folder / "runs" / "undisturbed", packed=True)
     run.wait()
     return run
+
+
+def copy_code(folder: Path) -> Path:
+    """A checkout of its own, with what a submission reads."""
+    for name in ("swift", "conf", "launch"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
 def end(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

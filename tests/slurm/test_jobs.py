@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, STEPS, Cluster, Run, eventually
+from tests.slurm.conftest import STEPS, Cluster, Run, copy_code, eventually
 from tests.small import DATA, MODEL
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -57,9 +56,7 @@ def test_start_up_is_timed_by_phase_and_nodes_are_watched(undisturbed: Run) -> N
 
 
 def test_later_edits_of_conf_and_code_change_nothing(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
-    copy = tmp_path / "checkout"
-    for name in ("swift", "conf", "launch"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy = copy_code(tmp_path / "checkout")
     edited = Cluster(cluster.folder, cluster.store, cluster.environment, copy, cluster.env)
     cluster.call("scontrol", "update", "nodename=n1,n2", "state=drain", "reason=test")
     try:

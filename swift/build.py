@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from swift.callbacks.guard import Guard
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
 from swift.callbacks.monitor import Monitor
 from swift.callbacks.phases import Phases
@@ -227,6 +228,11 @@ def build_throughput(cfg: Config) -> Throughput:
     return Throughput(model_flops(geometry).total, geometry.tokens, peak, cfg.trainer.log_every)
 
 
+def build_guard(cfg: Config, run_dir: Path) -> list[Callback]:
+    """What watches loss and gradients, unless that is switched off."""
+    return [] if cfg.guard.action == "off" else [Guard(cfg, run_dir, run_dir / CHECKPOINTS)]
+
+
 class FrozenConfig(Callback):
     """Writes the settings of the run when training starts: a run that fails before leaves none behind.
 
@@ -277,7 +283,14 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.trainer.log_every,
         logger=build_loggers(cfg, run_dir),
-        callbacks=[*build_callbacks(cfg, run_dir, overrides), saves, StopOnSignal(saves), Heartbeat(run_dir)],
+        callbacks=[
+            *build_callbacks(cfg, run_dir, overrides),
+            # Before what saves: a step that is bad is dealt with first.
+            *build_guard(cfg, run_dir),
+            saves,
+            StopOnSignal(saves),
+            Heartbeat(run_dir),
+        ],
         enable_checkpointing=False,
         default_root_dir=run_dir,
         enable_model_summary=False,

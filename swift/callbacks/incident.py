@@ -1,0 +1,131 @@
+"""Files about a bad step: RUN/guard/step-NNNNNNN/record.json, and the batch that `python -m swift.replay` runs again.
+
+A batch file is a safetensors file; its metadata say everything else that the run of that micro-batch depended on. Clips
+are kept as the model got them, bit for bit, without the voxels outside the brain where those are all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swift.utils import jsonl
+from swift.utils.errors import UserError
+
+FOLDER = "guard"
+"""In a run directory."""
+RECORD = "record.json"
+WEIGHTS = "weights"
+"""Beside a batch: the weights of that step, as a folder of checkpoints."""
+FORMAT = "swift-incident-1"
+LOSS = "loss"
+_BATCH = "batch/"
+_INSIDE, _OUTSIDE = "packed/inside", "packed/outside"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Of the records of an optimizer step, counted as in metrics.jsonl."""
+    return run_dir / FOLDER / f"step-{step:07d}"
+
+
+def batch_name(rank: int) -> str:
+    """File with the batch of a rank."""
+    return f"batch-rank-{rank:05d}.safetensors"
+
+
+def plain(value: Any) -> Any:
+    """Nested plain values with numbers that strict JSON has."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return jsonl.plain(value)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """All of a record.json or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_batch(path: Path, batch: Mapping[str, Any], loss: Tensor, facts: Mapping[str, Any]) -> None:
+    """Keep a micro-batch.
+
+    Args:
+        path: Of the file.
+        batch: What the training step got: tensors, and plain values.
+        loss: What it gave, divided by the micro-batches of a step as the backward pass saw it.
+        facts: Plain values.
+    """
+    tensors, order, values = {LOSS: loss.detach().cpu().reshape(1)}, {}, {}
+    on_cpu = {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    packed = _packed(on_cpu)
+    for name, value in on_cpu.items():
+        if not isinstance(value, Tensor):
+            values[name] = value
+        elif not (packed and name == "bold"):
+            # As it lies in memory: kernels may add up in another order for another layout.
+            axes = sorted(range(value.dim()), key=lambda axis, value=value: -value.stride(axis))  # type: ignore[misc]
+            order[name] = axes if value.permute(axes).is_contiguous() else list(range(value.dim()))
+            tensors[_BATCH + name] = value.permute(order[name]).contiguous().clone()
+    tensors |= packed
+    said = json.dumps(plain({**facts, "order": order, "values": values}), allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {"format": FORMAT, "facts": said})
+    partial.replace(path)
+
+
+def read_batch(path: Path) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
+    """What `write_batch` kept: batch, loss, facts.
+
+    Raises:
+        UserError: no file there, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run keeps batches of bad steps as RUN/{FOLDER}/step-*/batch-*")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} was not written by a run's guard: its format is {metadata.get('format')}, not {FORMAT}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = json.loads(metadata["facts"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is no batch of a bad step ({str(error).splitlines()[0]})") from error
+    batch: dict[str, Any] = dict(facts.pop("values"))
+    for name, axes in facts.pop("order").items():
+        back = [axes.index(axis) for axis in range(len(axes))]
+        batch[name] = tensors[_BATCH + name].permute(back)
+    if _INSIDE in tensors:
+        brain = batch["brain"]
+        size, (x, y, z) = len(brain), brain.shape[1:]
+        frames = tensors[_OUTSIDE].expand(size, facts["frames"], x, y, z).clone()
+        frames[brain[:, None].expand_as(frames)] = tensors[_INSIDE]
+        batch["bold"] = frames.permute(0, 2, 3, 4, 1).unsqueeze(1)
+    return batch, tensors[LOSS][0], facts
+
+
+def _packed(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The brain voxels of float32 clips that have one value outside, in the memory order of dense batches; else {}."""
+    bold, brain = batch.get("bold"), batch.get("brain")
+    if bold is None or brain is None or bold.dtype != torch.float32 or bold.dim() != 6:
+        return {}
+    frames = bold[:, 0].permute(0, 4, 1, 2, 3)
+    inside = brain[:, None].expand_as(frames)
+    outside = frames[~inside]
+    if not frames.is_contiguous() or not len(outside):
+        return {}
+    bits = outside.view(torch.int32)
+    return {_INSIDE: frames[inside], _OUTSIDE: outside[:1].clone()} if bool((bits == bits[0]).all()) else {}

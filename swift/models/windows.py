@@ -84,9 +84,12 @@ def _is_identity(groups: tuple[Group, ...]) -> bool:
 
 def _group_view(x: Tensor, group: Group) -> Tensor:
     """View of a grid (B, X, Y, Z, T, C) as (B, x, y, z, t windows, x, y, z, t tokens, C)."""
-    for axis, run in enumerate(group.runs, start=1):
-        x = x.narrow(axis, run.start, (run.windows - 1) * run.step + run.size).unfold(axis, run.size, run.step)
-    return x.movedim(5, 9)
+    # Not narrow and unfold, which say the same: torch.compile fills what lies between two windows with zeros when it
+    # writes into such a view.
+    runs, (batch, *axes, channel) = group.runs, x.stride()
+    size = (x.shape[0], *(run.windows for run in runs), *group.shape, x.shape[5])
+    stride = (batch, *(run.step * axis for run, axis in zip(runs, axes)), *axes, channel)
+    return x.as_strided(size, stride, x.storage_offset() + sum(run.start * axis for run, axis in zip(runs, axes)))
 
 
 def _to_windows(x: Tensor, groups: tuple[Group, ...]) -> Tensor:

@@ -5,6 +5,7 @@ A model only says which of its parts repeat (`blocks()`); nothing in it knows th
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -59,7 +60,13 @@ def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
 
 def prepare_blocks(model: HasBlocks, cfg: ParallelConfig) -> None:
     """Apply activation checkpointing and torch.compile to the blocks of a model, in place; names stay as they are."""
-    for block in model.blocks():
+    blocks = model.blocks()
+    if cfg.compile:
+        # Blocks share their code: one graph for each kind of them, with and without gradients. Beyond torch's limit of 8
+        # the rest would run as if it had not been compiled.
+        dynamo = importlib.import_module("torch._dynamo.config")
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
+    for block in blocks:
         if cfg.activation_checkpointing != "none":
             block.forward = recomputing(block.forward, cfg.activation_checkpointing)
         if cfg.compile:

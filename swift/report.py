@@ -17,7 +17,11 @@ from typing import Any
 from swift.analysis.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "scaling_laws": "swift.analysis.scaling_laws",
+    "scaling_model": "swift.analysis.scaling_model",
+    "temporal": "swift.analysis.temporal",
+}
 """Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is the
 help."""
 

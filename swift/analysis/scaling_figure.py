@@ -1,0 +1,118 @@
+"""The figure of scaling laws: loss against size, data and compute, with the fitted laws and their 95 % bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from swift.analysis.style import DPI, STYLE, VERMILION, WIDTH, save
+
+if TYPE_CHECKING:
+    from swift.analysis.scaling_laws import Fitted, Ladder
+
+Array = np.ndarray
+
+
+def short(value: float) -> str:
+    """1.2M, 34k, 5.6e+15."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if limit <= value < limit * 1000:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], out: str | Path | None) -> Figure:
+    """Draw the laws.
+
+    Args:
+        runs: The points.
+        fitted: Of `scaling_laws.fit_all`.
+        predict: (N, D) of runs that were not made, drawn as stars with their intervals.
+        out: PNG to write; None: only return the figure.
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 3.5), dpi=DPI, layout="constrained")
+        axes = fig.subplots(1, 3, sharey=True)
+        _against(axes[0], runs, fitted, runs.n, runs.d, swap=False)
+        _against(axes[1], runs, fitted, runs.d, runs.n, swap=True)
+        _compute(axes[2], runs, fitted)
+        if fitted.joint is not None:
+            for n, d in predict:
+                loss, (low, high) = fitted.joint.predict(n, d)
+                bar = [[max(loss - low, 0)], [max(high - loss, 0)]]
+                for ax, x in ((axes[0], n), (axes[1], d), (axes[2], fitted.cost[0] * n ** fitted.cost[1] * d)):
+                    ax.errorbar(x, loss, bar, color=VERMILION, marker="*", ms=9, capsize=3, lw=1, gid="predicted")
+            intervals = fitted.joint.intervals()
+            a, b = (float(fitted.joint.quantities(fitted.joint.fit.theta)[k]) for k in "ab")
+            title = (
+                f"L = E + A/N$^a$ + B/D$^b$: a = {a:.2f} [{intervals['a'][0]:.2f}, {intervals['a'][1]:.2f}], "
+                f"b = {b:.2f} [{intervals['b'][0]:.2f}, {intervals['b'][1]:.2f}]"
+            )
+            title += ";  star: predicted" if predict else ""
+            fig.suptitle(f"{title}  (95 % bootstrap, {len(runs.names)} runs)", x=0.01, ha="left", fontsize=9)
+        axes[0].set_ylabel(f"held-out L1 of finished runs\n({runs.unit})")
+        lowest, highest = runs.loss.min(), runs.loss.max()
+        ticks = list(np.round(np.geomspace(lowest, highest, 5), 3))
+        for ax in axes:
+            ax.yaxis.set_major_locator(FixedLocator(ticks))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            ax.grid(color="#E6E6E6", lw=0.6)
+            ax.set_axisbelow(True)
+        if out is not None:
+            save(fig, out)
+    return fig
+
+
+def _wide(values: Array) -> Array:
+    return np.geomspace(values.min() / 1.3, values.max() * 1.3, 60)
+
+
+def _against(ax: Axes, runs: Ladder, fitted: Fitted, x: Array, other: Array, swap: bool) -> None:
+    """Loss against N, a colour for every D (or the other way round), with the joint law through each."""
+    levels = np.unique(other)
+    colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(levels)))
+    letter = "N" if swap else "D"
+    for value, colour in zip(levels, colours, strict=True):
+        own = other == value
+        label = f"{letter} = {short(value)}" if len(levels) <= 8 or value in (levels[0], levels[-1]) else None
+        ax.loglog(x[own], runs.loss[own], "o", color=colour, ms=4, label=label, gid=f"{letter} {value:g}")
+        if fitted.joint is not None:
+            wide = _wide(x)
+            n, d = (np.full_like(wide, value), wide) if swap else (wide, np.full_like(wide, value))
+            ax.loglog(wide, fitted.joint.loss(n, d), color=colour, lw=1.2)
+            many = fitted.joint.loss(n, d, fitted.joint.fit.draws[:, None, :])
+            ax.fill_between(wide, *np.quantile(many, [0.025, 0.975], axis=0), color=colour, alpha=0.15, lw=0)
+    ax.set_xlabel("patch tokens seen, D" if swap else "parameters, N")
+    ax.legend(fontsize=6.5, handletextpad=0.2)
+
+
+def _compute(ax: Axes, runs: Ladder, fitted: Fitted) -> None:
+    """Loss against compute: all runs, the best ones, the single power law, and the best that the joint law allows."""
+    sizes = np.unique(runs.n)
+    for size, colour in zip(sizes, colormaps["viridis"](np.linspace(0.0, 0.85, len(sizes))), strict=True):
+        own = runs.n == size
+        order = np.argsort(runs.c[own])
+        ax.loglog(runs.c[own][order], runs.loss[own][order], "o-", color=colour, ms=3.5, lw=0.6)
+    wide = _wide(runs.c)
+    if "C" in fitted.single:
+        law = fitted.single["C"]
+        text = f"(c/C)$^a$, a = {law.exponent:.3f}"
+        ax.loglog(wide, law.loss(wide), color="black", lw=1.2, label=text, gid="L(C)")
+        many = law.loss(wide, law.fit.draws[:, None, :])
+        ax.fill_between(wide, *np.quantile(many, [0.025, 0.975], axis=0), color="black", alpha=0.12, lw=0)
+    if fitted.joint is not None:
+        best = np.array([fitted.joint.optimal(c, fitted.cost) for c in wide])
+        ax.loglog(
+            wide, fitted.joint.loss(best[:, 0], best[:, 1]), color="black", lw=1, ls="--", label="best N for each C"
+        )
+    ax.set_xlabel("training compute, C (FLOP)")
+    ax.legend(fontsize=6.5)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine, for trying and testing jobs without a cluster.
+# A real Slurm of two or more nodes on this machine, for trying and testing jobs without a cluster.
 #
 #   launch/local_slurm.sh install              Debian packages slurm-wlm and munge, when missing (root)
-#   launch/local_slurm.sh start DIR            controller and nodes n1, n2; state, logs and slurm.conf in DIR
+#   launch/local_slurm.sh start DIR [NODES]    controller and nodes n1, n2, ...; state, logs and slurm.conf in DIR
 #   launch/local_slurm.sh stop DIR             end them
 #   launch/local_slurm.sh stop-node DIR NODE   kill one node's daemon and processes: a lost node
 #   launch/local_slurm.sh start-node DIR NODE  bring it back
@@ -13,7 +13,6 @@ set -euo pipefail
 
 # Debian puts the daemons outside a user's PATH.
 PATH="$PATH:/usr/sbin:/sbin"
-NODES=(n1 n2)
 PORT="${SWIFT_LOCAL_SLURM_PORT:-17817}"
 # Seconds a killed step may take to end, and a silent node counts as alive: short, this is for tests.
 KILL_WAIT="${SWIFT_LOCAL_SLURM_KILL_WAIT:-10}"
@@ -41,7 +40,7 @@ install_packages() {
 }
 
 write_conf() {
-    local dir=$1 user cores memory index
+    local dir=$1 nodes=$2 user cores memory index
     user=$(id -un)
     cores=$(nproc)
     memory=$(awk '/^MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
@@ -79,12 +78,15 @@ MessageTimeout=30
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=1000000
 CONF
-    for index in "${!NODES[@]}"; do
-        echo "NodeName=${NODES[index]} NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + 1 + index))" \
+    for index in $(seq "$nodes"); do
+        echo "NodeName=n$index NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$((PORT + index))" \
             "CPUs=$cores RealMemory=$memory State=UNKNOWN" >>"$dir/slurm.conf"
     done
-    local IFS=,
-    echo "PartitionName=local Nodes=${NODES[*]} Default=YES MaxTime=01:00:00 State=UP OverSubscribe=NO" >>"$dir/slurm.conf"
+    echo "PartitionName=local Nodes=n[1-$nodes] Default=YES MaxTime=01:00:00 State=UP OverSubscribe=NO" >>"$dir/slurm.conf"
+}
+
+node_names() {
+    sed -n 's/^NodeName=\([^ ]*\).*/\1/p' "$1/slurm.conf"
 }
 
 start_munge() {
@@ -135,21 +137,22 @@ stop_node() {
 }
 
 start() {
-    local dir node
+    local dir node nodes=${2:-2}
     need
+    [[ $nodes =~ ^[1-9][0-9]?$ ]] || die "$nodes: the number of nodes must be 1 to 99"
     mkdir -p "$1"
     dir=$(realpath "$1")
     mkdir -p "$dir/state"
     pid_in "$dir/slurmctld.pid" >/dev/null && die "$dir: already started"
-    write_conf "$dir"
+    write_conf "$dir" "$nodes"
     start_munge "$dir"
     export SLURM_CONF="$dir/slurm.conf"
     slurmctld -f "$SLURM_CONF" -c
-    for node in "${NODES[@]}"; do
+    for node in $(node_names "$dir"); do
         start_node "$dir" "$node"
     done
     for _ in $(seq 150); do
-        if [ "$(sinfo -h -N -o '%T' 2>/dev/null | grep -c idle)" = "${#NODES[@]}" ]; then
+        if [ "$(sinfo -h -N -o '%T' 2>/dev/null | grep -c idle)" = "$nodes" ]; then
             echo "export SLURM_CONF=$SLURM_CONF"
             return
         fi
@@ -167,7 +170,7 @@ stop() {
         scancel -u "$(id -un)" 2>/dev/null || true
         sleep 1
     fi
-    for node in "${NODES[@]}"; do
+    for node in $(node_names "$dir"); do
         stop_pid "$dir/slurmd.$node.pid"
     done
     stop_pid "$dir/slurmctld.pid"
@@ -176,7 +179,7 @@ stop() {
 
 case "${1:-} $#" in
 "install 1") install_packages ;;
-"start 2") start "$2" ;;
+"start 2" | "start 3") start "$2" "${3:-}" ;;
 "stop 2") stop "$2" ;;
 "stop-node 3") stop_node "$(realpath "$2")" "$3" ;;
 "start-node 3") start_node "$(realpath "$2")" "$3" ;;

@@ -20,6 +20,7 @@ from swift.utils.errors import UserError
 COMMANDS: dict[str, str] = {
     "scaling_laws": "swift.analysis.scaling_laws",
     "scaling_model": "swift.analysis.scaling_model",
+    "strong_scaling": "swift.analysis.strong_scaling",
     "temporal": "swift.analysis.temporal",
 }
 """Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is the

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import psutil
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from swift.analysis.target import figures
 from swift.callbacks.guard import Guard
 from swift.callbacks.metrics import JsonlLogger, TrimMetrics
 from swift.callbacks.monitor import Monitor
@@ -24,12 +26,14 @@ from swift.callbacks.survive import Heartbeat, StopOnSignal
 from swift.callbacks.throughput import Throughput
 from swift.config.compose import CHECKPOINTS, FROZEN, freeze
 from swift.config.schema import Config
+from swift.data.finetune import TargetDataModule, class_weights
 from swift.data.module import ClipDataModule
 from swift.data.samples import SamplesUnavailable, sample_store
 from swift.data.synthetic import synthetic_store
 from swift.models.encoder import SwinEncoder
 from swift.models.v1 import load_v1, read_weights
-from swift.modules.pretrain import PretrainModule
+from swift.modules.base import TrainingModule
+from swift.modules.finetune import FinetuneModule, make_module
 from swift.parallel import checkpoint
 from swift.parallel.devices import recognise
 from swift.parallel.flops import model_flops
@@ -37,6 +41,7 @@ from swift.parallel.geometry import build_geometry
 from swift.parallel.launch import current_place
 from swift.parallel.memory import gradient_bytes, host_bytes, optimizer_bytes, sharding_of, weight_bytes
 from swift.parallel.saving import SaveCheckpoints
+from swift.parallel.starting import start_of
 from swift.parallel.strategies import build_strategy
 from swift.parallel.weights import (
     CheckpointWeights,
@@ -45,6 +50,7 @@ from swift.parallel.weights import (
     Weights,
     check_attention,
     find_checkpoint,
+    known_of,
 )
 from swift.utils.errors import UserError
 
@@ -65,11 +71,13 @@ def store_path(cfg: Config) -> Path:
 
 
 def build_data(cfg: Config) -> ClipDataModule:
-    """The DataModule over the store of `cfg.data`."""
+    """The DataModule over the store of `cfg.data`; with labels, where the task has a target."""
+    if cfg.task.target is not None:
+        return TargetDataModule(cfg.data, cfg.task, store_path(cfg), seed=cfg.seed)
     return ClipDataModule(cfg.data, store_path(cfg), seed=cfg.seed)
 
 
-def build_module(cfg: Config, empty: bool = False) -> PretrainModule:
+def build_module(cfg: Config, empty: bool = False) -> TrainingModule:
     """The LightningModule, its weights drawn from `cfg.seed`.
 
     Args:
@@ -81,10 +89,30 @@ def build_module(cfg: Config, empty: bool = False) -> PretrainModule:
     """
     check_memory(cfg)
     pl.seed_everything(cfg.seed, verbose=False)
-    return PretrainModule(cfg, empty)
+    return make_module(cfg, empty)
 
 
-def start_from(module: PretrainModule, source: str) -> str:
+def tell(module: TrainingModule, data: ClipDataModule) -> None:
+    """Let module and data know of each other: whom the weights have seen; labels, and how to judge a validation.
+
+    Raises:
+        UserError: a test subject that the weights of init= have seen.
+    """
+    if not isinstance(data, TargetDataModule):
+        data.seen_before = list(module.seen_before or [])
+        return
+    assert isinstance(module, FinetuneModule)
+    if module.first_weights is not None:
+        data.check_seen(module.seen_before, str(module.cfg.init))
+    info: dict[str, Any] = {"mean": data.scaling.mean, "std": data.scaling.std}
+    if data.labels.classes:
+        weights = class_weights(module.cfg.task, data.class_counts())
+        info = {"classes": data.labels.classes, "class_weights": weights.tolist()}
+    module.target_info = info
+    module.figures = figures(data, module.cfg.task.loss)
+
+
+def start_from(module: TrainingModule, source: str) -> str:
     """Give a module the weights of another run, of a checkpoint, of an exported file, or of a SwiFT v1 file (encoder).
 
     A module on the meta device gets them from the strategy that trains it, each rank the part that it holds.
@@ -95,8 +123,15 @@ def start_from(module: PretrainModule, source: str) -> str:
     Raises:
         UserError: nothing readable there, or weights that do not fit the model.
     """
+    weights: Weights
     try:
-        weights, said = weights_at(Path(source), module)
+        if isinstance(module, FinetuneModule):
+            here = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+            weights = start = start_of(Path(source), module.cfg, here)
+            module.seen_before, said = start.seen, "; ".join(start.said)
+        else:
+            weights, said = weights_at(Path(source), module)
+            module.seen_before = known_of(weights).get("subjects")
     except ValueError as error:
         raise UserError(f"init={source}: {error}") from error
     module.first_weights = weights
@@ -107,7 +142,7 @@ def start_from(module: PretrainModule, source: str) -> str:
     return said
 
 
-def weights_at(path: Path, module: PretrainModule) -> tuple[Weights, str]:
+def weights_at(path: Path, module: TrainingModule) -> tuple[Weights, str]:
     """Weights for a module from a run, from one checkpoint, or from a file; and what was taken.
 
     Raises:
@@ -136,13 +171,13 @@ def weights_at(path: Path, module: PretrainModule) -> tuple[Weights, str]:
 
 
 def count_parameters(cfg: Config) -> int:
-    """Parameters of the model in pre-training (encoder, mask token, decoder), without allocating them.
+    """Parameters of the model (encoder, mask token and decoder, or head), without allocating them.
 
     Raises:
         UserError: the architecture does not fit the grid.
     """
     try:
-        module = PretrainModule(cfg, empty=True)
+        module = make_module(cfg, empty=True)
     except ValueError as error:
         raise UserError(str(error)) from error
     return sum(parameter.numel() for parameter in module.parameters())
@@ -215,7 +250,12 @@ def build_callbacks(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> lis
     frozen = FrozenConfig(replace(cfg, resume=None), run_dir / FROZEN)
     throughput = build_throughput(cfg)
     timed = [throughput, Phases(cfg.trainer.phases_every, throughput), Monitor()]
-    return [TrimMetrics(), ClipProgress(), Provenance(run_dir, overrides), frozen, *timed]
+    return [TrimMetrics(), ClipProgress(val_key=monitored(cfg)), Provenance(run_dir, overrides), frozen, *timed]
+
+
+def monitored(cfg: Config, of_task: str = "val/loss") -> str:
+    """The metric of a validation that is shown, or by which checkpoints are compared."""
+    return "val/l1" if cfg.task.target is None else of_task
 
 
 def build_throughput(cfg: Config) -> Throughput:
@@ -269,7 +309,9 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
     for talkative in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
     spread = build_strategy(cfg, accelerator(cfg), precision(cfg))
-    saves = SaveCheckpoints(run_dir / CHECKPOINTS, spread["strategy"].saver, cfg.trainer.checkpoint_every)
+    saves = SaveCheckpoints(
+        run_dir / CHECKPOINTS, spread["strategy"].saver, cfg.trainer.checkpoint_every, monitored(cfg, "val/select")
+    )
     return pl.Trainer(
         **spread,
         max_steps=cfg.trainer.max_steps,
@@ -279,7 +321,8 @@ def build_trainer(cfg: Config, run_dir: Path, overrides: Sequence[str]) -> pl.Tr
         gradient_clip_val=cfg.trainer.clip_norm or math.inf,
         val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,
         check_val_every_n_epoch=None,
-        limit_val_batches=cfg.trainer.val_batches or 1.0,
+        # A task is judged by subjects, and every one counts.
+        limit_val_batches=(cfg.trainer.val_batches or 1.0) if cfg.task.target is None else 1.0,
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.trainer.log_every,
         logger=build_loggers(cfg, run_dir),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from swift.config.schema import Config
     from swift.models.autoencoder import MaskedAutoencoder
+    from swift.models.heads import TargetModel
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Exported:
         step: Optimizer steps it was trained for.
     """
 
-    model: MaskedAutoencoder
+    model: MaskedAutoencoder | TargetModel
     config: Config
     contract: dict[str, Any]
     step: int
@@ -109,13 +110,13 @@ def load(path: str | Path) -> Exported:
     from omegaconf import OmegaConf
 
     from swift.config.compose import typed
-    from swift.models.autoencoder import MaskedAutoencoder
+    from swift.models.heads import build_model
     from swift.parallel.weights import FileWeights
 
     weights = FileWeights(Path(path))
     cfg = typed(OmegaConf.create(weights.metadata["config"]))
     with torch.device("meta"):
-        model = MaskedAutoencoder(cfg.model, cfg.data.grid, cfg.data.frames)
+        model = build_model(cfg.model, cfg.task, cfg.data.grid, cfg.data.frames)
     model.to_empty(device="cpu")
     load_into(model, path)
     return Exported(model.eval(), cfg, weights.metadata["contract"], weights.metadata["step"])

@@ -72,8 +72,7 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from swift.analysis.plots import loss_curve, reconstruction
-    from swift.build import build_data, build_module, build_trainer, count_parameters, start_from
+    from swift.build import build_data, build_module, build_trainer, count_parameters, start_from, tell
 
     run_dir = Path(cfg.run_dir)
     before = checkpoint_to_go_on_from(cfg)
@@ -82,6 +81,7 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if cfg.init and not before:
         log.info("init=%s: %s", cfg.init, start_from(module, cfg.init))
     data = build_data(cfg)
+    tell(module, data)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
     trainer = build_trainer(cfg, run_dir, overrides)
     torch.set_float32_matmul_precision("high")
@@ -109,12 +109,28 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     summary |= judge(trainer) if judgement is None else judgement
     if not trainer.is_global_zero:
         return {}
-    write_summary(summary, run_dir)
+    leave(summary, cfg, run_dir)
+    return summary
+
+
+def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
+    """Write the summary and the figures of a run, print its table."""
+    from swift.analysis.plots import loss_curve, reconstruction
+
+    if cfg.task.target is None:
+        write_summary(summary, run_dir)
+    else:
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if cfg.trainer.figures:
         loss_curve([run_dir], run_dir / "figures" / "loss.png")
-        reconstruction(run_dir / "figures" / "reconstruction.npz", run_dir / "figures" / "reconstruction.png")
-    print(summary_text(summary, run_dir))
-    return summary
+        if cfg.task.target is None:
+            reconstruction(run_dir / "figures" / "reconstruction.npz", run_dir / "figures" / "reconstruction.png")
+    if cfg.task.target is None:
+        print(summary_text(summary, run_dir))
+    else:
+        from swift.analysis.target import table
+
+        print(table(summary, run_dir))
 
 
 def ranks_to_start(cfg: Config) -> int:
@@ -159,13 +175,18 @@ def run_rank(path: Path) -> None:
 def judge(trainer: Any) -> dict[str, Any]:
     """Held-out reconstruction error of the trained model and of the baselines, as validation computes it.
 
-    The same clips, ranks and precision, so that the last validation and the summary say the same. All ranks call it.
+    Of a task with a target: its scores in validation and test. The same clips, ranks and precision, so that the last
+    validation and the summary say the same. All ranks call it.
     """
     from swift.analysis.held_out import compare
 
     strategy, module, data = trainer.strategy, trainer.lightning_module, trainer.datamodule
     cfg, device = module.cfg, strategy.root_device
     module.to(device).eval()
+    if cfg.task.target is not None:
+        from swift.analysis.target import judge_run
+
+        return judge_run(trainer)
 
     def dense(packed: Any) -> Any:
         on_device = data.transfer_batch_to_device(data.on_before_batch_transfer(packed), device, 0)

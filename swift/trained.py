@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from swift.config.compose import FROZEN, load_frozen, typed
 from swift.config.schema import Config
 from swift.data.inputs import Contract
-from swift.modules.pretrain import PretrainModule
+from swift.models.encoder import SwinEncoder
+from swift.models.heads import build_model
 from swift.parallel import checkpoint
-from swift.parallel.weights import CheckpointWeights, FileWeights, Weights, find_checkpoint, metadata_of
+from swift.parallel.weights import PREFIX, CheckpointWeights, FileWeights, Weights, find_checkpoint, metadata_of
 from swift.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from swift.models.encoder import SwinEncoder
 
 
 @dataclass(frozen=True)
@@ -26,22 +25,24 @@ class Trained:
 
     Attributes:
         source: Where it came from, a path.
-        module: The training module: `model.encoder`, and a decoder or a head. Of SwiFT v1 only the encoder is filled.
+        model: Encoder, and a decoder or a head. Of SwiFT v1 only the encoder has its weights.
         config: Settings of its run.
         contract: What it must be given.
         step: Optimizer steps it was trained for; None: not known (SwiFT v1).
+        target: Of a fine-tuned model: its classes, or mean and std of the labels it was trained on.
     """
 
     source: str
-    module: Any
+    model: Any
     config: Config
     contract: Contract
     step: int | None
+    target: dict[str, Any] = field(default_factory=dict)
 
     @property
     def encoder(self) -> SwinEncoder:
         """The part that all tasks share."""
-        found: SwinEncoder = self.module.model.encoder
+        found: SwinEncoder = self.model.encoder
         return found
 
 
@@ -78,24 +79,25 @@ def load_trained(path: str | Path, which: str = "latest", config: str | Path | N
 
     cfg = typed(OmegaConf.create(said["config"]))
     contract = Contract.of(said["contract"], path)
-    module = empty_module(cfg)
-    fill(module, weights, path)
-    return Trained(str(path), module.eval(), cfg, contract, int(said["step"]))
+    model = _empty(cfg)
+    _fill(model, weights, path)
+    return Trained(str(path), model.eval(), cfg, contract, int(said["step"]), said.get("target") or {})
 
 
-def empty_module(cfg: Config) -> Any:
-    """The training module of these settings on the CPU, its parameters without values."""
-    module = PretrainModule(cfg, empty=True)
-    return module.to_empty(device="cpu")
+def _empty(cfg: Config) -> nn.Module:
+    """The model of these settings on the CPU, its parameters without values."""
+    with torch.device("meta"):
+        model = build_model(cfg.model, cfg.task, cfg.data.grid, cfg.data.frames)
+    return model.to_empty(device="cpu")
 
 
-def fill(module: torch.nn.Module, weights: Weights, source: object) -> None:
-    """Give a module all its parameters.
+def _fill(model: nn.Module, weights: Weights, source: object) -> None:
+    """Give a model all its parameters.
 
     Raises:
         UserError: weights of another architecture.
     """
-    own = dict(module.named_parameters())
+    own = {PREFIX + name: parameter for name, parameter in model.named_parameters()}
     checkpoint.compare_shapes(source, weights.shapes, {name: list(one.shape) for name, one in own.items()})
     for name, parameter in own.items():
         parameter.detach().view(-1).copy_(weights.read(name, 0, parameter.numel()))
@@ -115,14 +117,17 @@ def _load_v1(path: Path, config: str | Path | None) -> Trained:
         )
     config = Path(config)
     cfg = load_frozen(config.parent if config.name == FROZEN else config, [])
-    module = PretrainModule(cfg)
+    model = build_model(cfg.model, cfg.task, cfg.data.grid, cfg.data.frames)
     try:
-        load_v1(module.model.encoder, tensors)
+        report = load_v1(model.encoder, tensors)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    used = [name for name in report.missing if cfg.model.final_norm or not name.startswith("norm.")]
+    if used:
+        raise UserError(f"{path}: the settings of {config} want {len(used)} tensors more, such as {used[0]}")
     data = cfg.data
     x, y, z = data.grid
     contract = Contract(
         (x, y, z), data.spacing, data.frames, data.frame_stride, data.normalization, data.background, None
     )
-    return Trained(str(path), module.eval(), cfg, contract, None)
+    return Trained(str(path), model.eval(), cfg, contract, None)

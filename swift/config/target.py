@@ -14,7 +14,7 @@ CHOICES = {
     "others": ("refuse", "leave_out"),
     "response": ("shift", "hrf"),
 }
-SELECT = {"regression": ("loss", "mae", "pearson_r")}
+SELECT = {"regression": ("loss", "mae", "r")}
 """Kind -> legal task.select; others are those of classes."""
 SELECT_CLASSES = ("loss", "auroc", "balanced_accuracy")
 

@@ -138,6 +138,7 @@ def _source(root: Path, path: Path, name: Name, people: dict[str, dict[str, str]
         sidecar=_inherited(root, path, "bold", (".json",), desc=None),
         confounds=_inherited(root, path, "timeseries", (".tsv",), desc="confounds")
         or _inherited(root, path, "regressors", (".tsv",), desc="confounds"),
+        events=_inherited(root, path, "events", (".tsv",), desc=None),
         phenotypes=phenotypes(person),
     )
 

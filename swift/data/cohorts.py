@@ -87,6 +87,16 @@ class Stores:
         store, place = self.at(scan)
         return store.affine(place)
 
+    def confounds(self, scan: int) -> dict[str, np.ndarray]:
+        """See `Store.confounds`."""
+        store, place = self.at(scan)
+        return store.confounds(place)
+
+    def events(self, scan: int) -> str:
+        """See `Store.events`."""
+        store, place = self.at(scan)
+        return store.events(place)
+
     def attributes(self, scan: int) -> dict[str, Any]:
         """See `Store.attributes`."""
         store, place = self.at(scan)

@@ -94,6 +94,7 @@ class ScanHeader:
         notes: Sentences that were said about this scan (assumptions, corrections).
         phenotypes: Further columns of the manifest.
         confounds: (T, K) float32 with K `confound_names`, or None.
+        events: The scan's events.tsv as text, "" where there is none: tab-separated, onset and duration in seconds.
     """
 
     scan_id: str
@@ -114,6 +115,7 @@ class ScanHeader:
     phenotypes: dict[str, str] = field(default_factory=dict)
     confounds: np.ndarray | None = None
     confound_names: list[str] = field(default_factory=list)
+    events: str = ""
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:

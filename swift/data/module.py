@@ -84,6 +84,8 @@ class ClipDataModule(lightning.LightningDataModule):
         on = is_on(data.augment)
         self.augment = Augment(data.augment, seed, data.spacing, data.background) if on else None
         self.consumed = 0
+        self.seen_before: list[str] = []
+        """Subjects that the weights of init= were trained on."""
         self._staged = False
         self._train_batches: TrainBatches | None = None
 
@@ -143,7 +145,8 @@ class ClipDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """All that exact continuation needs, and what it must find again."""
         # Beside the contract, not in it: runs that began without it must still be able to go on.
-        return {"consumed": self.consumed, "contract": self.contract(), "tr": self.tr_range(), **self._stream()}
+        told = {"tr": self.tr_range(), "subjects": self.seen_subjects()}
+        return {"consumed": self.consumed, "contract": self.contract(), **told, **self._stream()}
 
     def _stream(self) -> dict[str, Any]:
         """What decides which sample every counter is."""
@@ -167,6 +170,7 @@ class ClipDataModule(lightning.LightningDataModule):
                     "or start a new run with init= instead of resume="
                 )
         self.consumed = int(state_dict["consumed"])
+        self.seen_before = list(state_dict.get("subjects", self.seen_before))
 
     # ------------------------------------------------------------------------------------------------- loaders
     def _place(self) -> tuple[int, int]:
@@ -179,10 +183,19 @@ class ClipDataModule(lightning.LightningDataModule):
         """Copy what will be read to the node's own disk, once."""
         if self.data.stage_dir and not self._staged:
             self._staged = True
-            used = {int(scan) for index in (self.train_index, self.val_index) for scan in index.scan}
+            used = {int(scan) for index in self.indices() for scan in index.scan}
             for number, store in enumerate(self.store.stores):
                 own = np.flatnonzero(self.store.cohort == number)
                 stage(store, self.data.stage_dir, [place for place, scan in enumerate(own) if int(scan) in used])
+
+    def indices(self) -> tuple[ClipIndex, ...]:
+        """Everything that will be read."""
+        return self.train_index, self.val_index
+
+    def seen_subjects(self) -> list[str]:
+        """Subjects that the weights have been trained on when this run ends, with those of init=; sorted."""
+        own = {self.store.scans[scan].subject for scan in np.unique(self.train_index.scan)}
+        return sorted(own | set(self.seen_before))
 
     def _loader(self, index: ClipIndex, batches: TrainBatches | ValBatches, train: bool) -> ClipLoader:
         self._stage()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swift.data.format import ScanHeader
+from swift.data.format import MAX_ATTRIBUTE, ScanHeader
 from swift.data.frames import FrameFolder, plan_frames
 from swift.data.mask import Survey, compute_mask, read_mask, survey
 from swift.data.nifti import Volumes, plan_scan, sha256_file
@@ -84,6 +84,7 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
     if not np.isfinite(bold).all():  # the source's own values are finite, so only overflow can do this
         raise BadScan(f"{name}: values beyond 32-bit floats")
     confounds, names = _confounds(source, recipe, scan.frames, notes)
+    events = _events(source, notes)
     tr = scan.tr
     if recipe.tr_resample is not None and abs(recipe.tr_resample - tr) > 1e-6:
         bold = resample_tr(bold, tr, recipe.tr_resample)
@@ -108,6 +109,7 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
         phenotypes=source.phenotypes,
         confounds=confounds,
         confound_names=names,
+        events=events,
     )
     return Prepared(header, sampler.mask, bold)
 
@@ -170,6 +172,22 @@ def _remarks(scan: Volumes | FrameFolder, seen: Survey, brain: np.ndarray, grid:
             f"{100 * grid.outside:.2g} % of the brain lies outside the {grid.grid} grid of {grid.spacing:g} mm"
         )
     return notes
+
+
+def _events(source: Source, notes: list[str]) -> str:
+    """The text of the scan's events.tsv, "" where there is none or it is too long to be kept."""
+    if source.events is None:
+        return ""
+    try:
+        text = source.events.read_text(encoding="utf-8-sig").strip() + "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadScan(f"{source.path.name}: events {source.events.name} not readable ({error})") from error
+    if len(text.encode()) > MAX_ATTRIBUTE:
+        notes.append(
+            f"events left out: {source.events.name} has more than {MAX_ATTRIBUTE} bytes; give task.target.events"
+        )
+        return ""
+    return text
 
 
 def _confounds(source: Source, recipe: Recipe, frames: int, notes: list[str]) -> tuple[np.ndarray | None, list[str]]:

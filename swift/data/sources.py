@@ -16,7 +16,7 @@ from swift.utils.errors import UserError
 MASK_ENDINGS = ("_brainmask", "_desc-brain_mask", "_brain_mask", "_mask")
 FRAME = re.compile(r"frame_(\d+)\.pt")
 FIELDS = ("scan_id", "subject", "session", "task", "run", "site")
-_TABLE_FILES = ("mask", "confounds", "sidecar")
+_TABLE_FILES = ("mask", "confounds", "sidecar", "events")
 RESERVED = ("shard", "frames", "voxels", "tr")
 
 
@@ -36,6 +36,8 @@ class Source:
     sidecar: Path | None = None
     """JSON file with RepetitionTime."""
     confounds: Path | None = None
+    events: Path | None = None
+    """Tab-separated, with onset and duration in seconds (BIDS)."""
     tr: float | None = None
     """Seconds; of the table, wins over header and sidecar."""
     phenotypes: dict[str, str] = field(default_factory=dict)
@@ -111,8 +113,8 @@ def find_frames(root: Path) -> list[Source]:
 def find_table(path: Path) -> list[Source]:
     """A CSV or TSV file with a column `path`.
 
-    Known columns: scan_id, subject, session, task, run, site, mask, confounds, sidecar, tr. Every other one is kept as
-    a phenotype. Relative paths count from the table's folder.
+    Known columns: scan_id, subject, session, task, run, site, mask, confounds, sidecar, events, tr. Every other one is
+    kept as a phenotype. Relative paths count from the table's folder.
 
     Raises:
         UserError: no such column, or a line without a path or with a TR that is no number.
@@ -152,6 +154,7 @@ def _table_row(table: Path, number: int, row: dict[str, str]) -> Source:
         mask=files.get("mask", guess.mask),
         sidecar=files.get("sidecar", guess.sidecar),
         confounds=files.get("confounds"),
+        events=files.get("events"),
         tr=seconds,
         phenotypes=phenotypes({k: v for k, v in row.items() if k not in ("path", *FIELDS, *_TABLE_FILES, "tr")}),
     )

@@ -6,6 +6,7 @@ The format is in `swift.data.format`, writing in `swift.data.writer`; what other
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -346,6 +347,26 @@ class Store:
         if name not in fmt.VECTORS:
             raise UserError(f"no vector {name!r}; there are {', '.join(fmt.VECTORS)}")
         return self._array(scan, name, np.empty(self.scans[scan].voxels, "<f4"))
+
+    def confounds(self, scan: int) -> dict[str, np.ndarray]:
+        """Per-frame columns that were kept with a scan: name -> (T,) float32, NaN for n/a; {} where there are none.
+
+        Raises:
+            CorruptData: they differ from their checksum.
+        """
+        group, where = self._group(scan)
+        if "confounds" not in group:
+            return {}
+        dataset = fmt.safe_dataset(group, "confounds", where)
+        table = dataset[...]
+        if fmt.array_hash(table) != dataset.attrs.get("xxh3_64"):
+            raise self._corrupt(scan, "confounds differ from their checksum")
+        names = json.loads(self.attributes(scan)["confound_names"])
+        return {name: table[:, place] for place, name in enumerate(names)}
+
+    def events(self, scan: int) -> str:
+        """The scan's events.tsv as text; "" where none was kept."""
+        return str(self.attributes(scan).get("events", ""))
 
     def values(self, scan: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Dequantized values (n, V) float32, in the scan's own units."""

@@ -136,6 +136,8 @@ class StoreWriter:
         attributes = _attributes(header, self.grid, self.spacing, frames, voxels)
         attributes |= {name: np.float64(value) for name, value in summary.brain.items()}
         attributes["constant_voxels"] = np.int64(summary.constant)
+        if header.events:  # only where there are some: other scans keep the bytes they had before events were known
+            attributes["events"] = header.events
 
         def blocks() -> Iterator[np.ndarray]:
             step = max(1, BLOCK // (8 * voxels))

@@ -53,11 +53,33 @@ def scaled_groups(model: nn.Module, cfg: OptimizerConfig, table: Table) -> list[
     return groups
 
 
+def slowed_groups(model: nn.Module, lr: float, groups: list[Group], rates: dict[str, float]) -> list[Group]:
+    """Groups split by a factor on the rate of each parameter; empty ones left out.
+
+    Args:
+        model: what is trained, before an engine wraps it.
+        lr: of groups that name none.
+        groups: of `parameter_groups` or `scaled_groups`.
+        rates: factor by name.
+    """
+    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    found: list[Group] = []
+    for group in groups:
+        split: dict[float, Group] = {}
+        for parameter in group["params"]:
+            rate = rates[names[parameter]]
+            own = {**group, "params": [], "lr": group.get("lr", lr) * rate}
+            split.setdefault(rate, own)["params"].append(parameter)
+        found += split.values()
+    return found
+
+
 def build_optimizer(
     model: nn.Module,
     cfg: OptimizerConfig,
     table: Table | None = None,
     make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    rates: dict[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the parameter groups of `model`.
 
@@ -65,11 +87,14 @@ def build_optimizer(
         model: what is trained, before an engine wraps it.
         cfg: its settings.
         table: widths of the parameters by name, for optimizer=adamw_mup; None without muP.
+        rates: factors on the rates by name (layer-wise decay), on top of those of muP; None: 1.
         make: called with groups, lr, betas and eps: AdamW, or an engine's own.
     """
     assert (table is None) == (cfg.base_width is None), "a table of widths belongs to optimizer=adamw_mup"
     beta1, beta2 = cfg.betas
     groups = parameter_groups(model, cfg.weight_decay) if table is None else scaled_groups(model, cfg, table)
+    if rates is not None:
+        groups = slowed_groups(model, cfg.lr, groups, rates)
     return make(groups, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps)
 
 

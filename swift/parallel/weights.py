@@ -106,12 +106,25 @@ class FileWeights:
 
 
 def metadata_of(manifest: Manifest) -> dict[str, Any]:
-    """What a checkpoint says of its model: config, contract (with the TR of its training scans, if recorded), step."""
+    """What a checkpoint says of its model: config, contract (with the TR of its training scans, if recorded), step.
+
+    And, where recorded, the subjects that it was trained on, and the classes or the scale of its target.
+    """
     state = manifest.state
     data = next((value for value in state.values() if isinstance(value, dict) and "contract" in value), {})
     contract = data.get("contract", {})
     tr = {"tr": data["tr"]} if contract and data.get("tr") else {}
-    return {"config": state["config"], "contract": contract | tr, "step": manifest.step}
+    told = {
+        name: value for name, value in (("subjects", data.get("subjects")), ("target", state.get("target"))) if value
+    }
+    return {"config": state["config"], "contract": contract | tr, "step": manifest.step, **told}
+
+
+def known_of(weights: Weights) -> dict[str, Any]:
+    """What comes with weights beside the tensors, as `metadata_of` has it; {} where nothing does."""
+    if isinstance(weights, CheckpointWeights):
+        return metadata_of(weights.manifest)
+    return weights.metadata if isinstance(weights, FileWeights) else {}
 
 
 def check_attention(weights: CheckpointWeights | FileWeights, model: ModelConfig) -> None:

@@ -148,6 +148,13 @@ def _image(values: np.ndarray, scan: SyntheticScan, dtype: type) -> nib.Nifti1Im
     return image
 
 
+def _events(scan: SyntheticScan) -> str:
+    """events.tsv: the scenes of the film with their valence."""
+    rows = zip(scan.task.onset, scan.task.duration, scan.task.value)
+    lines = [f"{onset:.2f}\t{duration:.2f}\tscene\t{valence:.3f}" for onset, duration, valence in rows]
+    return "\n".join(["onset\tduration\ttrial_type\tvalence", *lines]) + "\n"
+
+
 def _write_bids_scan(spec: CohortSpec, scan: SyntheticScan, folder: Path) -> None:
     """Writes the six files of one run into sub-XXXX/func."""
     name = scan_id(spec, scan.person, scan.run)
@@ -172,19 +179,7 @@ def _write_bids_scan(spec: CohortSpec, scan: SyntheticScan, folder: Path) -> Non
     mask = _image(scan.mask.astype(np.uint8), scan, np.uint8)
     nib.save(mask, func / f"{name}_space-{SPACE}_desc-brain_mask.nii.gz")
     _table(func / f"{name}_desc-confounds_timeseries.tsv", _confounds(scan))
-    blocks = zip(scan.task.onset, scan.task.duration, scan.task.value)
-    _table(
-        func / f"{name}_events.tsv",
-        [
-            {
-                "onset": f"{o:.2f}",
-                "duration": f"{d:.2f}",
-                "trial_type": "scene",
-                "valence": f"{v:.3f}",
-            }
-            for o, d, v in blocks
-        ],
-    )
+    (func / f"{name}_events.tsv").write_text(_events(scan), encoding="utf-8")
     _json(
         func / f"{name}_events.json",
         {"valence": {"Description": "Rating of the scene, -1 (bad) to 1 (good)"}},
@@ -283,6 +278,7 @@ def write_store(spec: CohortSpec, folder: Path | str, progress: Progress | None 
                 phenotypes=table,
                 confounds=np.column_stack(columns).astype(np.float32),
                 confound_names=names,
+                events=_events(scan),
             )
             writer.add(header, scan.mask, scan.bold)
             _write_scan_truth(spec, scan, truth)

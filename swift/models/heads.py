@@ -1,0 +1,141 @@
+"""The encoder with a head: what is predicted from a clip, once a clip or once a frame.
+
+Shapes: B batch, X Y Z T voxels and frames, x y z t token grid of the last stage, C its channels, K outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from swift.config.schema import ModelConfig, TaskConfig
+from swift.models.adapt import adapt, keep_frozen_still
+from swift.models.autoencoder import MaskedAutoencoder
+from swift.models.encoder import SwinEncoder
+from swift.models.init import NORMAL, Init
+from swift.models.pooling import brain_tokens, pool
+
+
+class LatentPool(AttentionPoolLatent):
+    """Attention pooling with one learned query (timm's), over the brain tokens.
+
+    Args:
+        dim: Channels C.
+        heads: Attention heads.
+        base_width: muP: of the channels; scores are then divided by head_dim, and as usual at that width.
+    """
+
+    def __init__(self, dim: int, heads: int, base_width: int | None):
+        super().__init__(dim, num_heads=heads, mlp_ratio=2.0, norm_layer=nn.LayerNorm)
+        # The fused kernel of timm's takes no scale of ours; one query is cheap without it.
+        self.fused_attn = False
+        if base_width is not None:
+            self.scale = math.sqrt(base_width / dim / self.head_dim)
+
+    def own_initial_values(self) -> dict[str, Init]:
+        """How the query begins."""
+        return {"latent": NORMAL}
+
+
+class Head(nn.Module):
+    """From the features of the last stage to the outputs: pooled over the brain, normalized, one linear map.
+
+    Args:
+        cfg: The architecture.
+        outputs: K.
+        per_frame: One output a frame instead of one a clip.
+        attentive: Pool by attention instead of by the mean.
+    """
+
+    def __init__(self, cfg: ModelConfig, outputs: int, per_frame: bool, attentive: bool):
+        super().__init__()
+        stage = len(cfg.depths) - 1
+        dim = cfg.embed_dim << stage
+        self.patch, self.stage, self.per_frame = tuple(cfg.patch_size), stage, per_frame
+        base = None if cfg.attention_base_width is None else cfg.attention_base_width << stage
+        self.pool = LatentPool(dim, cfg.num_heads[-1], base) if attentive else None
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, outputs * (self.patch[3] if per_frame else 1))
+
+    def forward(self, features: Tensor, brain: Tensor, frames: int) -> Tensor:
+        """Outputs of a clip.
+
+        Args:
+            features: (B, x, y, z, t, C) of the last stage.
+            brain: bool (B, X, Y, Z); a clip without a brain voxel (padding) gives finite rubbish.
+            frames: T.
+
+        Returns:
+            (B, K), or (B, T, K) per frame; float32.
+        """
+        tokens = brain_tokens(brain, self.patch, self.stage)
+        tokens = tokens | ~tokens.flatten(1).any(1).view(-1, 1, 1, 1)
+        pooled = self._pooled(features, tokens)
+        out: Tensor = self.linear(self.norm(pooled)).float()
+        if not self.per_frame:
+            return out
+        # Of a patch of several frames each has outputs of its own; the last patch may reach beyond the clip.
+        return out.unflatten(-1, (self.patch[3], -1)).flatten(1, 2)[:, :frames]
+
+    def _pooled(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """(B, C) over space and time, or (B, t, C) over space."""
+        if self.pool is None:
+            mean = pool(features, tokens)
+            return mean if self.per_frame else mean.mean(1)
+        batch, _, _, _, steps, channels = features.shape
+        hidden = torch.where(tokens.flatten(1), 0.0, -torch.inf).to(features.dtype)
+        if self.per_frame:
+            rows = features.flatten(1, 3).transpose(1, 2).reshape(batch * steps, -1, channels)
+            hidden = hidden.repeat_interleave(steps, 0)
+        else:
+            rows = features.flatten(1, 4)
+            hidden = hidden.repeat_interleave(steps, 1)
+        out: Tensor = self.pool(rows, hidden[:, None, None, :])
+        return out.unflatten(0, (batch, steps)) if self.per_frame else out
+
+
+class TargetModel(nn.Module):
+    """Encoder and head, of which as much is trained as the task says.
+
+    Args:
+        cfg: The architecture.
+        task: With a target.
+        grid: Voxels x, y, z.
+        frames: Of a clip.
+    """
+
+    def __init__(self, cfg: ModelConfig, task: TaskConfig, grid: Sequence[int], frames: int):
+        super().__init__()
+        assert task.target is not None
+        self.volume = (*grid, frames)
+        self.encoder = SwinEncoder(cfg, grid, frames)
+        outputs = 1 if task.target.kind == "regression" else len(task.target.classes)
+        self.head = Head(cfg, outputs, task.target.per == "frame", task.adapt == "attentive")
+        adapt(self.encoder, task)
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that repeat, in the order they run."""
+        return self.encoder.blocks()
+
+    def train(self, mode: bool = True) -> TargetModel:
+        """As usual, but what is frozen stays in eval mode: it drops nothing."""
+        super().train(mode)
+        keep_frozen_still(self.encoder)
+        return self
+
+    def forward(self, x: Tensor, brain: Tensor) -> Tensor:
+        """(B, 1, X, Y, Z, T) voxels and their brain, bool (B, X, Y, Z) -> (B, K) or (B, T, K) outputs, float32."""
+        return self.head(self.encoder(x)[-1], brain, x.shape[-1])
+
+
+def build_model(
+    cfg: ModelConfig, task: TaskConfig, grid: Sequence[int], frames: int
+) -> MaskedAutoencoder | TargetModel:
+    """The model of a task: encoder with decoder, or with head."""
+    if task.target is None:
+        return MaskedAutoencoder(cfg, grid, frames)
+    return TargetModel(cfg, task, grid, frames)

@@ -18,10 +18,13 @@ from swift.analysis.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 
 COMMANDS: dict[str, str] = {
+    "ablation": "swift.analysis.ablation",
+    "pretraining": "swift.analysis.pretraining",
     "scaling_laws": "swift.analysis.scaling_laws",
     "scaling_model": "swift.analysis.scaling_model",
     "strong_scaling": "swift.analysis.strong_scaling",
     "temporal": "swift.analysis.temporal",
+    "throughput": "swift.analysis.throughput",
 }
 """Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is the
 help."""

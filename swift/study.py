@@ -1,0 +1,327 @@
+"""`python -m swift.study STUDY.yaml...`: run the points of a study that are not finished, then draw its figure.
+
+A study file names overrides of `python -m swift.train` (base: for all points; points: blocks whose lists are multiplied
+out), and the command of `python -m swift.report` that makes figure and table. Every point has its own run directory, so
+that a repeated command goes on where it stopped: finished points are left alone, half-finished ones resume. SETTING ...
+is added to every point, e.g. +launcher=frontier (the points are submitted, and drawn by a later call).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from swift.utils.entry import reported, set_up_logging
+from swift.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from swift.config.schema import Config
+
+log = logging.getLogger("swift.study")
+
+KEYS = ("name", "base", "points", "kind", "series", "probe", "report")
+KINDS = ("train", "throughput")
+SHORT = re.compile(r"[^A-Za-z0-9.+-]+")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file.
+
+    Attributes:
+        path: Of the file.
+        name: Names the folder of its runs, runs/NAME.
+        points: Overrides of each point, without the base.
+        base: Overrides of all points.
+        kind: train, or throughput (a few steps are timed, nothing is learned).
+        series: {count, frames, lag} of scans whose series are described after training; None: not.
+        probe: Per-frame column of the store that frozen features are asked for after training; None: none.
+        report: The report's command and its options; {runs} stands for the folder of the runs, {out} for --out.
+    """
+
+    path: Path
+    name: str
+    points: list[list[str]]
+    base: list[str] = field(default_factory=list)
+    kind: str = "train"
+    series: dict[str, float] | None = None
+    probe: str | None = None
+    report: list[list[str]] = field(default_factory=list)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("points"), list):
+        raise UserError(f"{path}: a study needs points, a list of blocks NAME: VALUE or [VALUES]")
+    unknown = set(content) - {"name", "base", "points", "kind", "series", "report"}
+    if unknown:
+        raise UserError(
+            f"{path}: {sorted(unknown)[0]} is not known; known are name, base, points, kind, series, report"
+        )
+    kind = content.get("kind", "train")
+    if kind not in KINDS:
+        raise UserError(f"{path}: kind={kind}: must be one of {', '.join(KINDS)}")
+    points = [point for block in content["points"] for point in multiplied(block, path)]
+    if not points:
+        raise UserError(f"{path}: no points")
+    report = [[str(word) for word in line] for line in content.get("report") or []]
+    base = [str(item) for item in content.get("base") or []]
+    name = str(content.get("name") or path.parent.name)
+    return Study(path, name, points, base, kind, content.get("series"), content.get("probe"), report)
+
+
+def multiplied(block: Any, path: Path) -> list[list[str]]:
+    """All combinations of a block's values, as overrides."""
+    if not isinstance(block, dict):
+        raise UserError(f"{path}: points must be blocks NAME: VALUE or [VALUES], not {block!r}")
+    choices = [
+        [f"{key}={_text(value)}" for value in (values if isinstance(values, list) else [values])]
+        for key, values in block.items()
+    ]
+    return [list(chosen) for chosen in itertools.product(*choices)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(_text(item) for item in value) + "]"
+    return str(value)
+
+
+def point_name(overrides: Sequence[str]) -> str:
+    """Of a run directory: the last part of each name and its value."""
+    parts = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        value = SHORT.sub("x", value.strip("[]{}'\""))
+        parts.append(f"{re.split(r'[./]', key.lstrip('+'))[-1]}-{value}")
+    return "_".join(parts) or "point"
+
+
+def finished(run_dir: Path, cfg: Config) -> bool:
+    """Whether a point needs nothing more.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+    from swift.config.compose import FROZEN, differences, load_frozen
+
+    summary = run_dir / "summary.json"
+    if not summary.is_file() or not (run_dir / FROZEN).is_file():
+        return False
+    changed = differences(replace(load_frozen(run_dir, []), run_dir=cfg.run_dir), replace(cfg, resume=None))
+    changed = [name for name in changed if not name.startswith("launcher")]
+    if changed:
+        raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}): move it away, or its study")
+    try:
+        return int(json.loads(summary.read_text())["steps"]) >= cfg.trainer.max_steps
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{summary}: damaged ({error})") from error
+
+
+def run_points(study: Study, runs: Path, settings: Sequence[str]) -> tuple[list[Path], int, int]:
+    """Run what is not finished.
+
+    Returns:
+        Run directories, how many were run now, and how many are still to come from a batch system.
+
+    Raises:
+        UserError: a point that cannot be run.
+    """
+    from swift.plan import composed
+
+    made, done, jobs = [], 0, []
+    names = [point_name(point) for point in study.points]
+    if len(set(names)) < len(names):
+        raise UserError(f"{study.path}: two points are called {max(names, key=names.count)}")
+    for index, (name, point) in enumerate(zip(names, study.points, strict=True), start=1):
+        run_dir = runs / name
+        made.append(run_dir)
+        overrides = [*study.base, *point, *settings, f"run_dir={run_dir}"]
+        began = time.monotonic()
+        if study.kind == "throughput":
+            from swift.analysis.throughput import measured
+
+            ran = measured(overrides, run_dir)
+        else:
+            cfg, _ = composed(overrides)
+            ran = not finished(run_dir, cfg)
+            if ran:
+                submitted = _train(overrides)
+                jobs += submitted
+        what = "submitted" if jobs and ran else f"{time.monotonic() - began:.0f} s" if ran else "finished before"
+        log.info("%s %d/%d %s: %s", study.name, index, len(names), name, what)
+        done += ran
+    if jobs:
+        from swift.submit import submit
+
+        submit(jobs)
+    return made, done, len(jobs)
+
+
+def _train(overrides: list[str]) -> list[Any]:
+    """Train one point here, or make it ready to be submitted."""
+    from hydra import compose, initialize_config_dir
+
+    from swift.config.compose import conf_dir
+    from swift.train import run
+
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        tree = compose("config", overrides)
+    jobs: list[Any] = []
+    run(tree, overrides, jobs)
+    return jobs
+
+
+def describe_series(study: Study, run_dirs: Sequence[Path]) -> None:
+    """RUN/temporal.json of every run that has none: of the store that it was trained on."""
+    from swift.analysis.temporal import FILE
+    from swift.build import store_path
+    from swift.config.compose import load_frozen
+    from swift.series import write_series
+
+    wanted = {"count": 0, "frames": 400, "lag": 60.0, **(study.series or {})}
+    for run_dir in run_dirs:
+        if not (run_dir / FILE).is_file():
+            store = store_path(load_frozen(run_dir, []))
+            write_series(run_dir, [store], int(wanted["count"]), int(wanted["frames"]), float(wanted["lag"]), 0)
+            log.info("%s: series of %s described", study.name, run_dir.name)
+
+
+def write_probe(run_dir: Path, store: Path, column: str) -> float:
+    """RUN/probe.json: Pearson r of a per-frame column with what a ridge on frozen features makes of it.
+
+    The features of all layers, averaged over the brain, a row a frame; every subject is predicted from the others.
+
+    Returns:
+        The mean r over subjects.
+
+    Raises:
+        UserError: no such column, or fewer than three subjects.
+    """
+    import numpy as np
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from swift.analysis.ablation import PROBE
+    from swift.data.inputs import find_scans
+    from swift.data.store import Store
+    from swift.embedding import Embedding
+    from swift.trained import load_trained
+
+    trained = load_trained(run_dir)
+    embedding, opened = Embedding(trained, "all", "frame"), Store(store)
+    rows: dict[str, list[tuple[Any, Any]]] = {}
+    for scan in find_scans([store], trained.contract):
+        table = opened.confounds(opened.find(scan.scan_id))
+        if column not in table:
+            raise UserError(
+                f"probe: {column}: scan {scan.scan_id} has no such column, only {', '.join(table) or 'none'}"
+            )
+        made = embedding(scan)
+        target, features = table[column][made.rows], np.concatenate(list(made.values.values()), axis=1)
+        known = np.isfinite(target)
+        rows.setdefault(scan.subject, []).append((features[known], target[known]))
+    subjects = {name: [np.concatenate(part) for part in zip(*parts, strict=True)] for name, parts in rows.items()}
+    if len(subjects) < 3:
+        raise UserError(f"probe: {len(subjects)} subjects in {store}; leaving one out needs at least three")
+    found = []
+    for name, (features, target) in subjects.items():
+        others = [pair for other, pair in subjects.items() if other != name]
+        ridge = make_pipeline(StandardScaler(), RidgeCV(np.geomspace(1, 1e5, 11)))
+        ridge.fit(np.concatenate([x for x, _ in others]), np.concatenate([y for _, y in others]))
+        found.append(float(np.corrcoef(ridge.predict(features), target)[0, 1]))
+    result = {"column": column, "scores": {f"probe r ({column})": float(np.mean(found))}, "subjects": found}
+    (run_dir / PROBE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return float(np.mean(found))
+
+
+def probe(study: Study, run_dirs: Sequence[Path]) -> None:
+    """RUN/probe.json of every run that has none."""
+    from swift.analysis.ablation import PROBE
+    from swift.build import store_path
+    from swift.config.compose import load_frozen
+
+    for run_dir in run_dirs:
+        if not (run_dir / PROBE).is_file():
+            score = write_probe(run_dir, store_path(load_frozen(run_dir, [])), str(study.probe))
+            log.info("%s: %s: probe of %s %.3f", study.name, run_dir.name, study.probe, score)
+
+
+def run_study(study: Study, runs: Path, out: Path, settings: Sequence[str]) -> int:
+    """Run what is left of a study, then make its figures.
+
+    Returns:
+        0, or what the report has ended with.
+    """
+    from swift import report
+
+    run_dirs, done, waiting = run_points(study, runs, settings)
+    log.info("%s: %d points, %d of them run now", study.name, len(run_dirs), done)
+    if waiting:
+        log.info("%s: %d points are submitted; the same command draws when they have ended", study.name, waiting)
+        return 0
+    if study.series is not None:
+        describe_series(study, run_dirs)
+    if study.probe is not None:
+        probe(study, run_dirs)
+    status = 0
+    for line in study.report:
+        words = [word.replace("{runs}", str(runs)).replace("{out}", str(out)) for word in line]
+        log.info("python -m swift.report %s", " ".join(words))
+        status = max(status, report.main(words))
+    return status
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m swift.study", description=__doc__)
+    parser.add_argument(
+        "given", nargs="+", metavar="STUDY.yaml | SETTING", help="study files; NAME=VALUE for all points"
+    )
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the run directories (runs/STUDY)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for figures and tables (beside the study file)")
+    options = parser.parse_args(arguments)
+    set_up_logging()
+
+    def work() -> None:
+        settings = [word for word in options.given if "=" in word]
+        studies = [load_study(Path(word)) for word in options.given if "=" not in word]
+        if not studies:
+            raise UserError("give a study file, such as experiments/ablation/laptop.yaml")
+        if len(studies) > 1 and (options.runs or options.out):
+            raise UserError("--runs and --out are for a single study")
+        statuses = [
+            run_study(study, options.runs or Path("runs") / study.name, options.out or study.path.parent, settings)
+            for study in studies
+        ]
+        if any(statuses):
+            raise SystemExit(max(statuses))
+
+    reported(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""python -m swift.study: points, resuming, probes and series on small runs; mistakes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from swift import study as module
+from swift.analysis.temporal import FILE
+from swift.study import load_study, main, point_name, run_study
+from swift.utils import jsonl
+from swift.utils.errors import UserError
+from tests.runs import QUIET, restarts
+from tests.small import DATA, MODEL, TRAINER, small_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return small_store(tmp_path_factory.mktemp("cohort") / "store")
+
+
+def write(path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def small(path, store, **more):
+    base = ["data=store", f"data.path={store}", *MODEL, *DATA, *TRAINER, QUIET]
+    return load_study(write(path / "small" / "laptop.yaml", base=base, **more))
+
+
+def steps(run):
+    return [record["step"] for record in jsonl.read(run / "metrics.jsonl") if "train/loss" in record]
+
+
+def test_points_are_all_combinations_of_each_block(tmp_path):
+    blocks = [{"a.b": [1, 2], "c": "x"}, {"d": [[3, 4], None, True]}]
+    made = load_study(write(tmp_path / "ladder" / "laptop.yaml", points=blocks, base=["seed=1"]))
+    assert made.points == [["a.b=1", "c=x"], ["a.b=2", "c=x"], ["d=[3,4]"], ["d=null"], ["d=true"]]
+    assert (made.name, made.base, made.kind) == ("ladder", ["seed=1"], "train")
+    assert point_name(["model.patch_size=[6,6,6,1]", "task.mask_ratio=0.5"]) == "patch_size-6x6x6x1_mask_ratio-0.5"
+    assert point_name(["+launcher=frontier", "model/variant=joint"]) == "launcher-frontier_variant-joint"
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, store, monkeypatch, caplog, capsys):
+    """Point 1 is finished before the stop, point 2 is half done, point 3 not begun."""
+    points = [{"task.mask_ratio": [0.4, 0.5, 0.6]}]
+    report = [["pretraining", "{runs}", "--x", "steps", "--out", "{out}"]]
+    study = small(tmp_path, store, points=points, report=report)
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    caplog.set_level(logging.INFO, logger="swift")
+    original, begun = module._train, []
+
+    def stop_in_the_second(overrides):
+        begun.append(overrides)
+        if len(begun) == 2:
+            # As if the process had died after the validation at step 3.
+            original([*overrides, "trainer.max_steps=3"])
+            (runs / "mask_ratio-0.5" / "summary.json").unlink()
+            frozen = runs / "mask_ratio-0.5" / "config.yaml"
+            frozen.write_text(frozen.read_text().replace("max_steps: 3", "max_steps: 6"))
+            raise KeyboardInterrupt
+        return original(overrides)
+
+    monkeypatch.setattr(module, "_train", stop_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, runs, out, [])
+    first = (runs / "mask_ratio-0.4" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(module, "_train", original)
+    assert run_study(study, runs, out, []) == 0
+    assert (runs / "mask_ratio-0.4" / "metrics.jsonl").read_bytes() == first
+    assert restarts(runs / "mask_ratio-0.4") == []
+    assert restarts(runs / "mask_ratio-0.5") == [3]
+    assert steps(runs / "mask_ratio-0.5") == [1, 2, 3, 4, 5, 6]
+    assert "mask_ratio-0.4: finished before" in caplog.text
+    assert "3 points, 2 of them run now" in caplog.text
+    assert (out / "pretraining.png").is_file()
+    caplog.clear()
+    assert run_study(study, runs, out, []) == 0
+    assert "3 points, 0 of them run now" in caplog.text
+    with pytest.raises(UserError, match=r"mask_ratio-0.4 holds a run with other settings \(seed\)"):
+        run_study(study, runs, out, ["seed=5"])
+
+
+def test_series_and_probes_of_trained_points(tmp_path, store, caplog):
+    study = small(tmp_path, store, points=[{"model.patch_size": "[4,4,4,1]"}])
+    runs = tmp_path / "runs"
+    run = runs / "patch_size-4x4x4x1"
+    assert run_study(study, runs, tmp_path, []) == 0
+    module.describe_series(replace(study, series={"count": 2, "frames": 48, "lag": 16}), [run])
+    content = json.loads((run / FILE).read_text())
+    assert len(content["scans"]) == 2
+    layers = content["scans"][0]["layers"]
+    assert set(layers) == {"bold", "stage1", "stage2"}
+    for layer in layers.values():
+        assert layer["seconds"] == 2.0
+        assert len(layer["ordered"]["acf"]) == 9
+    assert layers["bold"]["ordered"]["acf"][1] > layers["bold"]["shuffled"]["acf"][1]
+    with pytest.raises(UserError, match=r"2 subjects in .*: leaving one out needs at least three"):
+        module.write_probe(run, store, "valence_bold")
+    with pytest.raises(UserError, match=r"scan .* has no such column, only"):
+        module.write_probe(run, store, "mood")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "a study needs points"),
+        ({"points": []}, "no points"),
+        ({"points": ["model=tiny"]}, "points must be blocks"),
+        ({"points": [{"a": 1}], "pionts": 1}, "pionts is not known"),
+        ({"points": [{"a": 1}], "kind": "x"}, "kind=x: must be one of train, throughput"),
+        ({"points": [{"seed": [1, 1]}]}, "two points are called seed-1"),
+        ({"points": [{"sead": 1}]}, "sead"),
+    ],
+)
+def test_mistakes_are_one_error(tmp_path, capsys, content, message):
+    path = write(tmp_path / "s" / "laptop.yaml", **content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(path), "--runs", str(tmp_path / "runs")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["seed=1"], "give a study file"),
+        (["nowhere.yaml"], "cannot be read"),
+    ],
+)
+def test_mistakes_of_the_command_line(capsys, given, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_throughput_is_measured_once(tmp_path, capsys):
+    base = ["data=store", "data.path=none", *MODEL, *DATA]
+    study = load_study(write(tmp_path / "t" / "laptop.yaml", kind="throughput", base=base, points=[{"seed": 0}]))
+    runs = tmp_path / "runs"
+    assert run_study(study, runs, tmp_path, []) == 0
+    file = runs / "seed-0" / "throughput.json"
+    before = file.read_bytes()
+    found = json.loads(before)
+    assert found["device"] == "CPU"
+    assert found["plan"]["step_seconds"] is None
+    assert np.median(found["step_seconds"]) > 0
+    assert run_study(study, runs, tmp_path, []) == 0
+    assert file.read_bytes() == before

@@ -115,10 +115,22 @@ def paired_bootstrap(
             for runs in (a, b)
         ]
         parts.append(means[0] - means[1])
-    difference, drawn = float(parts[0][0]), np.concatenate(parts[1:])
+    return from_draws(float(parts[0][0]), np.concatenate(parts[1:]))
+
+
+def from_draws(difference: float, drawn: np.ndarray) -> Test:
+    """The paired bootstrap from its draws.
+
+    Args:
+        difference: On all units.
+        drawn: (D,) differences under the same draws of both methods; those that are not finite are left out.
+
+    Raises:
+        UserError: Nothing is left.
+    """
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn) or not np.isfinite(difference):
-        raise UserError(f"{score} is undefined for {first.name}: nothing to compare")
+        raise UserError("the score is undefined here: nothing to compare")
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     p = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))

@@ -1,0 +1,382 @@
+"""Does pre-training help, on which task, by how much, is it real? The downstream table on a cohort with planted truth.
+
+Makes a synthetic cohort, pre-trains on subjects of whom no label is used, and fine-tunes: from scratch, from random and
+from pre-trained weights, on five tasks with three seeds; baselines on the same split; a learning curve over training
+subjects; twenty labels without any effect. What is finished is not repeated, so the command may be stopped and given
+again. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import shutil
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+GRID, SPACING, FRAMES = 16, 8.0, 64
+PARTS = {"extra": 160, "train": 100, "val": 40, "test": 100}
+"""Subjects: `extra` is for pre-training alone."""
+TASKS = ("synthetic_binary", "synthetic_continuous", "synthetic_frame", "synthetic_site", "synthetic_null")
+SEEDS, NULLS = 3, 20
+SIZES = (10, 20, 50, 100)
+CURVE_TASK = "synthetic_binary"
+COHORT = {
+    "signal": 2.0,
+    "noise_white": 0.5,
+    "noise_smooth": 0.4,
+    "drift": 0.3,
+    "motion": 0.3,
+    "amplitude_gain": 0.8,
+    "coupling_gain": 0.6,
+    "map_variability": 0.2,
+}
+"""Quieter than a real scan and with larger effects on the signal: an hour of clips has to do for a day of them. How
+well the labels follow from the latents (AUROC 0.9, r 0.6) is the generator's own default."""
+MODEL = [
+    "model.embed_dim=24",
+    "model.depths=[2,2]",
+    "model.num_heads=[2,4]",
+    "model.patch_size=[4,4,4,2]",
+    "model.window=[4,4,4,8]",
+    "model.decoder_dim=32",
+]
+PRETRAIN_STEPS, STEPS = 600, 150
+METHODS = {
+    "scratch": ["task.adapt=scratch", "optimizer.lr=1e-3"],
+    "random_linear": ["task.adapt=linear", "optimizer.lr=5e-3"],
+    "linear": ["task.adapt=linear", "optimizer.lr=5e-3"],
+    "full": ["task.adapt=full", "optimizer.lr=1e-3"],
+}
+PRETRAINED = ("linear", "full")
+ABLATION = {"mask_ratio": ("0.5", "0.8"), "patch_size": ("[4,4,4,2]", "[4,4,4,4]")}
+STAGES = ("table", "baselines", "curve", "null", "ablation")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: its folder and settings. `pretraining` comes first; `baselines` are no training."""
+
+    name: str
+    settings: tuple[str, ...]
+    baselines: bool = False
+
+    def finished(self, out: Path) -> bool:
+        """Whether its last file is there."""
+        return (out / self.name / ("done" if self.baselines else "summary.json")).is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------- cohort
+def make_cohort(out: Path) -> None:
+    """The store, with twenty labels of no effect in its manifest, and the two splits."""
+    from swift.data import format as fmt
+    from swift.data.people import people_of
+    from swift.data.splits import Split, deal, save_splits
+    from swift.data.store import Store
+    from swift.data.synthetic import CohortSpec, write_store
+
+    if (out / "pretrain.json").is_file():
+        return
+    shutil.rmtree(out / "store", ignore_errors=True)
+    total = sum(PARTS.values())
+    spec = CohortSpec(n_subjects=total, frames=FRAMES, grid=(GRID,) * 3, spacing=SPACING, seed=1, **COHORT)
+    write_store(spec, out / "store")
+    store = Store(out / "store")
+    for number in range(NULLS):
+        labels = np.random.default_rng([99, number]).permutation(np.arange(total) % 2)
+        for scan, label in zip(store.scans, labels, strict=True):
+            scan.phenotypes[f"null_{number:02d}"] = str(label)
+    fmt.write_bytes(out / "store" / "manifest.csv", fmt.encode_manifest(store.scans))
+    people = people_of(store.scans, "label_binary")
+    shares = [count / total for count in PARTS.values()]
+    extra, train, val, test = deal(people, shares, seed=0)
+    save_splits(out / "split.json", [Split({"train": tuple(train), "val": tuple(val), "test": tuple(test)})])
+    both = tuple(sorted([*extra, *train]))
+    save_splits(out / "pretrain.json", [Split({"train": both, "val": tuple(val), "test": ()})])
+
+
+# ------------------------------------------------------------------------------------------------------------- points
+def common(out: Path, seed: int) -> list[str]:
+    """Settings of every run."""
+    return [
+        *MODEL,
+        "data=store",
+        f"data.path={out / 'store'}",
+        f"data.grid=[{GRID},{GRID},{GRID}]",
+        f"data.spacing={SPACING}",
+        "data.frames=16",
+        "data.clip_stride=8",
+        "data.normalization=percent",
+        "data.batch_size=16",
+        "data.workers=0",
+        "data.verify=false",
+        "trainer.threads=1",
+        "trainer.accelerator=cpu",
+        "trainer.figures=false",
+        "trainer.keep_checkpoints=1",
+        "trainer.log_every=10",
+        "optimizer.warmup_steps=10",
+        f"seed={seed}",
+    ]
+
+
+def pretraining(out: Path, name: str = "pretrain", *settings: str) -> Point:
+    """Masked reconstruction on subjects that are in no test."""
+    steps = [f"trainer.max_steps={PRETRAIN_STEPS}", f"trainer.val_every={PRETRAIN_STEPS // 4}", "optimizer.lr=2e-3"]
+    about = [*common(out, 0), f"data.split={out / 'pretrain.json'}", "task.mask_ratio=0.6", *steps, *settings]
+    return Point(name, tuple(about))
+
+
+def tuning(out: Path, name: str, task: str, method: str, seed: int, *settings: str, init: str = "pretrain") -> Point:
+    """One fine-tuning."""
+    started = [f"init={out / init}"] if method in PRETRAINED else []
+    about = [
+        f"task={task}",
+        *common(out, seed),
+        *METHODS[method],
+        *started,
+        f"data.split={out / 'split.json'}",
+        f"trainer.max_steps={STEPS}",
+        f"trainer.val_every={STEPS // 5}",
+    ]
+    return Point(name, (*about, *settings))
+
+
+def points(out: Path, stage: str) -> list[Point]:
+    """The runs of a stage."""
+    if stage == "table":
+        return [
+            tuning(out, f"table/{task}/{method}-{seed}", task, method, seed)
+            for seed in range(SEEDS)
+            for task in TASKS
+            for method in METHODS
+        ]
+    if stage == "baselines":
+        about = [*common(out, 0), f"data.split={out / 'split.json'}"]
+        return [Point(f"table/{task}/baselines", (f"task={task}", *about), True) for task in TASKS]
+    if stage == "curve":
+        return [
+            tuning(
+                out,
+                f"curve/{n}/{method}-{seed}",
+                CURVE_TASK,
+                method,
+                seed,
+                f"data.max_subjects={n}",
+                f"data.budget_seed={seed}",
+            )
+            for seed in range(SEEDS)
+            for n in SIZES
+            for method in ("scratch", "linear", "full")
+        ] + [
+            Point(
+                f"curve/{n}/baselines-{seed}",
+                (
+                    f"task={CURVE_TASK}",
+                    *common(out, seed),
+                    f"data.split={out / 'split.json'}",
+                    f"data.max_subjects={n}",
+                    f"data.budget_seed={seed}",
+                ),
+                True,
+            )
+            for seed in range(SEEDS)
+            for n in SIZES
+        ]
+    if stage == "null":
+        label = [(n, f"task.target.column=null_{n:02d}") for n in range(NULLS)]
+        named = [(n, (text, f"task.name=null_{n:02d}")) for n, text in label]
+        about = (*common(out, 0), f"data.split={out / 'split.json'}")
+        return [Point(f"null/{n:02d}/baselines", ("task=synthetic_null", *about, *text), True) for n, text in named] + [
+            tuning(out, f"null/{n:02d}/{method}", "synthetic_null", method, n, *text)
+            for n, text in named
+            for method in ("scratch", "linear")
+        ]
+    made = []
+    for ratio in ABLATION["mask_ratio"]:
+        for patch in ABLATION["patch_size"]:
+            name = f"ablation/m{ratio}-t{patch[-2]}"
+            made.append(pretraining(out, f"{name}/pretrain", f"task.mask_ratio={ratio}", f"model.patch_size={patch}"))
+            for task in TASKS[:3]:
+                at = f"{name}/{task}"
+                made.append(tuning(out, at, task, "linear", 0, f"model.patch_size={patch}", init=f"{name}/pretrain"))
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+def do(job: tuple[Point, Path]) -> tuple[str, float, str]:
+    """Run one point in this process; name, seconds and what went wrong (nothing: "")."""
+    point, out = job
+    begin = time.perf_counter()
+    folder, said = out / point.name, io.StringIO()
+    try:
+        from swift.plan import composed
+
+        cfg, _ = composed([*point.settings, f"run_dir={folder}"])
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if point.baselines:
+                from swift.baselines import run_baselines
+
+                run_baselines(cfg)
+                (folder / "done").write_text("")
+            else:
+                from swift.train import train
+
+                train(cfg, list(point.settings))
+                if point.name != "pretrain" and not point.name.endswith("/pretrain"):
+                    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on from here
+    except (Exception, SystemExit) as error:
+        text = "".join(traceback.format_exception(error))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(said.getvalue()[-5000:] + "\n" + text)
+        return point.name, time.perf_counter() - begin, f"{type(error).__name__}: {error}"
+    return point.name, time.perf_counter() - begin, ""
+
+
+def run(todo: Sequence[Point], out: Path, jobs: int, limit: float) -> int:
+    """Run what is not finished; returns the number of points that failed or were not begun."""
+    todo = [point for point in todo if not point.finished(out)]
+    if not todo:
+        return 0
+    begin, bad, done = time.perf_counter(), 0, 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = iter(todo)
+        running: set[Any] = set()
+        from concurrent.futures import FIRST_COMPLETED, wait
+
+        while True:
+            while len(running) < jobs and time.perf_counter() - begin < limit and (one := next(waiting, None)):
+                running.add(pool.submit(do, (one, out)))
+            if not running:
+                break
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name, seconds, wrong = future.result()
+                done += 1
+                bad += bool(wrong)
+                print(f"[{done}/{len(todo)}] {name} {seconds:.1f} s {wrong}", flush=True)
+    return bad + len(todo) - done
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+def curve(out: Path, to: Path) -> dict[str, Any]:
+    """Score against training subjects: figure, and cells for summary.json."""
+    from swift.analysis.downstream import Cell, cell, results
+    from swift.analysis.downstream_plot import learning_curve
+
+    curves: dict[str, list[tuple[int, Cell]]] = {}
+    for n in SIZES:
+        if not (out / f"curve/{n}").is_dir():
+            continue
+        found = results([out / f"curve/{n}"])
+        for method in {run.method for run in found}:
+            mine = [run for run in found if run.method == method]
+            curves.setdefault(method, []).append((n, cell(mine, "auroc")))
+    shown = (
+        "scratch",
+        "pre-trained, linear",
+        "pre-trained, full",
+        "connectome (correlation)",
+        "fluctuation of parcels",
+    )
+    learning_curve({m: c for m, c in curves.items() if m in shown}, "auroc", to / "learning_curve.png", planted(out))
+    return {m: {str(n): {"mean": c.mean, "sd": c.sd, "low": c.low, "high": c.high} for n, c in points_}
+            for m, points_ in sorted(curves.items())}  # fmt: skip
+
+
+def planted(out: Path) -> float:
+    """AUROC of the true latent on the test subjects: nobody can do better but by luck."""
+    from sklearn.metrics import roc_auc_score
+
+    from swift.data.splits import load_split
+    from swift.data.synthetic import load_truth
+
+    test = set(load_split(str(out / "split.json")).parts["test"])
+    rows = [row for row in load_truth(out / "store")["subjects"] if f"sub-{row['subject']}" in test]
+    return float(roc_auc_score([int(r["label_binary"]) for r in rows], [float(r["latent_binary"]) for r in rows]))
+
+
+def nulls(out: Path) -> dict[str, Any]:
+    """How many of the labels without effect each method "finds": interval above 0.5, and permutation p below 0.05."""
+    from swift.analysis.compare import against_labels
+    from swift.analysis.downstream import cell, results
+
+    counts: dict[str, dict[str, Any]] = {}
+    for folder in sorted((out / "null").glob("*")):
+        for result in results([folder]):
+            if result.method == "majority / mean":
+                continue
+            one = counts.setdefault(result.method, {"labels": 0, "interval_above": 0, "interval_off": 0, "p_below": 0,
+                                                    "auroc": []})  # fmt: skip
+            got = cell([result], "auroc")
+            one["labels"] += 1
+            one["interval_above"] += got.low > 0.5
+            one["interval_off"] += got.low > 0.5 or got.high < 0.5
+            constant = np.ptp(result.predictions.scores[:, 1]) == 0
+            one["p_below"] += not constant and against_labels(result.predictions).p < 0.05
+            one["auroc"].append(round(got.mean, 4))
+    return counts
+
+
+def write_report(out: Path, to: Path) -> None:
+    """Table, curve, null labels and ranking, of whatever is finished."""
+    from swift.report import main
+
+    to.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {"cohort": {**COHORT, "parts": PARTS}, "planted_auroc": planted(out)}
+    if (out / "table").is_dir():
+        main(["table1", str(out / "table"), "--out", str(to)])
+    if (out / "curve").is_dir():
+        summary["learning_curve"] = curve(out, to)
+    if (out / "null").is_dir():
+        summary["null"] = nulls(out)
+        for method, row in summary["null"].items():
+            print(
+                f"{method:<26} {row['interval_above']}/{row['labels']} intervals above 0.5, {row['p_below']} p < 0.05"
+            )
+    if (out / "ablation").is_dir():
+        main(["ranking", str(out / "ablation"), "--out", str(to)])
+    (to / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/downstream"), help="runs go there (runs/downstream)")
+    parser.add_argument("--results", type=Path, default=HERE, help="tables and figures go there (beside this file)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once (2)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--limit", type=float, default=1e9, help="begin no further run after so many seconds")
+    parser.add_argument("--report-only", action="store_true")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    begin = time.perf_counter()
+    if not options.report_only:
+        make_cohort(out)
+        print(f"cohort: {time.perf_counter() - begin:.0f} s", flush=True)
+        left = run([pretraining(out)], out, 1, options.limit) if set(options.stages) != {"baselines"} else 0
+        first = (
+            [p for p in points(out, "ablation") if p.name.endswith("/pretrain")] if "ablation" in options.stages else []
+        )
+        todo = first + [p for stage in options.stages for p in points(out, stage) if p not in first]
+        # the pre-trainings of the ablation first: its fine-tunings begin from them
+        left += run(first, out, options.jobs, options.limit - (time.perf_counter() - begin))
+        left += run(todo, out, options.jobs, options.limit - (time.perf_counter() - begin))
+        print(f"{time.perf_counter() - begin:.0f} s; {left} runs failed or are left", flush=True)
+    write_report(out, options.results)
+
+
+if __name__ == "__main__":
+    main()

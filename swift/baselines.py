@@ -21,6 +21,7 @@ from swift.analysis import baseline_models as models
 from swift.analysis.baseline_models import Units
 from swift.analysis.predictions import Predictions
 from swift.analysis.scores import judge
+from swift.config.compose import composed
 from swift.config.schema import Config
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
@@ -238,8 +239,6 @@ def main(arguments: list[str] | None = None) -> None:
     set_up_logging()
 
     def work() -> None:
-        from swift.plan import composed
-
         cfg, _ = composed(options.settings)
         found = run_baselines(cfg, options.only.split(",") if options.only else None)
         print(json.dumps(found, indent=2) if options.json else table(found))

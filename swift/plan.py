@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift.config.compose import conf_dir
-from swift.config.schema import Config
+from swift.config.compose import composed, conf_dir
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 
@@ -28,28 +27,6 @@ CLIPS = 1_000_000.0
 def size_names(conf: Path) -> list[str]:
     """Names of the sizes in conf/model."""
     return sorted(path.stem for path in (conf / "model").glob("*.yaml"))
-
-
-def composed(overrides: Sequence[str]) -> tuple[Config, Any]:
-    """Typed settings of Hydra overrides, and the launcher's section as it stands (None without one).
-
-    Raises:
-        UserError: Hydra or the checks refuse them.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from swift.config.compose import typed
-
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base=None):
-            tree = compose("config", list(overrides))
-        return typed(tree), OmegaConf.select(tree, "launcher")
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(" ".join(lines[:20])) from error
 
 
 def count(model: str, variant: str | None) -> dict[str, Any]:

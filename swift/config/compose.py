@@ -59,6 +59,24 @@ def typed(tree: DictConfig) -> Config:
     return cfg
 
 
+def composed(overrides: Sequence[str]) -> tuple[Config, Any]:
+    """Typed settings of Hydra overrides, and the launcher's section as it stands (None without one).
+
+    Raises:
+        UserError: Hydra or the checks refuse them.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base=None):
+            tree = compose("config", list(overrides))
+        return typed(tree), OmegaConf.select(tree, "launcher")
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(" ".join(lines[:20])) from error
+
+
 def _complaint(error: OmegaConfBaseException, plain: Any) -> str:
     """One line for an error of OmegaConf: the value, and what is legal in its place."""
     key = re.sub(r"\[\d+\]$", "", getattr(error, "full_key", None) or "")

@@ -20,9 +20,11 @@ from swift.utils.errors import UserError
 COMMANDS: dict[str, str] = {
     "ablation": "swift.analysis.ablation",
     "pretraining": "swift.analysis.pretraining",
+    "ranking": "swift.analysis.ranking",
     "scaling_laws": "swift.analysis.scaling_laws",
     "scaling_model": "swift.analysis.scaling_model",
     "strong_scaling": "swift.analysis.strong_scaling",
+    "table1": "swift.analysis.table1",
     "temporal": "swift.analysis.temporal",
     "throughput": "swift.analysis.throughput",
 }

@@ -9,8 +9,8 @@ was watched on running engines (every storage of every tensor, at its peak); tes
 | ddp | 4P | 8P | 4P | reduction buckets 4P |
 | zero1 | eP | 12P/N | eP/N; eP if accumulated | two reduction buckets |
 | zero2 | eP | 12P/N | eP/N; twice if accumulated | two reduction buckets |
-| zero3 | eP/N | 12P/N | eP/N | gathered weights, two reduction buckets |
-| zero3_offload | host | host | host | gathered weights, two reduction buckets |
+| zero3 | eP/N | 12P/N | eP/N | gathered weights, two reduction buckets, one of gathering |
+| zero3_offload | host | host | host | as zero3 |
 | fsdp | 4P/N | 8P/N | 4P/N | gathered weights of two blocks, their gradients |
 """
 
@@ -139,6 +139,11 @@ def outside_blocks(geometry: Geometry) -> int:
     return geometry.total_parameters - sum(block.parameters for stage in geometry.stages for block in stage.blocks)
 
 
+def gathers(sharding: Sharding) -> bool:
+    """ZeRO 3: whether weights are gathered; one rank without offload computes with its shard, which is all of them."""
+    return sharding.ranks > 1 or sharding.offload_parameters
+
+
 def weight_bytes(geometry: Geometry, sharding: Sharding) -> float:
     """Weights on the device; with ZeRO 3 the shard and what is too small to be sharded."""
     total = geometry.total_parameters
@@ -146,7 +151,7 @@ def weight_bytes(geometry: Geometry, sharding: Sharding) -> float:
         return total * sharding.element
     if sharding.zero_stage == 3:
         shard = 0.0 if sharding.offload_parameters else total * sharding.element / sharding.ranks
-        return shard + small_parameters(geometry) * sharding.element
+        return shard + small_parameters(geometry) * sharding.element * gathers(sharding)
     return 4 * total / (sharding.ranks if sharding.strategy == "fsdp" else 1)
 
 
@@ -172,13 +177,18 @@ def buffer_bytes(geometry: Geometry, sharding: Sharding) -> float:
         block, rest = largest_block(geometry), outside_blocks(geometry)
         # The next block is gathered while one computes; its gradients are reduced in fp32.
         return (2 * block + rest) * width + block * (width + 4)
-    buckets = (2 if sharding.overlap or sharding.zero_stage == 3 else 1) * sharding.reduce_bucket
-    buffers = buckets + largest * element
-    if sharding.zero_stage == 3:
-        live = min(total, LIVE_PARAMETERS + largest_block(geometry))
-        buffers += live * element
-        buffers += min(sharding.gather_bucket, total * element) if live < total else 0
-    return buffers
+    if sharding.zero_stage < 3:
+        return (2 if sharding.overlap else 1) * sharding.reduce_bucket + largest * element
+    if not gathers(sharding):
+        return 2 * sharding.reduce_bucket + largest * element
+    live = min(total, LIVE_PARAMETERS + largest_block(geometry))
+    # Parameters are gathered in one flat tensor and copied out of it; gradients are copied into the bucket, and from
+    # there, put in order for the ranks, into another of its size. A model that stays gathered is so before its backward
+    # pass begins, else both happen at once.
+    gathering, reducing = min(sharding.gather_bucket, total * element), sharding.reduce_bucket
+    extra = max(gathering, reducing) if live == total else gathering + reducing
+    # What is too small to be sharded is among the weights already.
+    return sharding.reduce_bucket + largest * element + extra + (live - small_parameters(geometry)) * element
 
 
 def gradient_bytes(geometry: Geometry, sharding: Sharding, made: int) -> float:

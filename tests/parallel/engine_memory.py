@@ -1,19 +1,19 @@
 """`python -m tests.parallel.engine_memory STAGE RANKS BF16 ACCUMULATE`: bytes that a real ZeRO engine holds on a CPU.
 
-Measured are all storages of all tensors of rank 0 (resident memory would count Python and libraries too): after a step,
-and at the peaks of the backward pass and of the step. Printed beside the prediction as one line of JSON.
+Measured are all storages of all tensors of rank 0: after a step, and at the peaks of the backward pass and of the step;
+and how much its resident memory has grown. Printed beside the prediction as one line of JSON.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
-import os
-import socket
 import sys
 from typing import Any
 
+import psutil
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from swift.parallel.geometry import build_geometry
@@ -21,10 +21,10 @@ from swift.parallel.memory import Sharding, buffer_bytes, gradient_bytes, optimi
 from tests.models.cases import Shape, config
 from tests.parallel.measure import Live, on_meta
 
-# Wide and few tokens: activations are nothing beside 7M parameters.
-SHAPE = Shape((4, 4, 4), 2, (2, 2, 2, 1), (2, 2, 2, 2), (2, 2), 192, (2, 4))
+# Wide and few tokens: activations are nothing beside 27M parameters.
+SHAPE = Shape((4, 4, 4), 2, (2, 2, 2, 1), (2, 2, 2, 2), (2, 2), 384, (2, 4))
 VOLUME = (4, 4, 4, 2)
-BUCKET_BYTES = 1_500_000
+BUCKET_BYTES = 6_000_000
 
 
 def engine_config(stage: int, bf16: bool, accumulate: int) -> dict[str, Any]:
@@ -48,53 +48,79 @@ def engine_config(stage: int, bf16: bool, accumulate: int) -> dict[str, Any]:
     }
 
 
+class Weight(nn.Module):
+    """One parameter in a module of its own, as ZeRO 3 gathers module by module."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, 1e-3))
+
+    def forward(self, total: torch.Tensor) -> torch.Tensor:
+        """Adds its norm."""
+        return total + (self.weight.flatten() @ self.weight.flatten()).sqrt()
+
+
 class Chain(nn.Module):
-    """The weight matrices of a model one after the other: its parameters without its activations."""
+    """The parameters of a model one after the other, without its activations."""
 
     def __init__(self, shapes: list[torch.Size]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(torch.full(shape, 1e-3)) for shape in shapes)
+        self.parts = nn.ModuleList(Weight(shape) for shape in shapes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scalar."""
         total = x.sum()
-        for weight in self.weights:
-            total = total + (weight.flatten() @ weight.flatten()).sqrt()
+        for part in self.parts:
+            total = part(total)
         return total
 
 
-def run(rank: int, ranks: int, port: int, stage: int, bf16: bool, accumulate: int, results: Any) -> None:
-    """One rank."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    torch.set_num_threads(1)
+def resident() -> int:
+    """Bytes of this process in memory, with what its allocator could give back given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def train(shapes: list[torch.Size], stage: int, bf16: bool, accumulate: int, live: Live) -> tuple[Any, dict[str, int]]:
+    """Two steps of an engine; it, and the peaks of the second step."""
+    import deepspeed
+
+    settings = engine_config(stage, bf16, accumulate)
+    if stage == 3:
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = Chain(shapes)
+    else:
+        model = Chain(shapes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    x = torch.ones(1, dtype=torch.bfloat16 if bf16 else torch.float32)
+    for _ in range(2):
+        live.peak = backward = 0
+        for _ in range(accumulate):
+            engine.backward(engine(x).float())
+            backward = max(backward, live.peak)
+            live.peak = 0
+            engine.step()
+    return engine, {"backward_peak": backward, "step_peak": live.peak}
+
+
+def measure(stage: int, bf16: bool, accumulate: int) -> dict[str, int]:
+    """What this rank holds; for `tests.distributed.ranks.run`."""
     import deepspeed
 
     deepspeed.utils.logging.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
-    settings = engine_config(stage, bf16, accumulate)
     shapes = [parameter.shape for parameter in on_meta(config("factorized", SHAPE), VOLUME).parameters()]
+    # Code, groups of ranks and their buffers come with the first engine, however small.
+    small, _ = train(shapes[-4:], stage, bf16, accumulate, Live())
+    before = resident()
     with Live() as live:
-        if stage == 3:
-            with deepspeed.zero.Init(config_dict_or_path=settings):
-                model = Chain(shapes)
-        else:
-            model = Chain(shapes)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        del model, optimizer
-        x = torch.ones(1, dtype=torch.bfloat16 if bf16 else torch.float32)
-        for _ in range(2):
-            live.peak = backward = 0
-            for _ in range(accumulate):
-                engine.backward(engine(x).float())
-                backward = max(backward, live.peak)
-                live.peak = 0
-                engine.step()
-        found = {"states": live.now, "backward_peak": backward, "step_peak": live.peak}
-    if rank == 0:
-        results.put(found)
-    torch.distributed.barrier()
+        engine, peaks = train(shapes, stage, bf16, accumulate, live)
+        found = {"states": live.now, **peaks}
+    found["resident"] = resident() - before
+    del engine, small
+    return found
 
 
 def predict(stage: int, ranks: int, bf16: bool, accumulate: int) -> dict[str, float]:
@@ -129,15 +155,11 @@ def predict(stage: int, ranks: int, bf16: bool, accumulate: int) -> dict[str, fl
 
 def main() -> None:
     """Start the ranks and print both."""
+    from tests.distributed.ranks import run
+
     stage, ranks, bf16, accumulate = map(int, sys.argv[1:5])
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(run, (ranks, port, stage, bool(bf16), accumulate, results), nprocs=ranks)
-    print(json.dumps({"measured": results.get(), "predicted": predict(stage, ranks, bool(bf16), accumulate)}))
+    measured = run(measure, ranks, stage, bool(bf16), accumulate)[0]
+    print(json.dumps({"measured": measured, "predicted": predict(stage, ranks, bool(bf16), accumulate)}))
 
 
 if __name__ == "__main__":

@@ -97,8 +97,10 @@ def test_selective_does_not_repeat_matrix_products() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("how", ["none", "block"])
+@pytest.mark.parametrize("how", ["none", "block", "selective"])
 def test_compiled_blocks_compute_the_same(how: str) -> None:
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()  # else the limit of what is compiled in a process may be reached, and nothing is
     plain = made()
     compiled = made("parallel.compile=true", f"parallel.activation_checkpointing={how}")
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in compiled.named_parameters()]
@@ -106,3 +108,4 @@ def test_compiled_blocks_compute_the_same(how: str) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     for name, value in expected[1].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # a kind of block each

@@ -10,11 +10,11 @@ import psutil
 import pytest
 import torch
 
-from swift.build import check_memory
+from swift.build import check_memory, precision
 from swift.parallel.geometry import build_geometry
 from swift.parallel.launch import LAUNCH, SETTINGS, Place, current_place, first_to_report
 from swift.parallel.memory import reduce_bucket
-from swift.parallel.strategies import OneGpuEach, Ranks, build_strategy, check_place, deepspeed_config
+from swift.parallel.strategies import OneGpuEach, Ranks, build_strategy, check_place, cpu_adam, deepspeed_config
 from swift.utils.errors import UserError
 from tests.small import settings
 
@@ -117,6 +117,31 @@ def test_compiling_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"parallel.compile=true: torch.compile needs a C\+\+ compiler"):
         build_strategy(settings("parallel.compile=true"), "cpu", "32-true")
+
+
+def test_offload_without_a_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))  # nothing has been compiled before
+    monkeypatch.setenv("PATH", "/nowhere")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(UserError) as caught:
+        cpu_adam(optimizer)
+    assert str(caught.value).startswith("parallel=zero3_offload: DeepSpeed's CPU Adam cannot be compiled here (")
+    assert str(caught.value).endswith("ninja, or go on with torch's slower one: parallel.cpu_adam=false")
+    assert "\n" not in str(caught.value)
+
+
+def test_bf16_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, it is one line; `auto` takes float32. A CPU computes it in software."""
+    assert precision(settings("trainer.precision=bf16", "trainer.accelerator=cpu")) == "bf16-mixed"
+    assert precision(settings("trainer.precision=auto", "trainer.accelerator=cpu")) == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, name in ((False, "32-true"), (True, "bf16-mixed")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert precision(settings("trainer.accelerator=gpu")) == name
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(UserError, match=r"trainer.precision=bf16: this GPU has no bf16; use 32"):
+        precision(settings("trainer.precision=bf16", "trainer.accelerator=gpu"))
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, world: int, local: int) -> None:

@@ -1,8 +1,8 @@
 """How long a save stops training: `python -m tests.bench_save [--parameters N] [--saves K] [--folder DIR] [--json]`.
 
-One rank holds N fp32 weights and two moments of each (12 bytes a parameter, in tensors of at most 4M elements), and saves
-them K times as training does, in the background and not: the median seconds until training goes on, and those until the
-checkpoint is on the disk. Between two background saves it waits until the one before is done.
+One rank holds N fp32 weights and two moments of each (12 bytes a parameter, in tensors of at most 4M elements), and
+saves them K times as training does, in the background and not: the median seconds until training goes on, and those
+until the checkpoint is on the disk. Between two background saves it waits until the one before is done.
 """
 
 from __future__ import annotations

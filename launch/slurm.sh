@@ -51,9 +51,13 @@ job_state() {
     scontrol --oneliner show job "$JOB" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p'
 }
 
-# Whether nobody has ended the job from outside: who cancels a job does not want it back.
+# Whether nobody has ended the job from outside: who cancels a job does not want it back. While this script runs on, Slurm
+# calls such a job COMPLETING, and one at its time limit too.
 still_wanted() {
-    [ "$(job_state)" != CANCELLED ]
+    case $(job_state) in
+    CANCELLED) return 1 ;;
+    COMPLETING) [ "$SECONDS" -ge "$((SWIFT_TIME_SECONDS - 30))" ] ;;
+    esac
 }
 
 # queue_again [BAD_NODE ...]: the same job, later. It ends this script, so what is to follow must be shielded.

@@ -110,6 +110,12 @@ def _jobs(launcher: LauncherConfig, points: Sequence[Prepared]) -> list[tuple[Pa
     if len(points) == 1 or not (launcher.array or launcher.pack > 1):
         return [(point.script, [point]) for point in points]
     sweep = points[0].run_dir.parent
+    for point in points:
+        if point.cfg.launcher != launcher:
+            raise UserError(
+                f"launcher.array, launcher.pack: {points[0].run_dir.name} and {point.run_dir.name} ask for different "
+                "jobs, but points that share one have the same launcher settings: leave it out"
+            )
     suffix = SUFFIX[launcher.scheduler]
     size = len(points) if launcher.array else launcher.pack
     jobs: list[tuple[Path, Sequence[Prepared]]] = []

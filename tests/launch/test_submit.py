@@ -123,6 +123,7 @@ BAD = [
     ([ACCOUNT, "parallel.nodes=4"], "parallel.nodes=4: does not match launcher.nodes=16 x launcher.ranks_per_node=8"),
     ([ACCOUNT, "parallel.devices=2"], "parallel.devices=2: does not match"),
     ([ACCOUNT, "parallel=single"], "parallel=single: one rank, but launcher.nodes=16"),
+    ([ACCOUNT, "launcher.global_batch=192"], "launcher.global_batch=192: must be a multiple of the 128 ranks"),
     ([ACCOUNT, "launcher.site=moon"], "launcher.site=moon: no launch/sites/moon.sh"),
     ([ACCOUNT, "launcher.environment=/gone.tar.gz"], "launcher.environment=/gone.tar.gz: no such file"),
     ([ACCOUNT, "data.path=/gone"], "/gone: no store.json and no manifest.csv in it"),
@@ -144,6 +145,34 @@ def test_bad_input_gets_one_line_and_queues_nothing(
     assert "Traceback" not in done.stderr
     assert not (cluster / "calls").exists()
     assert not run.exists()
+
+
+def test_a_file_system_that_takes_nothing(cluster: Path, store: Path) -> None:
+    done = train(Path("/proc/swift-run"), store, ACCOUNT)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: run_dir=/proc/swift-run cannot be written")
+    assert not (cluster / "calls").exists()
+
+
+@pytest.mark.parametrize(("clips", "batch", "accumulate"), [(96, 4, 1), (24, 1, 1), (1200, 10, 5), (264, 11, 1)])
+def test_one_batch_is_dealt_to_the_ranks(
+    cluster: Path, store: Path, tmp_path: Path, clips: int, batch: int, accumulate: int
+) -> None:
+    """Of 24 ranks each takes 11 clips at a time at most, and as few times as share them evenly."""
+    run = tmp_path / "run"
+    words = ["launcher.nodes=3", f"launcher.global_batch={clips}", "data.batch_size=11", "trainer.accumulate=7"]
+    done = train(run, store, ACCOUNT, *words)
+    assert done.returncode == 0, done.stderr
+    frozen = load_frozen(run, [])
+    assert (frozen.data.batch_size, frozen.trainer.accumulate) == (batch, accumulate)
+
+
+def test_points_of_different_jobs_share_none(cluster: Path, store: Path, tmp_path: Path) -> None:
+    words = ["-m", ACCOUNT, f"hydra.sweep.dir={tmp_path}/sweep", "launcher.nodes=1,2", "launcher.array=true"]
+    done = train(tmp_path / "unused", store, *words)
+    assert done.returncode == 2
+    assert "0_nodes-1 and 1_nodes-2 ask for different jobs" in done.stderr
+    assert not (cluster / "calls").exists()
 
 
 def test_a_machine_without_sbatch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

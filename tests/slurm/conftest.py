@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, a packed environment, and the runs that the tests submit to it."""
+"""A real Slurm of four nodes on this machine, a packed environment, and the runs that the tests submit to it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.small import DATA, MODEL, small_store
 ROOT = Path(__file__).parents[2]
 STEPS = 300
 """Optimizer steps of a run, a tenth of a second each: long enough to be met in the middle."""
+ALL_NODES = "n[1-4]"
 LOCAL_SLURM = ROOT / "launch" / "local_slurm.sh"
 
 
@@ -36,7 +37,7 @@ def eventually(what: str, holds: Callable[[], object], seconds: float = 300.0) -
 
 @dataclass
 class Cluster:
-    """The two nodes n1 and n2."""
+    """The nodes n1 to n4."""
 
     folder: Path
     store: Path
@@ -152,7 +153,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # A copy: what is edited while these tests run, for minutes, must not make two runs differ.
     code = copy_code(folder / "code")
     env = os.environ | {"SWIFT_CACHE": str(folder / "cache"), "SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run([LOCAL_SLURM, "start", folder], check=True, env=env, stdout=subprocess.DEVNULL)
+    subprocess.run([LOCAL_SLURM, "start", folder, "4"], check=True, env=env, stdout=subprocess.DEVNULL)
     try:
         yield Cluster(folder, store, archive, code, dict(env))
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import STEPS, Cluster, Run, copy_code, eventually
+from tests.slurm.conftest import ALL_NODES, STEPS, Cluster, Run, copy_code, eventually
 from tests.small import DATA, MODEL
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -58,7 +58,7 @@ def test_start_up_is_timed_by_phase_and_nodes_are_watched(undisturbed: Run) -> N
 def test_later_edits_of_conf_and_code_change_nothing(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
     copy = copy_code(tmp_path / "checkout")
     edited = Cluster(cluster.folder, cluster.store, cluster.environment, copy, cluster.env)
-    cluster.call("scontrol", "update", "nodename=n1,n2", "state=drain", "reason=test")
+    cluster.call("scontrol", "update", f"nodename={ALL_NODES}", "state=drain", "reason=test")
     try:
         run = edited.submit(tmp_path / "edited")
         assert cluster.states()[run.job] == "PENDING"
@@ -67,7 +67,7 @@ def test_later_edits_of_conf_and_code_change_nothing(cluster: Cluster, undisturb
         (copy / "swift" / "train.py").write_text("raise SystemExit('edited')\n")
         (copy / "launch" / "rank.sh").write_text("exit 1\n")
     finally:
-        cluster.call("scontrol", "update", "nodename=n1,n2", "state=resume")
+        cluster.call("scontrol", "update", f"nodename={ALL_NODES}", "state=resume")
     run.wait()
     assert "the run is finished" in run.log(), run.log()
     assert run.checkpoint() == undisturbed.checkpoint()
@@ -84,42 +84,68 @@ def test_tiny_with_zero1_as_typed(cluster: Cluster, tmp_path: Path) -> None:
     assert json.loads((run.path / "summary.json").read_text())["steps"] == 4, run.log()
 
 
+SMALL = [*(word for word in MODEL if "patch_size" not in word), *DATA]
+QUICK = ["trainer.figures=false", "trainer.threads=1", "trainer.val_batches=1", "launcher.health=false"]
+
+
 def sweep(cluster: Cluster, folder: Path, *words: str) -> list[Path]:
-    """Submit a sweep of small runs of one rank each, wait, and return the folders of its points."""
-    small = ["data=store", f"data.path={cluster.store}", *MODEL, *DATA, "trainer.max_steps=4", "trainer.val_every=2"]
-    one = ["+launcher=local", "launcher.nodes=1", "trainer.figures=false", "trainer.threads=1", "launcher.health=false"]
-    done = cluster.train("-m", f"hydra.sweep.dir={folder}", *small, *one, *words)
+    """Submit a sweep of small runs, wait, and return the folders of its points."""
+    small = ["data=store", f"data.path={cluster.store}", *SMALL, *QUICK, "launcher.monitor_seconds=0"]
+    done = cluster.train("-m", f"hydra.sweep.dir={folder}", "+launcher=local", *small, *words)
     assert done.returncode == 0, done.stderr
-    eventually("end of the sweep", lambda: not cluster.states(), 600)
+    eventually("end of the sweep", lambda: not cluster.states(), 900)
     points = sorted(path for path in folder.iterdir() if (path / "config.yaml").exists())
     logs = {path.name: "".join(log.read_text() for log in path.glob("log/*")) for path in [folder, *points]}
     assert all((path / "launch" / "finished").exists() for path in points), logs
     return points
 
 
-def test_a_sweep_side_by_side_and_its_table(cluster: Cluster, tmp_path: Path) -> None:
-    points = sweep(
-        cluster, tmp_path / "pack", "task.mask_ratio=0.4,0.8", "task.mask_unit=null,[8,4,4,2]", "launcher.pack=2"
-    )
+def report(cluster: Cluster, *words: str) -> str:
+    command = [sys.executable, "-m", "swift.report", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cluster.folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("how", ["launcher.pack=2", "launcher.array=true", "launcher.pack=1"])
+def test_mask_ratio_by_patch_size_and_the_table(cluster: Cluster, tmp_path: Path, how: str) -> None:
+    """Two points side by side in a job, one array, a job a point."""
+    two_steps = ["launcher.nodes=1", "trainer.max_steps=2", "trainer.val_every=2", "trainer.log_every=1"]
+    swept = ["task.mask_ratio=0.4,0.8", "model.patch_size=[4,4,4,2],[4,4,4,4]"]
+    points = sweep(cluster, tmp_path / "sweep", *two_steps, *swept, how)
     assert [point.name for point in points] == [
-        "0_mask_ratio-0.4_mask_unit-null",
-        "1_mask_ratio-0.4_mask_unit-8x4x4x2",
-        "2_mask_ratio-0.8_mask_unit-null",
-        "3_mask_ratio-0.8_mask_unit-8x4x4x2",
+        "0_mask_ratio-0.4_patch_size-4x4x4x2",
+        "1_mask_ratio-0.4_patch_size-4x4x4x4",
+        "2_mask_ratio-0.8_patch_size-4x4x4x2",
+        "3_mask_ratio-0.8_patch_size-4x4x4x4",
     ]
-    nodes = {
-        line["nodes"] for point in points for line in Run(cluster, point, "").lines("attempts.jsonl") if "nodes" in line
-    }
-    assert nodes == {"n1", "n2"}
-    command = [sys.executable, "-m", "swift.report", *map(str, points)]
-    table = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert table.returncode == 0, table.stderr
-    assert all(point.name in table.stdout for point in points)
+    jobs = {json.loads((point / "jobs.jsonl").read_text())["job"].partition("_")[0] for point in points}
+    assert len(jobs) == {"launcher.pack=2": 2, "launcher.array=true": 1, "launcher.pack=1": 4}[how]
+    rows = {row["run"]: row for row in json.loads(report(cluster, "--json", "--no-figures", *map(str, points)))}
+    assert sorted(rows) == [point.name for point in points]
+    for point in points:
+        summary = json.loads((point / "summary.json").read_text())
+        assert rows[point.name]["val_l1_last"] == pytest.approx(summary["val_l1"])
+    assert all(point.name in report(cluster, "--no-figures", *map(str, points)) for point in points)
 
 
-def test_a_sweep_as_one_array(cluster: Cluster, tmp_path: Path) -> None:
-    points = sweep(cluster, tmp_path / "array", "seed=1,2", "launcher.array=true")
-    assert [point.name for point in points] == ["0_seed-1", "1_seed-2"]
+def test_strong_scaling_from_one_command(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One, two and four nodes (simulated: they share the processors of this machine), one after another."""
+    steps = ["+sweep=strong_scaling", "launcher.global_batch=4", "trainer.max_steps=12", "trainer.phases_every=4"]
+    one_by_one = "launcher.batch_options=['--job-name=scaling','--dependency=singleton']"
+    words = [*steps, "model.patch_size=[4,4,4,2]", "parallel=zero1", "launcher.nodes=1,2,4", one_by_one]
+    points = sweep(cluster, tmp_path / "sweep", *words, "trainer.log_every=2", "data.batch_size=2")
+    assert [point.name for point in points] == ["0_nodes-1", "1_nodes-2", "2_nodes-4"]
+    rows = json.loads(report(cluster, "strong_scaling", "--json", *map(str, points)))
+    assert [(row["nodes"], row["ranks"], row["clips_per_step"]) for row in rows] == [(n, n, 4) for n in (1, 2, 4)]
+    for row in rows:
+        assert sum(row["seconds"].values()) == pytest.approx(row["step_seconds"])
+        assert row["clips_per_second"] == pytest.approx(4 / row["step_seconds"], rel=0.3)
+        assert min(row["seconds"][phase] for phase in ("data", "compute", "other")) > 0
+    assert rows[0]["seconds"]["communication"] < rows[1]["seconds"]["communication"]
+    assert rows[0]["efficiency"] == 1
+    with capsys.disabled():
+        print("\n" + report(cluster, "strong_scaling", str(tmp_path / "sweep")))
 
 
 def test_a_refusal_of_slurm_is_passed_on(cluster: Cluster, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Cluster:
         env = (
             self.env | {"PYTHONPATH": str(self.code)} | ({"SWIFT_ENVIRONMENT": str(self.environment)} if packed else {})
         )
-        command = [sys.executable, "-m", "swift.train", *words]
+        command = [sys.executable, "-m", "swift.train", *words, f"launcher.node_local={self.folder}/scratch"]
         return subprocess.run(command, capture_output=True, text=True, env=env, cwd=self.folder)
 
     def submit(self, run: Path, *words: str, packed: bool = False) -> Run:
@@ -87,11 +87,11 @@ class Run:
     path: Path
     job: str
 
-    def wait(self, seconds: float = 400.0) -> None:
+    def wait(self, seconds: float = 900.0) -> None:
         """Until its job has left the queue."""
         eventually(f"end of job {self.job}\n{self.log()}", lambda: self.job not in self.cluster.states(), seconds)
 
-    def wait_for_step(self, step: int, seconds: float = 300.0) -> None:
+    def wait_for_step(self, step: int, seconds: float = 600.0) -> None:
         """Until the run has got that far."""
         eventually(f"step {step} of job {self.job}", lambda: self.step() >= step, seconds)
 
@@ -153,8 +153,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # A copy: what is edited while these tests run, for minutes, must not make two runs differ.
     code = copy_code(folder / "code")
     env = os.environ | {"SWIFT_CACHE": str(folder / "cache"), "SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run([LOCAL_SLURM, "start", folder, "4"], check=True, env=env, stdout=subprocess.DEVNULL)
+    # Whoever ends pytest gently ends the daemons too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        subprocess.run([LOCAL_SLURM, "start", folder, "4"], check=True, env=env, stdout=subprocess.DEVNULL)
         yield Cluster(folder, store, archive, code, dict(env))
     finally:
         subprocess.run([LOCAL_SLURM, "stop", folder], check=False, env=env, stdout=subprocess.DEVNULL)

@@ -33,6 +33,7 @@ CHOICES = {
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy"),
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
+    "task.pooling": ("mean", "mean_std"),
     "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r"),
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),

@@ -198,6 +198,9 @@ class TaskConfig:
     """How much of the model is trained. scratch: all, without init= | linear: a linear head on the frozen encoder |
     attentive: a head with attention pooling on the frozen encoder | last_block: the head and the last block | lora:
     the head and low-rank changes of the attention | full: all, lower layers slower (layer_decay)."""
+    pooling: str = "mean"
+    """What the head sees of the last stage (not of adapt=attentive). mean: over the brain's tokens | mean_std: mean and
+    standard deviation, so that a linear head sees how strongly a feature varies in the brain."""
     layer_decay: float = 0.75
     """adapt=full: factor on the learning rate from one block to the one below it."""
     lora_rank: int = 8

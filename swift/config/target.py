@@ -63,6 +63,8 @@ def check_target(task: TaskConfig, init: str | None) -> None:
         _require(value >= 0 and math.isfinite(value), f"task.target.{name}", value, "must be seconds, 0 or more")
     _check_source(target)
     _check_classes(task, target)
+    legal = "adapt=attentive pools by attention: leave it at mean"
+    _require(task.adapt != "attentive" or task.pooling == "mean", "task.pooling", task.pooling, legal)
     if task.adapt == "scratch":
         legal = "task.adapt=scratch begins with random weights; choose linear, attentive, last_block, lora or full"
         _require(init is None, "init", init, legal)

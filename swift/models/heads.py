@@ -19,6 +19,9 @@ from swift.models.encoder import SwinEncoder
 from swift.models.init import NORMAL, Init
 from swift.models.pooling import brain_tokens, pool
 
+EPSILON = 1e-6
+"""Under the root of a variance, whose gradient at 0 would be infinite."""
+
 
 class LatentPool(AttentionPoolLatent):
     """Attention pooling with one learned query (timm's), over the brain tokens.
@@ -48,18 +51,20 @@ class Head(nn.Module):
         cfg: The architecture.
         outputs: K.
         per_frame: One output a frame instead of one a clip.
-        attentive: Pool by attention instead of by the mean.
+        pooling: mean | mean_std | attention.
     """
 
-    def __init__(self, cfg: ModelConfig, outputs: int, per_frame: bool, attentive: bool):
+    def __init__(self, cfg: ModelConfig, outputs: int, per_frame: bool, pooling: str):
         super().__init__()
         stage = len(cfg.depths) - 1
         dim = cfg.embed_dim << stage
         self.patch, self.stage, self.per_frame = tuple(cfg.patch_size), stage, per_frame
         base = None if cfg.attention_base_width is None else cfg.attention_base_width << stage
-        self.pool = LatentPool(dim, cfg.num_heads[-1], base) if attentive else None
-        self.norm = nn.LayerNorm(dim)
-        self.linear = nn.Linear(dim, outputs * (self.patch[3] if per_frame else 1))
+        self.pool = LatentPool(dim, cfg.num_heads[-1], base) if pooling == "attention" else None
+        self.spread = pooling == "mean_std"
+        width = 2 * dim if self.spread else dim
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, outputs * (self.patch[3] if per_frame else 1))
 
     def forward(self, features: Tensor, brain: Tensor, frames: int) -> Tensor:
         """Outputs of a clip.
@@ -81,11 +86,19 @@ class Head(nn.Module):
         # Of a patch of several frames each has outputs of its own; the last patch may reach beyond the clip.
         return out.unflatten(-1, (self.patch[3], -1)).flatten(1, 2)[:, :frames]
 
+    def _mean(self, features: Tensor, tokens: Tensor) -> Tensor:
+        mean = pool(features, tokens)
+        return mean if self.per_frame else mean.mean(1)
+
     def _pooled(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """(B, C) over space and time, or (B, t, C) over space."""
+        """(B, C) over space and time, or (B, t, C) over space; twice as many with the standard deviation."""
         if self.pool is None:
-            mean = pool(features, tokens)
-            return mean if self.per_frame else mean.mean(1)
+            mean = self._mean(features, tokens)
+            if not self.spread:
+                return mean
+            centre = mean[:, None, None, None] if self.per_frame else mean[:, None, None, None, None]
+            variance = self._mean((features - centre).square(), tokens)
+            return torch.cat([mean, (variance + EPSILON).sqrt()], -1)
         batch, _, _, _, steps, channels = features.shape
         hidden = torch.where(tokens.flatten(1), 0.0, -torch.inf).to(features.dtype)
         if self.per_frame:
@@ -114,7 +127,8 @@ class TargetModel(nn.Module):
         self.volume = (*grid, frames)
         self.encoder = SwinEncoder(cfg, grid, frames)
         outputs = 1 if task.target.kind == "regression" else len(task.target.classes)
-        self.head = Head(cfg, outputs, task.target.per == "frame", task.adapt == "attentive")
+        pooling = "attention" if task.adapt == "attentive" else task.pooling
+        self.head = Head(cfg, outputs, task.target.per == "frame", pooling)
         adapt(self.encoder, task)
 
     def blocks(self) -> list[nn.Module]:

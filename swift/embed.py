@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
+from swift.utils.options import add_model_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -269,23 +270,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which weights, and how scans are brought to what they were trained on."""
-    parser.add_argument("--which", default="latest", help="of a run: latest (default), best, or a checkpoint's name")
-    parser.add_argument("--config", type=Path, metavar="RUN", help="settings for a SwiFT v1 file, which has none")
-    parser.add_argument(
-        "--mask", type=Path, metavar="NIFTI", help="brain mask of NIfTI scans (else: the one beside, or computed)"
-    )
-    parser.add_argument("--tr", type=float, metavar="S", help="TR in seconds, where files do not say")
-    parser.add_argument(
-        "--other-tr",
-        choices=("refuse", "resample", "keep"),
-        default="refuse",
-        help="scans of another TR than the model was trained on (default: refuse)",
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -37,6 +37,8 @@ class Maps:
 
     Attributes:
         gradients: (X, Y, Z) integrated gradients, summed over the frames; in units of the output.
+        size: (X, Y, Z) their sizes (without signs), summed over the frames: what rises and falls with a voxel's course
+            does not cancel.
         occlusion: (X, Y, Z) loss of output with a voxel's cube at the baseline; None: not asked for.
         outputs, baselines: (clips,) output of each clip and of its baseline.
         gaps: (clips,) sum of a clip's integrated gradients minus the difference of its outputs: the error of the
@@ -44,6 +46,7 @@ class Maps:
     """
 
     gradients: np.ndarray
+    size: np.ndarray
     occlusion: np.ndarray | None
     outputs: np.ndarray
     baselines: np.ndarray
@@ -160,7 +163,7 @@ def attribute(
         batch: Clips through the model at once.
         progress: Called after each clip.
     """
-    gradients, lost = np.zeros(scan.mask.shape), np.zeros(scan.mask.shape)
+    gradients, size, lost = (np.zeros(scan.mask.shape) for _ in range(3))
     outputs, stills, gaps = [], [], []
     for start in starts:
         clip = scan.clips([start], device)
@@ -168,6 +171,7 @@ def attribute(
         still = baseline_of(bold, brain, baseline)
         shares, gap = integrated_gradients(score, bold, brain, still, limit, batch)
         gradients += shares[0, 0].sum(-1).double().cpu().numpy()
+        size += shares[0, 0].abs().sum(-1).double().cpu().numpy()
         if window is not None:
             lost += occlusion(score, bold, brain, still, window, batch).double().cpu().numpy()
         with torch.no_grad():
@@ -178,6 +182,7 @@ def attribute(
     count = len(starts)
     return Maps(
         gradients / count,
+        size / count,
         lost / count if window is not None else None,
         np.asarray(outputs),
         np.asarray(stills),

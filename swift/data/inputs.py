@@ -272,6 +272,8 @@ def fit(scan: Scan, contract: Contract, fitting: Fitting) -> FittedScan:
 
 
 def _fit_source(source: Source, contract: Contract, fitting: Fitting) -> FittedScan:
+    # What only ingestion keeps is not even looked at.
+    source = replace(source, events=None, confounds=None)
     if fitting.mask is not None and not source.is_frames:
         source = replace(source, mask=fitting.mask)
     recipe = Recipe(contract.grid, contract.spacing, tr=fitting.tr, confounds=False)

@@ -1,0 +1,23 @@
+"""Options that several commands have in common; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which weights, and how scans are brought to what they were trained on."""
+    parser.add_argument("--which", default="latest", help="of a run: latest (default), best, or a checkpoint's name")
+    parser.add_argument("--config", type=Path, metavar="RUN", help="settings for a SwiFT v1 file, which has none")
+    parser.add_argument(
+        "--mask", type=Path, metavar="NIFTI", help="brain mask of NIfTI scans (else: the one beside, or computed)"
+    )
+    parser.add_argument("--tr", type=float, metavar="S", help="TR in seconds, where files do not say")
+    parser.add_argument(
+        "--other-tr",
+        choices=("refuse", "resample", "keep"),
+        default="refuse",
+        help="scans of another TR than the model was trained on (default: refuse)",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")

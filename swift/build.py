@@ -102,6 +102,8 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
         data.seen_before = list(module.seen_before or [])
         return
     assert isinstance(module, FinetuneModule)
+    if module.cfg.init is None and module.cfg.task.adapt != "scratch":
+        log.warning("task.adapt=%s without init=: the encoder stays at its random weights", module.cfg.task.adapt)
     if module.first_weights is not None:
         data.check_seen(module.seen_before, str(module.cfg.init))
     info: dict[str, Any] = {"mean": data.scaling.mean, "std": data.scaling.std}

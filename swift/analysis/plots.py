@@ -18,7 +18,7 @@ from swift.utils.errors import UserError
 
 __all__ = ["loss_curve", "reconstruction"]
 
-LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error"}
+LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error", "cross_entropy": "cross entropy"}
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -71,7 +71,7 @@ def loss_curve(run_dirs: Sequence[str | Path], out: str | Path | None) -> Figure
         fig = Figure(figsize=(WIDTH, 3.9), dpi=DPI, layout="constrained")
         ax = fig.subplots()
         one = f": {runs[0].summary.get('model') or runs[0].name}" if len(runs) == 1 else ""
-        fig.suptitle(f"Masked pre-training{one}", x=0.01, ha="left", fontsize=9.5)
+        fig.suptitle(f"{runs[0].target or 'Masked pre-training'}{one}", x=0.01, ha="left", fontsize=9.5)
         for index, run in enumerate(runs):
             _draw_run(ax, run, index, alone=len(runs) == 1)
         baselines = runs[0].baselines
@@ -118,7 +118,7 @@ def _draw_run(ax: Axes, run: Run, index: int, alone: bool) -> None:
             ms=3.5,
             markevery=every,
             gid="val",
-            label=f"{label}held-out clips",
+            label=f"{label}{'validation' if run.target else 'held-out clips'}",
         )
 
 
@@ -143,7 +143,12 @@ def _frame(ax: Axes, runs: Sequence[Run], baselines: dict[str, float]) -> None:
     units = {run.unit for run in runs}
     unit = units.pop() if len(units) == 1 else "normalized units of each run"
     ax.set_xlabel("optimizer step")
-    ax.set_ylabel(f"mean absolute error at masked voxels\n({unit})")
+    targets = [LOSSES.get(run.loss, run.loss) for run in runs if run.target]
+    ax.set_ylabel(
+        f"{targets[0]}; validation: of the averaged predictions"
+        if targets
+        else f"mean absolute error at masked voxels\n({unit})"
+    )
     ax.grid(axis="y", color="#E6E6E6", lw=0.6)
     ax.set_axisbelow(True)
 

@@ -57,8 +57,18 @@ class Run:
         return str(self._setting("task", "loss") or "l1")
 
     @property
+    def target(self) -> str | None:
+        """Name of the task, if it has a target; None of pre-training."""
+        return str(self._setting("task", "name")) if self._setting("task", "target") else None
+
+    @property
     def val_key(self) -> str:
-        """What is compared with the baselines: val/l1, or val/loss where that is missing and the loss is L1."""
+        """What is compared with the baselines: val/l1, or val/loss where that is missing and the loss is L1.
+
+        Of a task with a target: val/loss, of averaged predictions.
+        """
+        if self.target:
+            return "val/loss"
         has_l1 = any("val/l1" in record for record in self.records)
         return "val/l1" if has_l1 or self.loss != "l1" else "val/loss"
 

@@ -5,6 +5,7 @@ Shapes: B batch, X Y Z T voxels and frames, K classes (1 for a regression), R cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,8 @@ class FinetuneModule(TrainingModule):
             self.log(f"val/{name}", value)
         select = self.cfg.task.select
         value = found[select] if select in LOWER_IS_BETTER else -found[select]
+        # Undefined (the correlation of constant predictions) is worse than anything.
+        value = value if math.isfinite(value) else math.inf
         self.log("val/select", value)
         self.log("step", float(self.global_step))
         if self._best is None or value < self._best:

@@ -203,6 +203,55 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["seed=-1"], "seed=-1", "[0, 4294967295]"),
     (["seed=4294967296"], "seed=4294967296", "[0, 4294967295]"),
     (["run_dir="], "run_dir=''", "must name a folder"),
+    # Tasks with a target.
+    (["task.name=mine"], "task.name=mine", "a task without task.target is pretrain"),
+    (["task=sex", "task.name=pretrain"], "task.name=pretrain", "a name of its own"),
+    (["task.target={kind: nonsense}"], "task.name=pretrain", "a name of its own"),
+    (["task=sex", "task.target.kind=nonsense"], "task.target.kind=nonsense", "binary, multiclass, regression"),
+    (["task=sex", "task.target.per=voxel"], "task.target.per=voxel", "subject, frame"),
+    (["task=sex", "task.target.source=nonsense"], "task.target.source=nonsense", "manifest, events, confounds"),
+    (
+        ["task=sex", "task.target.source=events"],
+        "task.target.source=events",
+        "per=subject is read from source=manifest",
+    ),
+    (["task=sex", "task.target.others=drop"], "task.target.others=drop", "refuse, leave_out"),
+    (["task=sex", "task.target.column=null"], "task.target.column=None", "must name a column"),
+    (["task=sex", "task.target.classes=[F]"], "task.target.classes=['F']", "two names for kind=binary"),
+    (["task=sex", "task.target.classes=[F,F|M]"], "task.target.classes=['F', 'F|M']", "must differ"),
+    (["task=diagnosis", "task.target.classes=[a,b]"], "task.target.classes=['a', 'b']", "three or more"),
+    (["task=age", "task.target.classes=[a,b]"], "task.target.classes=['a', 'b']", "a regression has none"),
+    (["task=sex", "task.target.foo=1"], "task.target.foo=1", "those of task.target are kind, per"),
+    (["task=sex", "task.target.delay_seconds=-1"], "task.target.delay_seconds=-1", "0 or more"),
+    (["task=task_rest", "task.target.bridge_seconds=-1"], "task.target.bridge_seconds=-1", "0 or more"),
+    (["task=task_rest", "task.target.response=fir"], "task.target.response=fir", "shift, hrf"),
+    (["task=task_rest", "task.target.response=hrf"], "task.target.response=hrf", "kind=regression"),
+    (["task=sex", "task.loss=l1"], "task.loss=l1", "classes are trained with cross_entropy"),
+    (["task=age", "task.loss=cross_entropy"], "task.loss=cross_entropy", "l1, smooth_l1 or l2"),
+    (["task.loss=cross_entropy"], "task.loss=cross_entropy", "pre-training takes l1"),
+    (["task.adapt=linear"], "task.adapt=linear", "is for tasks with task.target"),
+    (["task=sex", "init=somewhere"], "init=somewhere", "task.adapt=scratch begins with random weights"),
+    *[
+        (["task=sex", f"task.adapt={adapt}"], f"task.adapt={adapt}", "needs init=RUN_OR_FILE")
+        for adapt in ("last_block", "lora", "full")
+    ],
+    (
+        ["task=sex", "init=x", "task.adapt=attentive", "task.pooling=mean_std"],
+        "task.pooling=mean_std",
+        "leave it at mean",
+    ),
+    (["task.layer_decay=0"], "task.layer_decay=0.0", "(0, 1]"),
+    (["task.lora_rank=0"], "task.lora_rank=0", "at least 1"),
+    (["task.lora_alpha=0"], "task.lora_alpha=0.0", "above 0"),
+    (["task.patience=-1"], "task.patience=-1", "not be negative"),
+    (["task.eval_stride=0"], "task.eval_stride=0", "at least 1, or null"),
+    (["task.test_fraction=1"], "task.test_fraction=1.0", "(0, 1)"),
+    (["task.class_weights=[1,-1]"], "task.class_weights=[1.0, -1.0]", "numbers above 0"),
+    (["task=sex", "task.class_weights=[1,1,1]"], "task.class_weights=[1.0, 1.0, 1.0]", "each of the 2 classes"),
+    (["task=age", "task.class_weights=[1]"], "task.class_weights=[1.0]", "a regression has no classes"),
+    (["task=age", "task.balance=true"], "task.balance=True", "a regression has no classes"),
+    (["task=age", "task.select=auroc"], "task.select=auroc", "kind=regression takes loss, mae, r"),
+    (["task=sex", "task.select=mae"], "task.select=mae", "kind=binary takes loss, auroc"),
     # Types.
     (["model.embed_dim=wide"], "model.embed_dim=wide", "must be an integer"),
     (["trainer.max_steps=1.5"], "trainer.max_steps=1.5", "must be an integer"),
@@ -246,6 +295,7 @@ def test_the_edges_of_the_legal_are_legal() -> None:
 CHECKED_TOGETHER = {
     "wandb", "figures", "patch_norm", "final_norm", "verify", "split", "path", "init", "resume", "launcher",
     "loss_background", "cpu_adam", "compile", "overlap", "budget_seed", "stage_dir", "checkpoint_background",
+    "allow_seen", "allow_id_leak",
 }  # fmt: skip
 """Settings of which every value of the type is legal here; files and folders are looked at when they are opened."""
 

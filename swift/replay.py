@@ -65,7 +65,7 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     batch, recorded, facts = read_batch(path)
     import torch
 
-    from swift.build import build_module, start_from
+    from swift.build import build_module, weights_at
     from swift.callbacks.nonfinite import Trace, describe
 
     cfg = settings(facts)
@@ -75,7 +75,15 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     torch.set_float32_matmul_precision(facts["matmul"])
     device = torch.device("cuda" if facts["device"] == "cuda" and torch.cuda.is_available() else "cpu")
     module = build_module(cfg)
-    start_from(module, str(where))
+    try:
+        weights, _ = weights_at(where, module)
+    except ValueError as error:
+        raise UserError(f"weights {where}: {error}") from error
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name not in weights.shapes:
+                raise UserError(f"weights {where}: have no {name}")
+            parameter.view(-1).copy_(weights.read(name, 0, parameter.numel()))
     stand_in(module, facts)
     module.to(device).train()
     on_device = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
@@ -134,6 +142,8 @@ def weights_of(path: Path, facts: dict[str, Any]) -> tuple[Path, bool]:
 
 def stand_in(module: Any, facts: dict[str, Any]) -> None:
     """Give a module what its training step asks a Trainer for, as it was then; it logs nothing."""
+    if facts["target"]:
+        module.target_info = facts["target"]
     module._trainer = SimpleNamespace(
         global_step=facts["step"] - 1,
         global_rank=facts["rank"],

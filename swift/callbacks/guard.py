@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HELD_BYTES = 2 << 30
 """Batches of an optimizer step that are held on the device until it is over; those beyond are read again."""
+ROWS, CLIPS = ("sample_id", "scan", "start", "valid"), ("bold", "brain")
+"""What says where the clips of a batch come from, and the clips themselves."""
 RANKS = 2
 """Ranks whose batches are kept of one step."""
 
@@ -40,14 +42,14 @@ class Micro:
 
     Attributes:
         number: Of the batch, as Lightning counts.
-        batch: As the training step gets it; None where too much would be held.
-        rows: sample_id, scan, start, valid, (B,) each; None where the batch has none.
+        batch: As the training step gets it; without its clips where too much would be held.
+        whole: Whether it has them.
         loss: Divided by the micro-batches of a step.
     """
 
     number: int
-    batch: dict[str, Any] | None
-    rows: list[Tensor] | None
+    batch: dict[str, Any]
+    whole: bool
     loss: Tensor | None = None
 
 
@@ -92,11 +94,10 @@ class Guard(pl.Callback):
         """Hold the batch until the step is over."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._micros.clear()
-        held = sum(map(_bytes, (micro.batch or {} for micro in self._micros)))
-        names = ("sample_id", "scan", "start", "valid")
-        rows = [batch[name] for name in names] if all(name in batch for name in names) else None
-        kept = batch if rows is None or not self._micros or held + _bytes(batch) <= HELD_BYTES else None
-        self._micros.append(Micro(batch_idx, kept, rows))
+        held = sum(_bytes(micro.batch) for micro in self._micros)
+        whole = not self._micros or held + _bytes(batch) <= HELD_BYTES or not all(name in batch for name in ROWS)
+        kept = batch if whole else {name: value for name, value in batch.items() if name not in CLIPS}
+        self._micros.append(Micro(batch_idx, kept, whole))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Note the loss; nothing waits for it."""
@@ -198,13 +199,12 @@ class Guard(pl.Callback):
         return found
 
     def _batch(self, trainer: pl.Trainer, micro: Micro) -> dict[str, Any]:
-        """The batch of a micro-batch, read again where it was not held (then without what a task adds to it)."""
-        if micro.batch is not None:
+        """The batch of a micro-batch, its clips read again where they were not held."""
+        if micro.whole:
             return micro.batch
-        assert micro.rows is not None
-        rows = list(zip(*(part.tolist() for part in micro.rows)))
+        rows = list(zip(*(micro.batch[name].long().tolist() for name in ROWS)))
         dense = read_again(trainer.datamodule, rows)  # type: ignore[attr-defined]
-        return {name: value.to(trainer.strategy.root_device) for name, value in dense.items()}
+        return micro.batch | {name: dense[name].to(trainer.strategy.root_device) for name in CLIPS}
 
     def _details(self, trainer: pl.Trainer, place: int, found: dict[int, Any]) -> dict[str, Any]:
         """What this rank has to say about its micro-batch `place`."""
@@ -219,7 +219,7 @@ class Guard(pl.Callback):
             "input": describe(batch["bold"]) if "bold" in batch else None,
             "clips": clips_of(data, batch) if data is not None else [],
             "batch": incident.batch_name(trainer.global_rank),
-            "read_again": micro.batch is None,
+            "read_again": not micro.whole,
         }
 
     def _keep(self, trainer: pl.Trainer, place: Path, chosen: dict[int, int], found: dict[int, Any]) -> str:
@@ -245,6 +245,8 @@ class Guard(pl.Callback):
     def _facts(self, trainer: pl.Trainer, micro: Micro) -> dict[str, Any]:
         """All that a micro-batch's forward pass depends on beside weights and batch."""
         groups = trainer.optimizers[0].param_groups
+        state: dict[str, Any] = {}
+        trainer.lightning_module.on_save_checkpoint(state)
         return {
             "step": trainer.global_step,
             "rank": trainer.global_rank,
@@ -262,6 +264,8 @@ class Guard(pl.Callback):
             "seed": self.cfg.seed,
             "run": str(self.run_dir),
             "config": asdict(self.cfg),
+            # Of a task: the scale of its labels.
+            "target": state.get("target"),
         }
 
     def _record(

@@ -15,8 +15,9 @@ from swift import replay
 from swift.callbacks import incident
 from swift.data.store import Store
 from swift.utils import jsonl
+from tests.cohort import cohort, task_command
 from tests.distributed import plants
-from tests.runs import weights
+from tests.runs import start, weights
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 
@@ -199,7 +200,25 @@ def test_replay_says_that_weights_are_gone_or_not_those_of_the_step(
     with pytest.raises(SystemExit):
         replay.main([str(path)])
     assert "--weights" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        replay.main([str(path), "--weights", str(tmp_path / "nothing")])
+    assert capsys.readouterr().err.startswith("error: weights ")
     assert replay.replay(path, tmp_path / "step-0000002").same
+
+
+def test_a_task_with_a_target_is_guarded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cohort(tmp_path)
+    original = swift.build.build_callbacks
+    planted = plants.Plants([(2, 0, "nan")])
+    monkeypatch.setattr(swift.build, "build_callbacks", lambda *args: [planted, *original(*args)])
+    run_dir = tmp_path / "run"
+    start(*task_command(folder, run_dir, "task=age", "trainer.max_steps=3", "trainer.accelerator=cpu"))
+    (said,) = record(run_dir, 2)["ranks"]
+    assert said["clips"][-1]["sample"] == planted.seen[2]["sample_id"]
+    done = replay.replay(batch_file(run_dir, 2))
+    assert done.exact
+    assert done.same
+    assert done.first["layer"] == said["first"]["layer"] == "model.encoder.patch_embed.proj"
 
 
 def test_a_bad_weight_ends_the_run_as_leaving_out_cannot_help(store: Path, tmp_path: Path) -> None:
@@ -209,7 +228,21 @@ def test_a_bad_weight_ends_the_run_as_leaving_out_cannot_help(store: Path, tmp_p
     assert record(tmp_path, 4)["ranks"][0]["first"]["layer"] == plants.WEIGHT.removesuffix(".weight")
 
 
-@pytest.mark.parametrize("kind", ["weight", "nan", "spike"])
+@pytest.mark.slow
+def test_a_real_run_raises_no_alarm(store: Path, tmp_path: Path) -> None:
+    settings = [
+        "trainer.max_steps=1000",
+        "trainer.val_every=1000",
+        "trainer.val_batches=1",
+        "optimizer.warmup_steps=20",
+    ]
+    found = plants.train(store, tmp_path, settings, [])
+    assert len(found["losses"]) == 1000
+    assert not (tmp_path / incident.FOLDER).exists()
+    assert not any("guard/what" in line for line in jsonl.read(tmp_path / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["weight", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nan", "spike"))])
 def test_rollback_goes_on_from_the_last_good_checkpoint(kind: str, store: Path, tmp_path: Path) -> None:
     settings = [*TRAINING, "guard.action=rollback", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=9"]
     found = plants.train(store, tmp_path / "a", settings, [(6, 0, kind)])
@@ -267,7 +300,7 @@ def test_micro_batches_that_are_not_held_are_read_again(
     settings = [*TRAINING, "trainer.accumulate=2", "trainer.max_steps=3", "data.augment.intensity=1.0"]
     found = plants.train(store, tmp_path, settings, [(2, 0, "nan")])
     (said,) = record(tmp_path, 2)["ranks"]
-    # The store's clip is clean: the trouble was in memory, and what is kept cannot show it.
+    # The store's clip is clean: the trouble was in memory, and what is read again cannot show it.
     assert (said["micro_batch"], said["read_again"], said["first"]) == (1, True, None)
     assert said["clips"][-1]["voxels_unlike_the_store"] == 0
     expected = plants.reference(store, settings, 1, [2])

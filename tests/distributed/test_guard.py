@@ -27,7 +27,7 @@ STRATEGIES = {
     "zero3_offload": [*TWO, "parallel.cpu_adam=false"],
     "fsdp": PARTS,
 }
-SLOW = ("zero2", "zero3_offload")
+SLOW = ("zero2", "zero3", "zero3_offload", "fsdp")
 TROUBLE = [(3, 1, "nan"), (5, 0, "gradient"), (7, 1, "spike")]
 LEFT_OUT = [step for step, _, _ in TROUBLE]
 

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-slurm check format demo sizes bench bench-data clean
+.PHONY: help setup test test-slow test-slurm check format demo sizes studies bench bench-data clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,14 @@ demo: setup ## Pre-train the tiny model on real fMRI on a CPU (about two minutes
 
 sizes: setup ## Print the exact parameter counts of every size
 	$(BIN)/python -m swift.plan
+
+STUDIES := pretraining strong_scaling scaling_laws temporal ablation throughput
+
+studies: setup ## Run the report's studies at laptop size and draw them (goes on where it stopped; figures: experiments/)
+	$(BIN)/python -m swift.study $(STUDIES:%=experiments/%/laptop.yaml)
+	$(BIN)/python experiments/mu_transfer/run.py --seeds 1 --out runs/mu_transfer
+	$(BIN)/python -m swift.report html runs/pretraining runs/mu_transfer $(STUDIES:%=experiments/%) \
+		--title "swift: the report's studies at laptop size" --out runs/studies.html
 
 bench: setup ## Time the encoder against the slow reference: CPU-seconds and peak memory
 	$(BIN)/python -m tests.bench_encoder

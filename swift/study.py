@@ -73,11 +73,9 @@ def load_study(path: Path) -> Study:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or not isinstance(content.get("points"), list):
         raise UserError(f"{path}: a study needs points, a list of blocks NAME: VALUE or [VALUES]")
-    unknown = set(content) - {"name", "base", "points", "kind", "series", "report"}
+    unknown = sorted(set(content) - set(KEYS))
     if unknown:
-        raise UserError(
-            f"{path}: {sorted(unknown)[0]} is not known; known are name, base, points, kind, series, report"
-        )
+        raise UserError(f"{path}: {unknown[0]} is not known; known are {', '.join(KEYS)}")
     kind = content.get("kind", "train")
     if kind not in KINDS:
         raise UserError(f"{path}: kind={kind}: must be one of {', '.join(KINDS)}")
@@ -149,7 +147,7 @@ def run_points(study: Study, runs: Path, settings: Sequence[str]) -> tuple[list[
     Raises:
         UserError: a point that cannot be run.
     """
-    from swift.plan import composed
+    from swift.config.compose import composed
 
     made, done, jobs = [], 0, []
     names = [point_name(point) for point in study.points]
@@ -178,6 +176,17 @@ def run_points(study: Study, runs: Path, settings: Sequence[str]) -> tuple[list[
 
         submit(jobs)
     return made, done, len(jobs)
+
+
+def listed(study: Study, runs: Path) -> list[str]:
+    """A line a point: finished, begun (it would go on) or to do."""
+    lines = []
+    for point in study.points:
+        folder = runs / point_name(point)
+        ended = (folder / "summary.json").is_file() or (folder / "throughput.json").is_file()
+        state = "finished" if ended else "begun" if (folder / "config.yaml").is_file() else "to do"
+        lines.append(f"{state:<9} {folder}  {' '.join(point)}")
+    return lines
 
 
 def _train(overrides: list[str]) -> list[Any]:
@@ -301,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "given", nargs="+", metavar="STUDY.yaml | SETTING", help="study files; NAME=VALUE for all points"
     )
+    parser.add_argument("--list", action="store_true", help="only say which points there are, and how far each is")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the run directories (runs/STUDY)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for figures and tables (beside the study file)")
     options = parser.parse_args(arguments)
@@ -313,6 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("give a study file, such as experiments/ablation/laptop.yaml")
         if len(studies) > 1 and (options.runs or options.out):
             raise UserError("--runs and --out are for a single study")
+        if options.list:
+            for study in studies:
+                for line in listed(study, options.runs or Path("runs") / study.name):
+                    print(line)
+            return
         statuses = [
             run_study(study, options.runs or Path("runs") / study.name, options.out or study.path.parent, settings)
             for study in studies

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+import swift
+from swift import report
 from swift import study as module
 from swift.analysis.temporal import FILE
+from swift.plan import composed
 from swift.study import load_study, main, point_name, run_study
 from swift.utils import jsonl
 from swift.utils.errors import UserError
@@ -49,8 +53,8 @@ def test_points_are_all_combinations_of_each_block(tmp_path):
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, store, monkeypatch, caplog, capsys):
-    """Point 1 is finished before the stop, point 2 is half done, point 3 not begun."""
-    points = [{"task.mask_ratio": [0.4, 0.5, 0.6]}]
+    """The first point is finished before the stop, the second is half done."""
+    points = [{"task.mask_ratio": [0.4, 0.5]}]
     report = [["pretraining", "{runs}", "--x", "steps", "--out", "{out}"]]
     study = small(tmp_path, store, points=points, report=report)
     runs, out = tmp_path / "runs", tmp_path / "out"
@@ -79,11 +83,11 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, store, monkeypatch, caplog, 
     assert restarts(runs / "mask_ratio-0.5") == [3]
     assert steps(runs / "mask_ratio-0.5") == [1, 2, 3, 4, 5, 6]
     assert "mask_ratio-0.4: finished before" in caplog.text
-    assert "3 points, 2 of them run now" in caplog.text
+    assert "2 points, 1 of them run now" in caplog.text
     assert (out / "pretraining.png").is_file()
     caplog.clear()
     assert run_study(study, runs, out, []) == 0
-    assert "3 points, 0 of them run now" in caplog.text
+    assert "2 points, 0 of them run now" in caplog.text
     with pytest.raises(UserError, match=r"mask_ratio-0.4 holds a run with other settings \(seed\)"):
         run_study(study, runs, out, ["seed=5"])
 
@@ -106,6 +110,33 @@ def test_series_and_probes_of_trained_points(tmp_path, store, caplog):
         module.write_probe(run, store, "valence_bold")
     with pytest.raises(UserError, match=r"scan .* has no such column, only"):
         module.write_probe(run, store, "mood")
+
+
+EXPERIMENTS = Path(swift.__file__).resolve().parents[1] / "experiments"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXPERIMENTS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_the_studies_of_the_repository_compose(path):
+    """Each file is read, and its first and last point pass the checks of the settings."""
+    study = load_study(path)
+    names = [point_name(point) for point in study.points]
+    assert len(set(names)) == len(names)
+    stored = [] if any(item.startswith("data.path=") for item in study.base) else ["data.path=nowhere"]
+    for point in (study.points[0], study.points[-1]):
+        composed([*study.base, *point, *(stored if "data=store" in study.base else [])])
+    for line in study.report:
+        assert line[0] in report.COMMANDS
+
+
+def test_list_says_how_far_every_point_is(tmp_path, capsys):
+    path = write(tmp_path / "s" / "laptop.yaml", points=[{"seed": [1, 2, 3]}])
+    for name, file in (("seed-1", "summary.json"), ("seed-2", "config.yaml")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / file).touch()
+    main([str(path), "--runs", str(tmp_path / "runs"), "--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["finished", "begun", "to"]
 
 
 @pytest.mark.parametrize(

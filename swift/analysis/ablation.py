@@ -111,13 +111,20 @@ def rank(points: Sequence[Point]) -> list[dict[str, Any]]:
     return rows
 
 
-def effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, int]]]:
-    """Setting -> value -> (mean sum of z over the runs that have it, how many)."""
-    found: dict[str, dict[str, tuple[float, int]]] = {}
+def effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, int, float]]]:
+    """Setting -> value -> (mean sum of z over the runs that have it, how many, standard error: nan of a single one)."""
+    found: dict[str, dict[str, tuple[float, int, float]]] = {}
     for name in rows[0]["settings"]:
         values = sorted({row["settings"][name] for row in rows})
         means = {v: [row["sum_z"] for row in rows if row["settings"][name] == v] for v in values}
-        found[name] = {value: (float(np.mean(sums)), len(sums)) for value, sums in means.items()}
+        found[name] = {
+            value: (
+                float(np.mean(z)),
+                len(z),
+                float(np.std(z, ddof=1) / np.sqrt(len(z))) if len(z) > 1 else float("nan"),
+            )
+            for value, z in means.items()
+        }
     return found
 
 
@@ -133,7 +140,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     text.append("mean sum of z by value:")
     for name, values in effects(rows).items():
-        text.append(f"  {name}: " + ", ".join(f"{value} {mean:+.2f}" for value, (mean, _) in values.items()))
+        text.append(f"  {name}: " + ", ".join(f"{v} {mean:+.2f} (se {se:.2f})" for v, (mean, _, se) in values.items()))
     text.append("one run a row: neighbours in the ranking may be equal")
     return "\n".join(text)
 
@@ -166,18 +173,19 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Any:
         ranking.axvline(0, color="#808080", lw=0.7)
         ranking.set_xlabel(f"z-score over the {len(rows)} runs (higher is better)")
         ranking.set_title(" · ".join(name.rpartition(".")[2] for name in found), loc="left", fontsize=8)
-        ranking.legend(fontsize=7)
+        ranking.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3)
         place, ticks = 0, []
         for i, (name, values) in enumerate(found.items()):
-            for value, (mean, count) in values.items():
-                means.barh(place, mean, 0.7, color=COLOURS[i % len(COLOURS)])
+            for value, (mean, count, error) in values.items():
+                bar = error if np.isfinite(error) else 0.0
+                means.barh(place, mean, 0.7, xerr=bar, color=COLOURS[i % len(COLOURS)], ecolor="#404040", capsize=2)
                 ticks.append((place, f"{name.rpartition('.')[2]} {value} (n={count})"))
                 place += 1
             place += 1
         means.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=7)
         means.invert_yaxis()
         means.axvline(0, color="#808080", lw=0.7)
-        means.set_xlabel("mean sum of z over runs with the value")
+        means.set_xlabel("mean sum of z, ±1 standard error")
         if out is not None:
             save(fig, out)
     return fig

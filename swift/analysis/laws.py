@@ -93,17 +93,26 @@ class Fit:
         draws: (R, P) the same of every bootstrap draw.
         residuals: (n,) observed minus fitted log loss.
         delta: Huber's threshold that was used.
+        wider: Factor on intervals, as Student's t is wider than a normal: the noise is estimated from the same runs.
     """
 
     theta: Array
     draws: Array
     residuals: Array
     delta: float
+    wider: float
 
     @property
     def error(self) -> float:
         """Robust standard deviation of the residuals of log loss."""
         return spread_of(self.residuals)
+
+    def interval(self, values: Array, level: float = 0.95, log: bool = False) -> tuple[float, float]:
+        """Central part of (R,) values of the draws, widened about their median (of positive ones in logarithms)."""
+        values = np.log(values) if log else values
+        middle = np.median(values)
+        low, high = middle + self.wider * (np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - middle)
+        return (float(np.exp(low)), float(np.exp(high))) if log else (float(low), float(high))
 
 
 def robust_fit(
@@ -112,8 +121,7 @@ def robust_fit(
     """Best of all starts, then a bootstrap of its residuals.
 
     Bootstrap: residuals are divided by sqrt(1 - leverage), which undoes that a fit of P parameters to few points runs
-    too close to them, centred, drawn with replacement and added to the fitted curve; each draw is fitted anew. The
-    draws are then spread about their median as Student's t is wider than a normal: the noise is estimated too.
+    too close to them, centred, drawn with replacement and added to the fitted curve; each draw is fitted anew.
 
     Args:
         model: What is fitted.
@@ -147,15 +155,9 @@ def robust_fit(
     generator = np.random.default_rng(seed)
     again = fitted + generator.choice(inflated, (draws, len(target)))
     found = minimise(model, np.broadcast_to(theta, (draws, len(theta))), again, bounds, used)
-    middle, n = np.median(found, 0), len(target)
+    n = len(target)
     wider = t.ppf(0.975, max(n - len(theta), 1)) / norm.ppf(0.975) * np.sqrt(n / (n - 1))
-    return Fit(theta, np.clip(middle + wider * (found - middle), *bounds), residuals, used)
-
-
-def interval(values: Array, level: float = 0.95) -> tuple[float, float]:
-    """Central part of draws."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return Fit(theta, found, residuals, used, float(wider))
 
 
 # ------------------------------------------------------------------------------------------------ loss of size and data
@@ -181,7 +183,17 @@ class JointLaw:
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
         """Of E, A, a, B, b."""
-        return {name: interval(values, level) for name, values in self.quantities(self.fit.draws).items()}
+        found = {}
+        for name, values in self.quantities(self.fit.draws).items():
+            low, high = self.fit.interval(values, level, log=name not in "ab")
+            found[name] = (max(low, EXPONENTS[0]), min(high, EXPONENTS[1])) if name in "ab" else (low, high)
+        return found
+
+    def undetermined(self) -> list[str]:
+        """Exponents whose interval reaches the limits of the search: these runs do not tell them."""
+        low, high = EXPONENTS
+        intervals = self.intervals()
+        return [n for n in "ab" if intervals[n][0] <= low * 1.001 or intervals[n][1] >= high * 0.999]
 
     def loss(self, n: Array | float, d: Array | float, theta: Array | None = None) -> Array:
         """Loss at sizes and data; broadcast over (..., 5) parameters."""
@@ -195,7 +207,8 @@ class JointLaw:
         generator = np.random.default_rng(seed)
         noise = generator.choice(self.fit.residuals - self.fit.residuals.mean(), len(self.fit.draws))
         noise *= np.sqrt(len(self.fit.residuals) / max(len(self.fit.residuals) - 5, 1))
-        return float(self.loss(n, d)), interval(self.loss(n, d, self.fit.draws) * np.exp(noise), level)
+        many = self.loss(n, d, self.fit.draws) * np.exp(noise)
+        return float(self.loss(n, d)), self.fit.interval(many, level, log=True)
 
     def optimal(self, compute: float, cost: tuple[float, float], theta: Array | None = None) -> tuple[Array, Array]:
         """Size and data of the lowest loss at a compute C = kappa N^gamma D (Hoffmann: kappa = 6, gamma = 1).
@@ -289,8 +302,8 @@ class PowerLaw:
         """Of the exponent and of log10 c."""
         level_at, a = self.fit.draws.T
         return {
-            "exponent": interval(a, level),
-            "log10_constant": interval((self.log_x0 + level_at / a) / np.log(10), level),
+            "exponent": self.fit.interval(a, level),
+            "log10_constant": self.fit.interval((self.log_x0 + level_at / a) / np.log(10), level),
         }
 
     def loss(self, x: Array | float, theta: Array | None = None) -> Array:

@@ -51,15 +51,21 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
                 for ax, x in ((axes[0], n), (axes[1], d), (axes[2], fitted.cost[0] * n ** fitted.cost[1] * d)):
                     ax.errorbar(x, loss, bar, color=VERMILION, marker="*", ms=9, capsize=3, lw=1, gid="predicted")
             intervals = fitted.joint.intervals()
+            unknown = fitted.joint.undetermined()
             a, b = (float(fitted.joint.quantities(fitted.joint.fit.theta)[k]) for k in "ab")
             title = (
                 f"L = E + A/N$^a$ + B/D$^b$: a = {a:.2f} [{intervals['a'][0]:.2f}, {intervals['a'][1]:.2f}], "
                 f"b = {b:.2f} [{intervals['b'][0]:.2f}, {intervals['b'][1]:.2f}]"
             )
+            title += f" ({', '.join(unknown)} not determined)" if unknown else ""
             title += ";  star: predicted" if predict else ""
-            fig.suptitle(f"{title}  (95 % bootstrap, {len(runs.names)} runs)", x=0.01, ha="left", fontsize=9)
+            fig.suptitle(f"{title}  (95 % bootstrap, {len(runs.names)} runs)", x=0.01, ha="left", fontsize=8.5)
         axes[0].set_ylabel(f"held-out L1 of finished runs\n({runs.unit})")
         lowest, highest = runs.loss.min(), runs.loss.max()
+        if fitted.joint is not None:
+            lowest = min([lowest, *(float(fitted.joint.loss(n, d)) for n, d in predict)])
+        room = (highest / lowest) ** 0.15
+        axes[0].set_ylim(lowest / room, highest * room)
         ticks = list(np.round(np.geomspace(lowest, highest, 5), 3))
         for ax in axes:
             ax.yaxis.set_major_locator(FixedLocator(ticks))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from swift.analysis.laws import JointLaw, PowerLaw, cost_law, fit_joint, fit_power, interval
+from swift.analysis.laws import JointLaw, PowerLaw, cost_law, fit_joint, fit_power
 from swift.analysis.points import Point, finished_points, one_loss, say
 from swift.utils.errors import UserError
 
@@ -129,6 +129,7 @@ def as_json(
             **{n: _with_interval(float(v), intervals[n]) for n, v in law.quantities(law.fit.theta).items()},
             "residual_sd_of_log_loss": law.fit.error,
             "huber_threshold": law.fit.delta,
+            "undetermined": law.undetermined(),
         }
     for quantity, power in fitted.single.items():
         intervals = power.intervals()
@@ -153,8 +154,8 @@ def _best(law: JointLaw, cost: tuple[float, float], compute: float) -> dict[str,
     loss, uncertain = law.predict(n, d)
     return {
         "C": compute,
-        "N": _with_interval(n, interval(many_n)),
-        "D": _with_interval(d, interval(many_d)),
+        "N": _with_interval(n, law.fit.interval(many_n, log=True)),
+        "D": _with_interval(d, law.fit.interval(many_d, log=True)),
         "loss": _with_interval(loss, uncertain),
     }
 
@@ -171,6 +172,11 @@ def table(found: dict[str, Any]) -> str:
         if name.startswith("L("):
             lines.append(name)
             lines += [f"  {key:<8} {cell(value)}" for key, value in law.items() if isinstance(value, dict)]
+            lines += [
+                f"  {key} is not determined: its interval reaches the limits of the search, so what "
+                f"{'size' if key == 'a' else 'data'} contributes cannot be told (nor the best size)"
+                for key in law.get("undetermined", [])
+            ]
     for entry in found.get("predicted", []):
         lines.append(f"loss of N={entry['N']:.3g}, D={entry['D']:.3g}: {cell(entry['loss'])}")
     for entry in found.get("best", []):

@@ -43,12 +43,15 @@ def draw(contents: Mapping[str, dict[str, Any]], out: str | Path | None) -> Figu
                     ax.axvline(clip, color="#808080", lw=0.7, ls=":", gid="clip")
                 ax.grid(axis="y", color="#E6E6E6", lw=0.6)
                 ax.set_axisbelow(True)
-            row[0].set_ylabel(f"{name}\nautocorrelation")
+            row[0].set_ylabel("autocorrelation")
+            kind = ", ".join(str(content[key]) for key in ("variant", "position") if content.get(key))
+            row[0].set_title(f"{kind or name}", loc="right", fontsize=8.5)
         for ax, condition in zip(grid[0], CONDITIONS, strict=True):
             ax.set_title(TITLES[condition], loc="left", fontweight="bold")
         for ax in grid[-1]:
             ax.set_xlabel("lag (s); dotted: length of a clip")
         handles, labels = grid[0][0].get_legend_handles_labels()
+        fig.supxlabel("lines: mean over scans; bands: 95 % bootstrap over scans", fontsize=8)
         fig.legend(handles, labels, loc="outside upper right", ncols=6)
         if out is not None:
             save(fig, out)

@@ -367,8 +367,8 @@ class LauncherConfig:
     ranks_per_node: int
     """One rank a device."""
     global_batch: Optional[int]
-    """Clips of all ranks in an optimizer step, dealt evenly: trainer.accumulate follows from it, with data.batch_size or
-    less at a time (strong scaling). null: data.batch_size times trainer.accumulate for each rank."""
+    """Clips of all ranks in an optimizer step, dealt evenly: trainer.accumulate follows from it, with data.batch_size
+    or less at a time (strong scaling). null: data.batch_size times trainer.accumulate for each rank."""
     cores_per_rank: int
     time: str
     """HH:MM:SS of one job. A run that takes longer goes on in the next."""

@@ -88,20 +88,24 @@ def moment(run_dir: Path, running: Running, delay: float, rng: random.Random) ->
     return False
 
 
-def disturbed(store: Path, run_dir: Path, run: list[str], ranks: int, plan: Plan, rng: random.Random) -> list[int]:
-    """Run to the end with up to as many kills as planned; the steps found after each."""
+def disturbed(
+    store: Path, run_dir: Path, run: list[str], ranks: int, plan: Plan, rng: random.Random
+) -> tuple[list[int], int]:
+    """Run to the end with up to as many kills as planned; the steps found after each, and kills that cut off a save."""
     found: list[int] = []
+    cut = 0
     while True:
         running = Running(jobs.traced, ranks, (store, run_dir, run))
         step = found[-1] if found else 0
         share = (plan.steps - step) / (plan.kills - len(found) + 1)
         if len(found) < plan.kills and moment(run_dir, running, rng.uniform(0, 2) * share * plan.pace, rng):
             kill(running, rng)
+            cut += next((run_dir / "checkpoints").glob(".unfinished-*"), None) is not None
             found.append(check_loadable(run_dir))
             assert found[-1] >= step, f"went back from step {step} to {found[-1]}"
             continue
         running.results()
-        return found
+        return found, cut
 
 
 def trajectory(run_dir: Path, ranks: int) -> dict[int, Any]:
@@ -136,7 +140,7 @@ def kill_test(folder: Path, parallel: str, ranks: int, kills: int, steps: int, s
     times = [record["time"] for record in jsonl.read(calm / "trace-0.jsonl")]
     plan = Plan(kills, steps, (times[-1] - times[0]) / (steps - 1))
     began = time.monotonic()
-    found = disturbed(store, wild, run, ranks, plan, random.Random(seed))
+    found, cut = disturbed(store, wild, run, ranks, plan, random.Random(seed))
     expected, seen = trajectory(calm, ranks), trajectory(wild, ranks)
     assert sorted(seen) == list(range(1, steps + 1)), "steps are missing"
     for step in range(1, steps + 1):
@@ -151,6 +155,7 @@ def kill_test(folder: Path, parallel: str, ranks: int, kills: int, steps: int, s
         "steps": steps,
         "distinct steps gone on from": len(set(found)),
         "killed before the first checkpoint": found.count(0),
+        "kills that cut off a save": cut,
         "seconds": round(time.monotonic() - began, 1),
         "weights": "equal bit by bit",
     }

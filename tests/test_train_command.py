@@ -15,6 +15,7 @@ import torch
 from swift.build import build_module
 from swift.config.compose import load_frozen, typed
 from swift.train import train, write_summary
+from swift.utils import jsonl
 from swift.utils.errors import UserError
 from tests.runs import QUIET, assert_same_run, environment, restarts, shell, start, state_of
 from tests.small import command, composed, metrics, settings
@@ -52,6 +53,9 @@ def test_metrics_have_steps_and_validations(finished: Path) -> None:
         wanted = {"val/loss", "val/l1"} if "val/l1" in record else {"train/loss", "train/lr", "train/grad_norm"}
         assert wanted <= record.keys()
         assert all(np.isfinite(record[key]) for key in wanted)
+    stalls = [line for line in jsonl.read(finished / "metrics.jsonl") if "perf/save_stall_seconds" in line]
+    assert [line["step"] for line in stalls] == [3, 6]
+    assert all(line["perf/save_stall_seconds"] > 0 for line in stalls)
 
 
 def test_the_summary_says_what_the_last_validation_says(finished: Path) -> None:

@@ -118,7 +118,9 @@ class Baselines:
     def _features(self, name: str) -> dict[str, np.ndarray]:
         store, train = self.data.store, self.units["train"]
         if name == "nuisance":
-            sites = sorted({store.scans[scan].site for scan in train.scan.tolist()})
+            # of a task that asks for the site it would be the answer
+            known = self.data.target.column != "site"
+            sites = sorted({store.scans[scan].site for scan in train.scan.tolist()}) if known else []
             found = {part: models.nuisance_features(store, units, sites) for part, units in self.units.items()}
             if not np.ptp(found["train"], axis=0).any():
                 raise UserError("the store keeps no movement, and all training scans are alike in site, TR and length")

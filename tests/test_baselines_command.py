@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from nilearn.connectome import ConnectivityMeasure
+from scipy.stats import binom
 
 from swift.analysis import baseline_models as models
+from swift.analysis.compare import against_labels
 from swift.analysis.predictions import Predictions
 from swift.analysis.scores import choose_threshold, scores
 from swift.baselines import PER_FRAME, PER_SUBJECT, Baselines, main, run_baselines
@@ -90,6 +92,28 @@ def test_labels_of_the_test_and_validation_play_no_part(cohort):
     for part in ("val", "test"):
         np.testing.assert_array_equal(made[0][part].scores, made[1][part].scores)
         np.testing.assert_array_equal(made[0][part].target, 1 - made[1][part].target)
+
+
+@pytest.mark.slow
+def test_labels_without_effect_stay_at_chance(cohort):
+    """Of 20 labels with nothing in the scans at most as many are "found" as a level of 5 % allows."""
+    data = data_of(cohort, "synthetic_null")
+    made = Baselines(data, False)
+    found = {"amplitude": 0, "fc": 0}
+    for seed in range(20):
+        labels = np.random.default_rng(seed).permutation(np.arange(40) % 2)
+        data.labels.values[:] = [np.array(float(label)) for label in labels]
+        for part, units in made.units.items():
+            made.units[part] = replace(units, target=labels[units.scan].astype(float))
+        for name in found:
+            found[name] += against_labels(made.predict(name)["test"], permutations=500).p < 0.05
+    assert max(found.values()) <= binom.ppf(0.999, 20, 0.05), found
+
+
+def test_a_task_that_asks_for_the_site_is_not_told_it(cohort):
+    made = Baselines(data_of(cohort, "synthetic_site"), False)
+    other = Baselines(data_of(cohort, "synthetic_null"), False)
+    assert made._features("nuisance")["test"].shape[1] == other._features("nuisance")["test"].shape[1] - 3
 
 
 def test_the_majority_is_that_of_the_training_subjects(cohort):

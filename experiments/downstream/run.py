@@ -48,11 +48,12 @@ MODEL = [
     "model.embed_dim=24",
     "model.depths=[2,2]",
     "model.num_heads=[2,4]",
-    "model.patch_size=[4,4,4,2]",
-    "model.window=[4,4,4,8]",
+    "model.patch_size=[4,4,4,4]",
+    "model.window=[4,4,4,4]",
+    "model.position=rope_global",  # where a region lies must survive the pooling over space
     "model.decoder_dim=32",
 ]
-PRETRAIN_STEPS, STEPS = 600, 150
+PRETRAIN_STEPS, STEPS = 400, 99
 METHODS = {
     "scratch": ["task.adapt=scratch", "optimizer.lr=1e-3"],
     "random_linear": ["task.adapt=linear", "optimizer.lr=5e-3"],
@@ -60,7 +61,7 @@ METHODS = {
     "full": ["task.adapt=full", "optimizer.lr=1e-3"],
 }
 PRETRAINED = ("linear", "full")
-ABLATION = {"mask_ratio": ("0.5", "0.8"), "patch_size": ("[4,4,4,2]", "[4,4,4,4]")}
+ABLATION = {"mask_ratio": ("0.5", "0.8"), "patch_size": ("[4,4,4,4]", "[4,4,4,8]")}
 STAGES = ("table", "baselines", "curve", "null", "ablation")
 
 
@@ -133,8 +134,15 @@ def common(out: Path, seed: int) -> list[str]:
 
 def pretraining(out: Path, name: str = "pretrain", *settings: str) -> Point:
     """Masked reconstruction on subjects that are in no test."""
-    steps = [f"trainer.max_steps={PRETRAIN_STEPS}", f"trainer.val_every={PRETRAIN_STEPS // 4}", "optimizer.lr=2e-3"]
-    about = [*common(out, 0), f"data.split={out / 'pretrain.json'}", "task.mask_ratio=0.6", *steps, *settings]
+    steps = [f"trainer.max_steps={PRETRAIN_STEPS}", f"trainer.val_every={PRETRAIN_STEPS // 2}", "optimizer.lr=4e-3"]
+    about = [
+        *common(out, 0),
+        f"data.split={out / 'pretrain.json'}",
+        "task.mask_ratio=0.5",
+        "task.loss=l2",
+        *steps,
+        *settings,
+    ]
     return Point(name, tuple(about))
 
 
@@ -148,7 +156,7 @@ def tuning(out: Path, name: str, task: str, method: str, seed: int, *settings: s
         *started,
         f"data.split={out / 'split.json'}",
         f"trainer.max_steps={STEPS}",
-        f"trainer.val_every={STEPS // 5}",
+        f"trainer.val_every={STEPS // 3}",
     ]
     return Point(name, (*about, *settings))
 
@@ -221,7 +229,7 @@ def do(job: tuple[Point, Path]) -> tuple[str, float, str]:
     begin = time.perf_counter()
     folder, said = out / point.name, io.StringIO()
     try:
-        from swift.plan import composed
+        from swift.config.compose import composed
 
         cfg, _ = composed([*point.settings, f"run_dir={folder}"])
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

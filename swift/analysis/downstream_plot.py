@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from swift.analysis.downstream import CHANCE, Cell, place
 from swift.analysis.style import BLUE, COLOURS, DPI, GREEN, HIDDEN, ORANGE, STYLE, VERMILION, WIDTH, save
@@ -58,10 +59,7 @@ def forest(columns: dict[str, tuple[str, dict[str, Cell]]], out: str | Path) -> 
         for number in range(len(columns), down * across):
             axes[number // across][number % across].set_axis_off()
         used = sorted({place(method)[0] for method in methods})
-        handles = [
-            mpl.lines.Line2D([], [], color=FAMILIES[f][1], marker="o", markersize=4.5, label=FAMILIES[f][0])
-            for f in used
-        ]
+        handles = [Line2D([], [], color=FAMILIES[f][1], marker="o", markersize=4.5, label=FAMILIES[f][0]) for f in used]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
         save(figure, out)
 

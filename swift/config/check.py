@@ -241,6 +241,9 @@ def check_parallel(cfg: ParallelConfig) -> None:
         )
     legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
     _require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
+    legal = "selective checkpointing cannot look into a compiled block; use block or none, or parallel.compile=false"
+    selective = cfg.activation_checkpointing == "selective"
+    _require(not (cfg.compile and selective), "parallel.activation_checkpointing", "selective", legal)
     for name in ("reduce_bucket_mb", "gather_bucket_mb", "timeout_minutes"):
         value = getattr(cfg, name)
         _require(value is None or value > 0, f"parallel.{name}", value, "must be above 0")

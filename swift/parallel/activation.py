@@ -67,8 +67,8 @@ def prepare_blocks(model: HasBlocks, cfg: ParallelConfig) -> None:
         dynamo = importlib.import_module("torch._dynamo.config")
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     for block in blocks:
+        if cfg.compile:
+            # Before it is wrapped: torch.compile gives up on a block whose recomputing it has to look into.
+            block.forward = torch.compile(block.forward)
         if cfg.activation_checkpointing != "none":
             block.forward = recomputing(block.forward, cfg.activation_checkpointing)
-        if cfg.compile:
-            # Its forward, not the block: torch does not look into a forward that was put in place of the class's own.
-            block.forward = torch.compile(block.forward)

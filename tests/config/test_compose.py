@@ -198,6 +198,11 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["parallel=ddp", "parallel.offload_parameters=true"], "parallel.offload_parameters=True", "zero3_offload"),
     (["parallel=zero3", "parallel.offload_parameters=true"], "parallel.offload_parameters=True", "together with"),
     (["parallel.reduce_bucket_mb=0"], "parallel.reduce_bucket_mb=0.0", "above 0"),
+    (
+        ["parallel.compile=true", "parallel.activation_checkpointing=selective"],
+        "parallel.activation_checkpointing=selective",
+        "use block or none, or parallel.compile=false",
+    ),
     (["parallel.gather_bucket_mb=-1"], "parallel.gather_bucket_mb=-1.0", "above 0"),
     (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0.0", "above 0"),
     (["seed=-1"], "seed=-1", "[0, 4294967295]"),

@@ -46,8 +46,8 @@ def pretrained(folder: Path) -> Path:
     return run
 
 
-def tuned(folder: Path, run: Path, *overrides: str) -> dict[str, Any]:
-    start(*task_command(folder, run, "task=synthetic_binary", *overrides))
+def tuned(folder: Path, run: Path, *overrides: str, task: str = "synthetic_binary") -> dict[str, Any]:
+    start(*task_command(folder, run, f"task={task}", *overrides))
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return summary
 
@@ -97,12 +97,12 @@ def test_a_run_is_judged_by_every_test_subject_with_the_best_weights(
 
 
 def test_a_regression_and_frames_are_reported_in_their_own_unit(folder: Path, tmp_path: Path) -> None:
-    summary = tuned(folder, tmp_path / "a", "task=synthetic_continuous", "trainer.max_steps=3", "optimizer.lr=1e-5")
+    summary = tuned(folder, tmp_path / "a", "trainer.max_steps=3", "optimizer.lr=1e-5", task="synthetic_continuous")
     found = Predictions.load(tmp_path / "a" / "predictions" / "test.csv")
     # Hardly trained: every answer lies near the mean of the training labels, in their unit.
     assert np.abs(found.scores[:, 0] - summary["scaling"]["mean"]).max() < summary["scaling"]["std"]
     assert 60 < summary["scaling"]["mean"] < 140
-    tuned(folder, tmp_path / "b", "task=synthetic_frame", "trainer.max_steps=3")
+    tuned(folder, tmp_path / "b", "trainer.max_steps=3", task="synthetic_frame")
     found = Predictions.load(tmp_path / "b" / "predictions" / "test.csv")
     assert found.per == "frame"
     assert len(found) == 6 * 24

@@ -168,7 +168,7 @@ def test_labels_that_follow_from_names_are_found() -> None:
     assert id_leak([f"sub-{label}{n}" for label, n in zip(group, number)], group) is not None
     assert id_leak([f"sub-{1 if label == 'HC' else 5}0{n}" for label, n in zip(group, number)], group) is not None
     assert id_leak([f"{n}{label[0]}" for label, n in zip(group, number)], group) is not None
-    in_order = id_leak([f"sub-{n}" for n in number], group)
+    in_order = id_leak([f"sub-{place + 5:03d}" for place in range(20)], group)
     assert in_order is not None
     assert "class by class" in in_order
 

@@ -115,7 +115,7 @@ def test_patience_ends_a_run(folder: Path, tmp_path: Path) -> None:
     assert summary["best_step"] <= 3
 
 
-@pytest.mark.parametrize("adapt", ["lora", "last_block"])
+@pytest.mark.parametrize("adapt", ["lora", pytest.param("last_block", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_exactly(
     folder: Path, pretrained: Path, tmp_path: Path, adapt: str, stop_at: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,

@@ -21,7 +21,7 @@ GROUPS = [folder for folder in FOLDERS if folder.split("/")[0] in Config.__datac
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml") if path.stem != "_common")
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml") if path.stem[0] != "_")
 
 
 def refused(*overrides: str) -> str:
@@ -211,7 +211,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     # Tasks with a target.
     (["task.name=mine"], "task.name=mine", "a task without task.target is pretrain"),
     (["task=sex", "task.name=pretrain"], "task.name=pretrain", "a name of its own"),
-    (["task.target={kind: nonsense}"], "task.name=pretrain", "a name of its own"),
+    (["task.target={kind: binary}"], "task.name=pretrain", "a name of its own"),
     (["task=sex", "task.target.kind=nonsense"], "task.target.kind=nonsense", "binary, multiclass, regression"),
     (["task=sex", "task.target.per=voxel"], "task.target.per=voxel", "subject, frame"),
     (["task=sex", "task.target.source=nonsense"], "task.target.source=nonsense", "manifest, events, confounds"),
@@ -226,7 +226,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["task=sex", "task.target.classes=[F,F|M]"], "task.target.classes=['F', 'F|M']", "must differ"),
     (["task=diagnosis", "task.target.classes=[a,b]"], "task.target.classes=['a', 'b']", "three or more"),
     (["task=age", "task.target.classes=[a,b]"], "task.target.classes=['a', 'b']", "a regression has none"),
-    (["task=sex", "task.target.foo=1"], "task.target.foo=1", "those of task.target are kind, per"),
+    (["task=sex", "+task.target.foo=1"], "task.target.foo=1", "those of task.target are kind, per"),
     (["task=sex", "task.target.delay_seconds=-1"], "task.target.delay_seconds=-1", "0 or more"),
     (["task=task_rest", "task.target.bridge_seconds=-1"], "task.target.bridge_seconds=-1", "0 or more"),
     (["task=task_rest", "task.target.response=fir"], "task.target.response=fir", "shift, hrf"),

@@ -47,8 +47,9 @@ def test_any_number_of_ranks_judges_alike(alone: Path, tmp_path: Path, ranks: in
     assert summary["n"] == {"train": 12, "val": 6, "test": 6}
 
 
-@pytest.mark.parametrize("parallel", ["zero1", pytest.param("ddp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("adapt", ["lora", pytest.param("scratch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["zero1", "ddp"])
+@pytest.mark.parametrize("adapt", ["lora", "scratch"])
 def test_ranks_train_what_one_trains(folder: Path, alone: Path, tmp_path: Path, parallel: str, adapt: str) -> None:
     own = [f"task.adapt={adapt}", *STEPS] + ([f"init={alone}", "task.allow_seen=true"] if adapt == "lora" else [])
     one = run(tasks.tune, 1, folder, tmp_path / "one", [*own, "data.batch_size=4"])[0]

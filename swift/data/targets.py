@@ -92,7 +92,11 @@ def encode(texts: Sequence[str], rows: Sequence[str], target: TargetConfig) -> n
         if text in NOT_KNOWN:
             continue
         number = _number(text)
-        value = number if target.kind == "regression" else places.get(text, numbers.get(number))
+        value = (
+            number
+            if target.kind == "regression"
+            else places.get(text, numbers.get(number) if number is not None else None)
+        )
         if value is None and target.others == "refuse":
             wrong.append(f"{rows[row]}: {text!r}")
         elif value is not None:

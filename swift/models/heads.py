@@ -35,7 +35,7 @@ class LatentPool(AttentionPoolLatent):
     def __init__(self, dim: int, heads: int, base_width: int | None):
         super().__init__(dim, num_heads=heads, mlp_ratio=2.0, norm_layer=nn.LayerNorm)
         # The fused kernel of timm's takes no scale of ours; one query is cheap without it.
-        self.fused_attn = False
+        self.fused_attn = False  # type: ignore[misc]  # final for torch.jit only
         if base_width is not None:
             self.scale = math.sqrt(base_width / dim / self.head_dim)
 

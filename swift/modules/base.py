@@ -38,7 +38,8 @@ class TrainingModule(pl.LightningModule):
             initialize(self, self.initial_values(), cfg.seed)
         if not cfg.model.final_norm:
             # It exists for v1's checkpoints only: no loss reaches it, and an engine would wait for its gradient.
-            self.model.encoder.norm.requires_grad_(False)
+            encoder: Any = self.model.encoder
+            encoder.norm.requires_grad_(False)
         self.first_weights: Any = None
         """Weights to begin with in place of the initial values, for a module that is still empty."""
         self.seen_before: list[str] | None = []

@@ -19,6 +19,7 @@ from swift.utils.errors import UserError
 
 COMMANDS: dict[str, str] = {
     "ablation": "swift.analysis.ablation",
+    "html": "swift.analysis.html",
     "pretraining": "swift.analysis.pretraining",
     "ranking": "swift.analysis.ranking",
     "scaling_laws": "swift.analysis.scaling_laws",

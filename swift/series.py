@@ -67,7 +67,7 @@ def scan_series(
                 tokens = feature[0][brain_tokens(brain, patch, stage)[0].to(device)].float().cpu().numpy()
                 if name not in chosen:
                     flat = generator.permutation(tokens.shape[0] * tokens.shape[2])[:SERIES]
-                    chosen[name] = np.unravel_index(flat, (tokens.shape[0], tokens.shape[2]))
+                    chosen[name] = flat // tokens.shape[2], flat % tokens.shape[2]
                 token, channel = chosen[name]
                 parts.setdefault(name, []).append(tokens[token, :, channel].T)
     return found | {name: np.concatenate(values) for name, values in parts.items()}

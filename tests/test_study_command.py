@@ -106,7 +106,7 @@ def test_series_and_probes_of_trained_points(tmp_path, store, caplog):
         assert layer["seconds"] == 2.0
         assert len(layer["ordered"]["acf"]) == 9
     assert layers["bold"]["ordered"]["acf"][1] > layers["bold"]["shuffled"]["acf"][1]
-    with pytest.raises(UserError, match=r"2 subjects in .*: leaving one out needs at least three"):
+    with pytest.raises(UserError, match=r"2 subjects in .*; leaving one out needs at least three"):
         module.write_probe(run, store, "valence_bold")
     with pytest.raises(UserError, match=r"scan .* has no such column, only"):
         module.write_probe(run, store, "mood")

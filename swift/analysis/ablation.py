@@ -95,7 +95,7 @@ def rank(points: Sequence[Point]) -> list[dict[str, Any]]:
             raise UserError(f"{odd}: only one of {points[0].name} and {p.name} has it; every run needs every score")
     names = list(scores[0])
     z = z_scores(np.array([[own[name] for name in names] for own in scores]))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in np.argsort(-z.sum(1), kind="stable").tolist():
         rows.append(
             {
@@ -165,8 +165,8 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Any:
         places = np.arange(len(shown))
         for i, name in enumerate(rows[0]["scores"]):
             offset, height = (i - (len(rows[0]["scores"]) - 1) / 2) * 0.35, 0.35
-            values = [row["z"][name] for row in shown]
-            ranking.barh(places + offset, values, height, color=COLOURS[i % len(COLOURS)], label=name)
+            own = [row["z"][name] for row in shown]
+            ranking.barh(places + offset, own, height, color=COLOURS[i % len(COLOURS)], label=name)
         ranking.plot([row["sum_z"] for row in shown], places, "kD", ms=3.5, label="sum")
         ranking.set_yticks(places, [" · ".join(row["settings"].values()) for row in shown], fontsize=7)
         ranking.invert_yaxis()

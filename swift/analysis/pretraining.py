@@ -16,6 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from swift.analysis.plots import smooth
 from swift.analysis.points import OBJECTIVE, TOKENISATION, Point, differing, find_runs, point, say
@@ -75,6 +76,14 @@ def notes(points: Sequence[Point]) -> list[str]:
     return found
 
 
+def labels(points: Sequence[Point]) -> list[str]:
+    """What each run is called in the legend: its model where that tells all apart, else its folder, cut to 30."""
+    models = [str((p.run.settings.get("model") or {}).get("name") or p.name) for p in points]
+    if len(set(models)) == len(models):
+        return models
+    return [p.name if len(p.name) <= 30 else f"{p.name[:14]}…{p.name[-15:]}" for p in points]
+
+
 def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -> Figure:
     """Loss curves, a panel an axis.
 
@@ -95,8 +104,10 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
         grid = fig.subplots(rows, min(len(axes), 2), sharey=True, squeeze=False)
         panels = list(grid.flat)
         for ax, axis in zip(panels, axes, strict=False):
-            for index, p in enumerate(points):
-                _curve(ax, p, axis, COLOURS[index % len(COLOURS)])
+            for index, (p, name) in enumerate(zip(points, labels(points), strict=True)):
+                _curve(ax, p, axis, COLOURS[index % len(COLOURS)], name)
+            if axis != "steps":
+                ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
             ax.set_xlabel(AXES[axis])
             ax.grid(axis="y", color="#E6E6E6", lw=0.6)
             ax.set_axisbelow(True)
@@ -107,31 +118,32 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
         unit = units.pop() if len(units) == 1 else "normalized units of each run"
         for row_of_axes in grid:
             row_of_axes[0].set_ylabel(f"error at hidden voxels\n({unit})")
-        handles, labels = panels[0].get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True))
-        fig.legend(list(named.values()), list(named), loc="outside upper left", ncols=3, fontsize=7.5)
+        handles, texts = panels[0].get_legend_handles_labels()
+        named = dict(zip(texts, handles, strict=True))
+        columns = 3 if max(map(len, named)) < 34 else 2
+        fig.legend(list(named.values()), list(named), loc="outside upper left", ncols=columns, fontsize=7.5)
         if out is not None:
             save(fig, out)
     return fig
 
 
-def _curve(ax: Axes, p: Point, axis: str, colour: str) -> None:
-    """Training (thin, smoothed), held out (markers), restarts (triangles on the axis)."""
+def _curve(ax: Axes, p: Point, axis: str, colour: str, name: str) -> None:
+    """Training (thin, smoothed), held out (markers), restarts (dotted)."""
     factor, dashes = p.per_step(axis), "-" if p.finished else "--"
     steps, values = p.run.series("train/loss")
     if len(steps):
-        width = max(1, len(steps) // 20)
+        width = max(1, len(steps) // 20, min(5, len(steps) // 5))
         ax.plot(steps * factor, values, color=colour, lw=0.6, alpha=0.25, gid=f"{p.name} points")
-        label = f"{p.name}: training" + (f" (mean of {width})" if width > 1 else "")
+        label = f"{name}: training" + (f" (mean of {width})" if width > 1 else "")
         ax.plot(steps * factor, smooth(values, width), color=colour, lw=1.0, ls=dashes, label=label, gid=p.name)
     steps, values = p.run.series(p.run.val_key)
     if len(steps):
         every = max(1, len(steps) // 15)
-        style = {"color": colour, "lw": 1.7, "ls": dashes, "marker": "o", "ms": 3.5, "markevery": every}
-        ax.plot(steps * factor, values, label=f"{p.name}: held out", gid=f"{p.name} val", **style)
+        style: dict[str, Any] = {"color": colour, "lw": 1.7, "ls": dashes, "marker": "o", "ms": 3.5, "markevery": every}
+        ax.plot(steps * factor, values, label=f"{name}: held out", gid=f"{p.name} val", **style)
     for index, step in enumerate(p.restarts):
-        label = "restart" if index == 0 else None
-        ax.axvline(step * factor, color=colour, lw=0.9, ls=":", label=label, gid=f"{p.name} restart")
+        once = "restart" if index == 0 else None
+        ax.axvline(step * factor, color=colour, lw=0.9, ls=":", label=once, gid=f"{p.name} restart")
 
 
 def _limits(ax: Axes, points: Sequence[Point]) -> None:

@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from swift.analysis.style import DPI, STYLE, VERMILION, WIDTH, save
 
 if TYPE_CHECKING:
+    from swift.analysis.laws import JointLaw
     from swift.analysis.scaling_laws import Fitted, Ladder
 
 Array = np.ndarray
@@ -50,16 +51,7 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
                 bar = [[max(loss - low, 0)], [max(high - loss, 0)]]
                 for ax, x in ((axes[0], n), (axes[1], d), (axes[2], fitted.cost[0] * n ** fitted.cost[1] * d)):
                     ax.errorbar(x, loss, bar, color=VERMILION, marker="*", ms=9, capsize=3, lw=1, gid="predicted")
-            intervals = fitted.joint.intervals()
-            unknown = fitted.joint.undetermined()
-            a, b = (float(fitted.joint.quantities(fitted.joint.fit.theta)[k]) for k in "ab")
-            title = (
-                f"L = E + A/N$^a$ + B/D$^b$: a = {a:.2f} [{intervals['a'][0]:.2f}, {intervals['a'][1]:.2f}], "
-                f"b = {b:.2f} [{intervals['b'][0]:.2f}, {intervals['b'][1]:.2f}]"
-            )
-            title += f" ({', '.join(unknown)} not determined)" if unknown else ""
-            title += ";  star: predicted" if predict else ""
-            fig.suptitle(f"{title}  (95 % bootstrap, {len(runs.names)} runs)", x=0.01, ha="left", fontsize=8.5)
+            fig.suptitle(_title(fitted.joint, len(runs.names), bool(predict)), x=0.01, ha="left", fontsize=8.5)
         axes[0].set_ylabel(f"held-out L1 of finished runs\n({runs.unit})")
         lowest, highest = runs.loss.min(), runs.loss.max()
         if fitted.joint is not None:
@@ -76,6 +68,20 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
         if out is not None:
             save(fig, out)
     return fig
+
+
+def _title(law: JointLaw, runs: int, predicted: bool) -> str:
+    """The fitted exponents with their intervals, and how the figure is to be read."""
+    intervals, unknown = law.intervals(), law.undetermined()
+    values = law.quantities(law.fit.theta)
+    parts = []
+    for name in "ab":
+        low, high = intervals[name]
+        parts.append(
+            f"{name} {'not determined' if name in unknown else f'= {float(values[name]):.2f}'} [{low:.2f}, {high:.2f}]"
+        )
+    star = "; star: predicted" if predicted else ""
+    return f"L = E + A/N$^a$ + B/D$^b$: {', '.join(parts)}\n{runs} runs; brackets, bands, bars: 95 % bootstrap{star}"
 
 
 def _wide(values: Array) -> Array:

@@ -196,12 +196,17 @@ def read_table(path: Path) -> list[Measured]:
 def read_runs(paths: Sequence[Path]) -> Measured:
     """A series from run directories of a sweep over parallel.nodes (or, on one machine, over its ranks).
 
+    Unfinished runs are named and left out.
+
     Raises:
-        UserError: a run without metrics of speed, or two runs of one count.
+        UserError: no finished run, one without metrics of speed, or two of one count.
     """
     found = []
     for path in find_runs(paths):
         run = load_run(path)
+        if not run.summary:
+            say([f"left out: {path} is not finished"])
+            continue
         rate, waits = run.series("perf/clips_per_second")[1], run.series("perf/data_wait")[1]
         if not len(rate):
             raise UserError(f"{path}/metrics.jsonl: no perf/clips_per_second")
@@ -210,9 +215,11 @@ def read_runs(paths: Sequence[Path]) -> Measured:
         keep = slice(1, None) if len(rate) > 2 else slice(None)
         wait = float(np.median(waits[keep])) if len(waits) else math.nan
         found.append((nodes, devices, float(np.median(rate[keep])), wait))
+    if not found:
+        raise UserError("none of these runs is finished")
     several = len({nodes for nodes, *_ in found}) > 1
-    found = sorted((nodes if several else devices, rate, wait) for nodes, devices, rate, wait in found)
-    made = Measured("nodes" if several else "ranks of one machine", *np.array(found, dtype=np.float64).T)
+    rows = sorted((nodes if several else devices, rate, wait) for nodes, devices, rate, wait in found)
+    made = Measured("nodes" if several else "ranks of one machine", *np.array(rows, dtype=np.float64).T)
     made.check()
     return made
 

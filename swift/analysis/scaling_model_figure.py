@@ -33,7 +33,7 @@ def draw(
     """
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, 3.1 + 2.5), dpi=DPI, layout="constrained")
-        top, bottom = fig.subfigures(2, 1, height_ratios=(3.1, 2.5))
+        top, bottom = np.asarray(fig.subfigures(2, 1, height_ratios=(3.1, 2.5)))
         rate, efficiency = top.subplots(1, 2)
         for index, (points, model) in enumerate(zip(series, models, strict=True)):
             colour = COLOURS[index % len(COLOURS)]

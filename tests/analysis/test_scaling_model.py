@@ -79,8 +79,11 @@ def test_runs_of_a_sweep_over_ranks(tmp_path, capsys):
     for devices in (1, 2, 4):
         path = tmp_path / "sweep" / f"d{devices}"
         write_point(path, batch=3 * devices, settings={"parallel": {"devices": devices}})
+    write_point(tmp_path / "sweep" / "d8", max_steps=80, settings={"parallel": {"devices": 8}})
     assert report.main(["scaling_model", str(tmp_path / "sweep"), "--out", str(tmp_path), "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "d8 is not finished" in said.err
+    (found,) = json.loads(said.out)
     assert found["series"] == "ranks of one machine"
     assert [row["nodes"] for row in found["rows"]] == [1, 2, 4]
     assert [row["efficiency"] for row in found["rows"]] == pytest.approx([1, 1, 1])

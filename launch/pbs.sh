@@ -12,9 +12,11 @@ RANK_STEP=(mpiexec -n "$((SWIFT_NODES * SWIFT_RANKS_PER_NODE))" -ppn "$SWIFT_RAN
 RUN_OPTIONS=()
 MONITOR_STEP=("${NODE_STEP[@]}")
 
-# PBS sends no early signal: a clock of our own.
+# PBS sends no early signal: a clock of our own, which ends with this script.
 if [ "$SWIFT_SAVE_SECONDS" -gt 0 ]; then
-    (sleep "$((SWIFT_TIME_SECONDS - SWIFT_SAVE_SECONDS))" && kill -USR1 "$$") >/dev/null 2>&1 &
+    (while sleep 5 && kill -0 "$$"; do
+        [ "$SECONDS" -lt "$((SWIFT_TIME_SECONDS - SWIFT_SAVE_SECONDS))" ] || exec kill -USR1 "$$"
+    done) >/dev/null 2>&1 &
 fi
 
 # Address of the first node, where rank 0 runs. A site file may know better.

@@ -38,8 +38,15 @@ health) command=("$SWIFT_PYTHON" -m swift.health check "${@:2}") ;;
 *) command=("$@") ;;
 esac
 
-# Batch systems signal every process of a step: this shell must outlive the signal to hand on the exit status.
-trap : USR1 TERM
+# Slurm signals every process of a step: this shell must outlive the signal to hand on the exit status. mpiexec may know
+# this shell only.
+# shellcheck disable=SC2329
+hand_on() {
+    [ -z "${PALS_RANKID:-}" ] || kill -"$1" "$rank" 2>/dev/null
+}
+rank=
+trap 'hand_on USR1' USR1
+trap 'hand_on TERM' TERM
 "${command[@]}" &
 rank=$!
 while :; do

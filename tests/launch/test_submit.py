@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from swift.config.compose import load_frozen
+from swift.config.compose import load_frozen, typed
+from swift.config.launcher import dealt
 from swift.submit import point_dir
-from tests.small import DATA, MODEL, TRAINER, small_store
+from tests.small import DATA, MODEL, TRAINER, composed, small_store
 
 SBATCH = """#!/bin/bash
 env | sort >"$(dirname "$0")/environment"
@@ -155,16 +156,11 @@ def test_a_file_system_that_takes_nothing(cluster: Path, store: Path) -> None:
 
 
 @pytest.mark.parametrize(("clips", "batch", "accumulate"), [(96, 4, 1), (24, 1, 1), (1200, 10, 5), (264, 11, 1)])
-def test_one_batch_is_dealt_to_the_ranks(
-    cluster: Path, store: Path, tmp_path: Path, clips: int, batch: int, accumulate: int
-) -> None:
+def test_one_batch_is_dealt_to_the_ranks(clips: int, batch: int, accumulate: int) -> None:
     """Of 24 ranks each takes 11 clips at a time at most, and as few times as share them evenly."""
-    run = tmp_path / "run"
     words = ["launcher.nodes=3", f"launcher.global_batch={clips}", "data.batch_size=11", "trainer.accumulate=7"]
-    done = train(run, store, ACCOUNT, *words)
-    assert done.returncode == 0, done.stderr
-    frozen = load_frozen(run, [])
-    assert (frozen.data.batch_size, frozen.trainer.accumulate) == (batch, accumulate)
+    cfg = typed(composed("+launcher=frontier", ACCOUNT, "parallel=ddp", *words))
+    assert dealt(cfg) == (batch, accumulate)
 
 
 def test_points_of_different_jobs_share_none(cluster: Path, store: Path, tmp_path: Path) -> None:

@@ -13,10 +13,16 @@ from tests.slurm.conftest import ALL_NODES, STEPS, Cluster, Run, end, eventually
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-def lose_a_node(run: Run) -> None:
-    run.cluster.node("stop-node", "n2")
-    eventually("n2 is down", lambda: "down" in run.cluster.call("sinfo", "-h", "-n", "n2", "-o", "%T"))
-    run.cluster.node("start-node", "n2")
+def lose_a_node(run: Run, which: int) -> None:
+    def starts() -> list[str]:
+        return [str(line["nodes"]) for line in run.lines("attempts.jsonl") if line["event"] == "start"]
+
+    name = run.cluster.call("scontrol", "show", "hostnames", starts()[0]).split()[which]
+    run.cluster.node("stop-node", name)
+    eventually(f"{name} is down", lambda: "down" in run.cluster.call("sinfo", "-h", "-n", name, "-o", "%T"))
+    # Other nodes take its place; it comes back when the job is there.
+    eventually("a second start", lambda: len(starts()) > 1)
+    run.cluster.node("start-node", name)
 
 
 def reach_the_limit(run: Run) -> None:
@@ -31,7 +37,8 @@ def reach_the_limit(run: Run) -> None:
 
 LIMIT = ["launcher.time=00:03:00", "launcher.save_seconds=60"]
 DISTURBANCES: dict[str, tuple[Callable[[Run], object], list[str], str]] = {
-    "lost node": (lose_a_node, [], ""),
+    "lost node": (lambda run: lose_a_node(run, 1), [], ""),
+    "lost node that runs the job's script": (lambda run: lose_a_node(run, 0), [], ""),
     "USR1": (lambda run: run.cluster.call("scancel", "--batch", "--signal=USR1", run.job), [], "asked to stop; queued"),
     "TERM": (lambda run: run.cluster.call("scancel", "--signal=TERM", run.job), [], "asked to stop; queued"),
     "kill -9 of a rank": (lambda run: end(run.rank(1)), [], "a rank failed"),

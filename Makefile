@@ -29,7 +29,7 @@ test: setup ## Run the CPU test suite, two files at a time
 test-slow: setup ## Run the slow tests too: several ranks, kills, whole commands
 	$(PYTEST) -m 'slow and not gpu and not slurm'
 
-test-slurm: setup ## Run the tests that need Slurm: installs (Debian, root), starts and stops two nodes on this machine
+test-slurm: setup ## Run the tests that need Slurm: installs (Debian, root), starts and stops four nodes on this machine
 	launch/local_slurm.sh install
 	$(BIN)/python -m pytest tests/slurm -m slurm
 

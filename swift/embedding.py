@@ -187,7 +187,7 @@ class Embedding:
         return frames, values
 
 
-class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class Embedder(TransformerMixin, BaseEstimator):
     """Scans to embeddings as a scikit-learn transformer: one row a scan, in the order given.
 
     Nothing is fitted: `fit` only looks whether the model can be read. A scan that cannot be used ends `transform` with

@@ -211,8 +211,8 @@ def _as_it_will_run(cfg: Config, run: Path) -> Config:
         batch_size=batch,
     )
     trainer = replace(cfg.trainer, accumulate=accumulate)
-    own = {"parallel": parallel, "data": data, "trainer": trainer}
-    return replace(cfg, launcher=None, run_dir=str(run), init=whole(cfg.init), **own)
+    init = whole(cfg.init)
+    return replace(cfg, launcher=None, run_dir=str(run), init=init, parallel=parallel, data=data, trainer=trainer)
 
 
 def _check_same_run(run: Path, frozen: Config) -> None:

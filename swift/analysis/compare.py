@@ -72,7 +72,7 @@ def need_same_units(a: Predictions, b: Predictions) -> None:
     keys = [list(zip(x.subject.tolist(), x.scan.tolist(), x.frame.tolist(), strict=True)) for x in (a, b)]
     if keys[0] == keys[1] and np.array_equal(a.target, b.target):
         return
-    for x, y, mine, other in ((a, b, *keys), (b, a, *reversed(keys))):
+    for x, y, mine, other in ((a, b, keys[0], keys[1]), (b, a, keys[1], keys[0])):
         alone = sorted(set(mine) - set(other))
         if alone:
             more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""

@@ -176,7 +176,8 @@ class Predictions:
         kept = np.ones(len(order), bool)
         kept[1:] = np.any([row[1:] != row[:-1] for row in rows], axis=0)
         order = order[kept]
-        subject, scan, places, target, values = (a[order] for a in (subject, scan, places, target, values))
+        subject, scan, places = subject[order], scan[order], places[order]
+        target, values = target[order], values[order]
         same = subject[1:] == subject[:-1]
         if frame is not None:
             same = same & (scan[1:] == scan[:-1]) & (places[1:] == places[:-1])

@@ -117,7 +117,7 @@ def rank(found: Sequence[Result]) -> list[dict[str, Any]]:
             table[row, place] = np.mean(mine)
     sign = np.array([-1 if names[task] in LOWER_IS_BETTER else 1 for task in tasks])
     z = z_scores(table * sign)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in np.argsort(-z.sum(1), kind="stable").tolist():
         values, runs = list(points.items())[row]
         rows.append(

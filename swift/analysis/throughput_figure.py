@@ -50,9 +50,9 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
                 if None not in planned:
                     speed.loglog(work, planned, ls="", mfc="white", gid="planned", **style)
                 memory.loglog([r["planned_mib"] for r in own], [r["peak_mib"] for r in own], ls="", **style)
-        work = np.array([r["gflop_a_clip"] * r["batch"] for r in rows])
+        everything = np.array([r["gflop_a_clip"] * r["batch"] for r in rows])
         rate = float(np.median([r["gflop_a_s"] for r in rows]))
-        ends = np.array([work.min() / 1.2, work.max() * 1.2])
+        ends = np.array([everything.min() / 1.2, everything.max() * 1.2])
         speed.loglog(ends, ends / rate, color="#808080", lw=0.9, ls="--", label=f"median rate: {rate:.3g} GFLOP/s")
         known = any(r["planned_step_s"] is not None for r in rows)
         speed.set_xlabel("model FLOPs of a step (GFLOP)" + ("; open: planned" if known else ""))

@@ -64,7 +64,7 @@ def prepare_blocks(model: HasBlocks, cfg: ParallelConfig) -> None:
     if cfg.compile:
         # Blocks share their code: one graph for each kind of them, with and without gradients. Beyond torch's limit of
         # 8 the rest would run as if it had not been compiled.
-        dynamo = importlib.import_module("torch._dynamo.config")
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     for block in blocks:
         if cfg.compile:

@@ -78,6 +78,21 @@ class Baselines:
         self.kind, self.classes = data.labels.kind, list(data.labels.classes)
         self.units = {part: units_of(data, part) for part in ("train", "val", "test")}
         self._signals: list[np.ndarray] | None = None
+        self._kept: dict[str, dict[str, np.ndarray]] = {}
+
+    def relabel(self, labels: Any) -> None:
+        """Go on with other labels of the same scans; features, which no label has touched, are kept.
+
+        Raises:
+            UserError: they label other scans.
+        """
+        before = self.units
+        self.data.labels = labels
+        self.kind, self.classes = labels.kind, list(labels.classes)
+        self.units = {part: units_of(self.data, part) for part in before}
+        for part, units in self.units.items():
+            if not (np.array_equal(units.scan, before[part].scan) and np.isfinite(units.target).all()):
+                raise UserError(f"the new labels are not there for all scans of {part}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,7 +112,9 @@ class Baselines:
                 for part in ("val", "test")
             }
         else:
-            features = self._features(name)
+            if name not in self._kept:
+                self._kept[name] = self._features(name)
+            features = self._kept[name]
             model = models.fitted(features["train"], train, self.kind, self.balance, standardize=name != "volume")
             made = {
                 part: models.predicted(model, features[part], train, self.kind, len(self.classes))
@@ -201,13 +218,17 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
             log.warning("%s left out: %s", SAID[name], error)
             continue
         summary = summary_of(cfg, data, name, made, time.perf_counter() - begin)
-        folder = Path(cfg.run_dir) / name
-        for part, predictions in made.items():
-            predictions.save(folder / "predictions" / f"{part}.csv")
-        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        (folder / "summary.json").write_text(text, encoding="utf-8")
+        leave(Path(cfg.run_dir) / name, made, summary)
         found[name] = summary
     return found
+
+
+def leave(folder: Path, made: dict[str, Predictions], summary: dict[str, Any]) -> None:
+    """Write predictions/{val,test}.csv and summary.json."""
+    for part, predictions in made.items():
+        predictions.save(folder / "predictions" / f"{part}.csv")
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:

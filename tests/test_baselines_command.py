@@ -102,12 +102,23 @@ def test_labels_without_effect_stay_at_chance(cohort):
     found = {"amplitude": 0, "fc": 0}
     for seed in range(20):
         labels = np.random.default_rng(seed).permutation(np.arange(40) % 2)
-        data.labels.values[:] = [np.array(float(label)) for label in labels]
-        for part, units in made.units.items():
-            made.units[part] = replace(units, target=labels[units.scan].astype(float))
+        made.relabel(replace(data.labels, values=[np.array(float(label)) for label in labels]))
         for name in found:
             found[name] += against_labels(made.predict(name)["test"], permutations=500).p < 0.05
     assert max(found.values()) <= binom.ppf(0.999, 20, 0.05), found
+
+
+def test_other_labels_of_the_same_scans_give_what_a_fresh_start_gives(cohort):
+    null, binary = data_of(cohort, "synthetic_null"), data_of(cohort, "synthetic_binary")
+    made = Baselines(null, False)
+    made.predict("amplitude")
+    made.relabel(binary.labels)
+    again, fresh = made.predict("amplitude")["test"], Baselines(binary, False).predict("amplitude")["test"]
+    np.testing.assert_array_equal(again.target, fresh.target)
+    np.testing.assert_allclose(again.scores, fresh.scores, atol=1e-9)
+    some = [value if scan else np.array(np.nan) for scan, value in enumerate(binary.labels.values)]
+    with pytest.raises(UserError, match="not there for all scans"):
+        made.relabel(replace(binary.labels, values=some))
 
 
 def test_a_task_that_asks_for_the_site_is_not_told_it(cohort):

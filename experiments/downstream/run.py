@@ -161,6 +161,38 @@ def tuning(out: Path, name: str, task: str, method: str, seed: int, *settings: s
     return Point(name, (*about, *settings))
 
 
+def null_label(number: int) -> tuple[str, str]:
+    """Settings of a label without effect."""
+    return f"task.target.column=null_{number:02d}", f"task.name=null_{number:02d}"
+
+
+def null_baselines(out: Path) -> None:
+    """The baselines of all labels without effect; what needs no label (parcels, connectomes) is made once."""
+    from swift.baselines import SAID, Baselines, leave, summary_of
+    from swift.config.compose import composed
+    from swift.data.finetune import TargetDataModule
+    from swift.data.targets import read_labels
+
+    todo = [n for n in range(NULLS) if not (out / f"null/{n:02d}/baselines/{list(SAID)[4]}/summary.json").is_file()]
+    if not todo:
+        return
+    about = ["task=synthetic_null", *common(out, 0), f"data.split={out / 'split.json'}", f"run_dir={out / 'null'}"]
+    kept: Baselines | None = None
+    for number in todo:
+        cfg, _ = composed([*about, *null_label(number)])
+        assert cfg.task.target is not None
+        if kept is None:
+            data = TargetDataModule(cfg.data, cfg.task, out / "store", 0)
+            kept = Baselines(data, False)
+        kept.relabel(read_labels(data.store, cfg.task.target))
+        for name in kept.names:
+            begin = time.perf_counter()
+            made = kept.predict(name)
+            summary = summary_of(cfg, data, name, made, time.perf_counter() - begin)
+            leave(out / f"null/{number:02d}/baselines/{name}", made, summary)
+        print(f"null {number:02d}: baselines", flush=True)
+
+
 def points(out: Path, stage: str) -> list[Point]:
     """The runs of a stage."""
     if stage == "table":
@@ -174,41 +206,19 @@ def points(out: Path, stage: str) -> list[Point]:
         about = [*common(out, 0), f"data.split={out / 'split.json'}"]
         return [Point(f"table/{task}/baselines", (f"task={task}", *about), True) for task in TASKS]
     if stage == "curve":
-        return [
-            tuning(
-                out,
-                f"curve/{n}/{method}-{seed}",
-                CURVE_TASK,
-                method,
-                seed,
-                f"data.max_subjects={n}",
-                f"data.budget_seed={seed}",
-            )
-            for seed in range(SEEDS)
-            for n in SIZES
-            for method in ("scratch", "linear", "full")
-        ] + [
-            Point(
-                f"curve/{n}/baselines-{seed}",
-                (
-                    f"task={CURVE_TASK}",
-                    *common(out, seed),
-                    f"data.split={out / 'split.json'}",
-                    f"data.max_subjects={n}",
-                    f"data.budget_seed={seed}",
-                ),
-                True,
-            )
-            for seed in range(SEEDS)
-            for n in SIZES
-        ]
+        made = []
+        for seed in range(SEEDS):
+            for n in SIZES[:-1]:  # with all training subjects: the table's own runs
+                budget = (f"data.max_subjects={n}", f"data.budget_seed={seed}")
+                for method in ("scratch", "linear", "full"):
+                    made.append(tuning(out, f"curve/{n}/{method}-{seed}", CURVE_TASK, method, seed, *budget))
+                about = (f"task={CURVE_TASK}", *common(out, seed), f"data.split={out / 'split.json'}", *budget)
+                made.append(Point(f"curve/{n}/baselines-{seed}", about, True))
+        return made
     if stage == "null":
-        label = [(n, f"task.target.column=null_{n:02d}") for n in range(NULLS)]
-        named = [(n, (text, f"task.name=null_{n:02d}")) for n, text in label]
-        about = (*common(out, 0), f"data.split={out / 'split.json'}")
-        return [Point(f"null/{n:02d}/baselines", ("task=synthetic_null", *about, *text), True) for n, text in named] + [
-            tuning(out, f"null/{n:02d}/{method}", "synthetic_null", method, n, *text)
-            for n, text in named
+        return [
+            tuning(out, f"null/{n:02d}/{method}", "synthetic_null", method, n, *null_label(n))
+            for n in range(NULLS)
             for method in ("scratch", "linear")
         ]
     made = []
@@ -286,9 +296,10 @@ def curve(out: Path, to: Path) -> dict[str, Any]:
 
     curves: dict[str, list[tuple[int, Cell]]] = {}
     for n in SIZES:
-        if not (out / f"curve/{n}").is_dir():
+        folder = out / (f"curve/{n}" if n < PARTS["train"] else f"table/{CURVE_TASK}")
+        if not folder.is_dir():
             continue
-        found = results([out / f"curve/{n}"])
+        found = results([folder])
         for method in {run.method for run in found}:
             mine = [run for run in found if run.method == method]
             curves.setdefault(method, []).append((n, cell(mine, "auroc")))
@@ -379,6 +390,8 @@ def main() -> None:
             [p for p in points(out, "ablation") if p.name.endswith("/pretrain")] if "ablation" in options.stages else []
         )
         todo = first + [p for stage in options.stages for p in points(out, stage) if p not in first]
+        if "null" in options.stages:
+            null_baselines(out)
         # the pre-trainings of the ablation first: its fine-tunings begin from them
         left += run(first, out, options.jobs, options.limit - (time.perf_counter() - begin))
         left += run(todo, out, options.jobs, options.limit - (time.perf_counter() - begin))

@@ -79,7 +79,7 @@ def learning_curve(
         UserError: The file cannot be written.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH * 0.72, 3.1), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(WIDTH * 0.72, 3.4), dpi=DPI, layout="constrained")
         axis = figure.subplots()
         if score in CHANCE:
             axis.axhline(CHANCE[score], color="0.7", linewidth=0.8)
@@ -102,5 +102,5 @@ def learning_curve(
         axis.minorticks_off()
         axis.set_xlabel("training subjects")
         axis.set_ylabel(NAMES.get(score, score))
-        axis.legend(loc="best")
+        figure.legend(loc="outside upper center", ncols=3)
         save(figure, out)

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 
 from swift.config.schema import TargetConfig
+from swift.data.bids import find_sources
 from swift.data.cohorts import Stores
 from swift.data.format import ScanInfo
+from swift.data.ingest import ingest
 from swift.data.leaks import id_leak
+from swift.data.prepare import Recipe
 from swift.data.store import StoreWriter
+from swift.data.synthetic import CohortSpec, load_truth, write_bids, write_store
 from swift.data.targets import encode, read_labels
 from swift.utils.errors import UserError
 from tests.data.stores import GRID, scan
@@ -133,6 +137,18 @@ def test_events_from_a_folder_by_their_names(tmp_path: Path) -> None:
     (folder / "sub-00_task-rest_events.tsv").unlink()
     with pytest.raises(UserError, match="whose name fits sub-00_task-rest"):
         read_labels(store, dataclasses.replace(ON, events=str(tmp_path / "bids")))
+
+
+def test_events_of_a_bids_dataset_are_kept_in_the_store(tmp_path: Path) -> None:
+    spec = CohortSpec(n_subjects=1, frames=40, grid=(12, 12, 12), spacing=4.0, sites=1)
+    write_bids(spec, tmp_path / "bids")
+    ingest(find_sources([tmp_path / "bids"]), tmp_path / "a", Recipe(grid=(12, 12, 12), spacing=4.0))
+    write_store(spec, tmp_path / "b")
+    truth = load_truth(tmp_path / "b")["scans"]["sub-0001_task-rest"]["valence_bold"]
+    target = TargetConfig("regression", "frame", "events", column="valence", response="hrf")
+    for path in ("a", "b"):
+        (found,) = read_labels(Stores([tmp_path / path]), target).values
+        assert np.corrcoef(found, truth)[0, 1] > 0.99
 
 
 @pytest.mark.parametrize(

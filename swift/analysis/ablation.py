@@ -185,7 +185,7 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Any:
         means.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=7)
         means.invert_yaxis()
         means.axvline(0, color="#808080", lw=0.7)
-        means.set_xlabel("mean sum of z, ±1 standard error")
+        means.set_xlabel("mean sum of z, ± 1 SE")
         if out is not None:
             save(fig, out)
     return fig

@@ -150,8 +150,10 @@ def test_bad_input_gets_one_line_and_queues_nothing(
 
 def test_a_file_system_that_takes_nothing(cluster: Path, store: Path) -> None:
     done = train(Path("/proc/swift-run"), store, ACCOUNT)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: run_dir=/proc/swift-run cannot be written")
+    assert done.returncode == 2
+    # The line before it may say that the tree has uncommitted changes.
+    assert done.stderr.splitlines()[-1].startswith("error: run_dir=/proc/swift-run cannot be written")
+    assert "Traceback" not in done.stderr
     assert not (cluster / "calls").exists()
 
 

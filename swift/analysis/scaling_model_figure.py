@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
 from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, save
 
@@ -42,17 +42,24 @@ def draw(
         counts = sorted({*(int(n) for s in series for n in s.nodes), *predict})
         for ax in (rate, efficiency):
             _nodes_axis(ax, counts, series[0].name)
-        rate.set_ylabel("clips/s of all nodes")
+        rate.set_ylabel("clips/s in all")
+        low, high = rate.get_ylim()
+        if high / low < 30:
+            rate.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            rate.yaxis.set_major_formatter(ScalarFormatter())
         efficiency.set_ylabel("efficiency against the smallest count")
         efficiency.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         efficiency.axhline(1.0, color="#808080", lw=0.9, ls="--", gid="ideal")
         efficiency.set_ylim(0, 1.08)
-        for style in ({"marker": "o"}, {"marker": "o", "mfc": "white"}, {"ls": "--", "lw": 0.9}):
+        labels = {"measured, fitted": {"marker": "o"}, "measured, predicted": {"marker": "o", "mfc": "white"}}
+        if all(len(model.fitted.nodes) == len(points.nodes) for points, model in zip(series, models, strict=True)):
+            del labels["measured, predicted"]
+        styles: dict[str, dict[str, Any]] = {**labels, "ideal": {"ls": "--", "lw": 0.9}}
+        for style in styles.values():
             rate.plot([], [], color="#606060", **{"ls": "", "ms": 5, **style})
-        labels = ["measured, fitted", "measured, predicted", "ideal"]
         named = [f"{points.name}: model, 95 % band" for points in series]
         lines = [next(line for line in rate.lines if line.get_gid() == f"model {points.name}") for points in series]
-        rate.legend([*lines, *rate.lines[-3:]], [*named, *labels], fontsize=7, loc="lower right")
+        rate.legend([*lines, *rate.lines[-len(styles) :]], [*named, *styles], fontsize=7, loc="lower right")
         axes = np.atleast_1d(bottom.subplots(1, len(series)))
         for ax, points, model in zip(axes, series, models, strict=True):
             _shares(ax, points, model, predict)

@@ -69,6 +69,7 @@ def test_phases_on_a_device():
     assert found == pytest.approx({"data": 2.0, "compute": 3.0, "communication": 2.0, "other": 3.0})
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_profiled_run_is_the_same_run_and_says_where_its_time_went(store: Path, finished: Path, tmp_path: Path):
     start(*command(store, tmp_path / "run", "trainer.phases_every=2", "trainer.figures=false"))
     assert_same_run(finished, tmp_path / "run")

@@ -196,7 +196,7 @@ def read_table(path: Path) -> list[Measured]:
 def read_runs(paths: Sequence[Path]) -> Measured:
     """A series from run directories of a sweep over parallel.nodes (or, on one machine, over its ranks).
 
-    Unfinished runs are named and left out.
+    Unfinished runs, and those without input, are named and left out.
 
     Raises:
         UserError: no finished run, one without metrics of speed, or two of one count.
@@ -206,6 +206,9 @@ def read_runs(paths: Sequence[Path]) -> Measured:
         run = load_run(path)
         if not run.summary:
             say([f"left out: {path} is not finished"])
+            continue
+        if setting(run, "data.repeat_batch"):
+            say([f"left out: {path} ran without input (data.repeat_batch=true)"])
             continue
         rate, waits = run.series("perf/clips_per_second")[1], run.series("perf/data_wait")[1]
         if not len(rate):

@@ -2,7 +2,8 @@
 
 Efficiency: clips/s a rank, as a part of that of the smallest run. Phases are parts of the steps that were profiled
 (`swift.callbacks.phases`), times the step time that was not. Communication is what nothing computed meanwhile; it
-includes the wait for the slowest rank, which stands beside it.
+includes the wait for the slowest rank, which stands beside it. Where a size was also run with data.repeat_batch=true,
+the difference of both step times is what input costs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Row:
         efficiency: Clips/s a rank, as a part of that of the smallest run.
         seconds: Phase -> seconds of a step, mean over the ranks; {} where none was profiled.
         straggler: Seconds of a step that the average rank waits for the slowest; part of communication.
+        input: Seconds by which a step is longer than in the run of that size without input; None: there is none.
     """
 
     run: str
@@ -49,6 +51,7 @@ class Row:
     efficiency: float
     seconds: dict[str, float]
     straggler: float | None
+    input: float | None = None
 
 
 def _median(run: Run, key: str, warm: int) -> float:
@@ -73,7 +76,7 @@ def row(run: Run) -> Row:
 
 
 def rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """A row a finished run, by nodes and ranks; and a line about each run that was left out.
+    """A row a finished run with input, by nodes and ranks; and a line about each run that was left out.
 
     Raises:
         UserError: no finished run, two of one size, or runs of different models or clips.
@@ -88,17 +91,36 @@ def rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
         if len(values) > 1:
             (a, first), (b, second) = list(values.items())[:2]
             raise UserError(f"{name} is {a} in {first} and {b} in {second}: runs of one series differ in nodes only")
+    without = {(r.nodes, r.ranks): r.step_seconds for r in _by_size(run for run in runs if _without_input(run))}
+    found = _by_size(run for run in runs if not _without_input(run))
+    if not found:
+        raise UserError("all of these runs are without input (data.repeat_batch=true)")
+    base = found[0].clips_per_second / found[0].ranks
+    return [
+        replace(
+            r,
+            efficiency=r.clips_per_second / r.ranks / base,
+            input=r.step_seconds - without[r.nodes, r.ranks] if (r.nodes, r.ranks) in without else None,
+        )
+        for r in found
+    ], notes
+
+
+def _without_input(run: Run) -> bool:
+    return bool(setting(run, "data.repeat_batch"))
+
+
+def _by_size(runs: Iterable[Run]) -> list[Row]:
     found = sorted((row(run) for run in runs), key=lambda row: (row.ranks, row.nodes))
     for before, after in itertools.pairwise(found):
         if (before.nodes, before.ranks) == (after.nodes, after.ranks):
             raise UserError(f"{before.run} and {after.run} both have {after.nodes} nodes: give one of them")
-    base = found[0].clips_per_second / found[0].ranks
-    return [replace(r, efficiency=r.clips_per_second / r.ranks / base) for r in found], notes
+    return found
 
 
 def table(found: Sequence[Row]) -> str:
     """The rows as text."""
-    head = ["nodes", "ranks", "clips/step", "clips/s", "efficiency", "ms/step", *PHASES, "straggler"]
+    head = ["nodes", "ranks", "clips/step", "clips/s", "efficiency", "ms/step", *PHASES, "straggler", "input"]
     lines = [head]
     for r in found:
         parts = [
@@ -106,12 +128,14 @@ def table(found: Sequence[Row]) -> str:
             for name in PHASES
         ]
         late = "-" if r.straggler is None else f"{1e3 * r.straggler:.1f}"
+        cost = "-" if r.input is None else f"{1e3 * r.input:.1f} ({r.input / r.step_seconds:.0%})"
         sizes = [str(r.nodes), str(r.ranks), str(r.clips_per_step), f"{r.clips_per_second:.2f}"]
-        lines.append([*sizes, f"{r.efficiency:.1%}", f"{1e3 * r.step_seconds:.1f}", *parts, late])
+        lines.append([*sizes, f"{r.efficiency:.1%}", f"{1e3 * r.step_seconds:.1f}", *parts, late, cost])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
     kind = "strong" if len({r.clips_per_step for r in found}) == 1 else "weak"
-    return "\n".join([*text, f"{kind} scaling; phases in ms of a step; straggler: part of communication"])
+    notes = "phases in ms of a step; straggler: part of communication; input: beside data.repeat_batch=true"
+    return "\n".join([*text, f"{kind} scaling; {notes}"])
 
 
 def draw(found: Sequence[Row], out: Path) -> None:

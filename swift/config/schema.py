@@ -143,6 +143,8 @@ class DataConfig:
     budget_seed: int
     """Which subjects come first."""
     augment: AugmentConfig
+    repeat_batch: bool
+    """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""
     stage_dir: Optional[str]
     """Folder on this node's own disk (environment variables are expanded) to copy the needed shards to; null: none."""
 

@@ -6,11 +6,13 @@ int16 buffer. The buffers are few and used in turn (`swift.data.ring`), because 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from swift.data.clips import ClipIndex, ClipSpec
@@ -102,6 +104,28 @@ class ClipLoader(DataLoader[dict[str, Any]]):
         ring = self.dataset.make_ring(self.num_workers, self.batch_sampler.batch_size)  # type: ignore[attr-defined]
         for batch in super().__iter__():
             yield ring.batch(batch) if isinstance(batch, Ticket) else batch
+
+
+class SameBatchLoader(ClipLoader):
+    """A ClipLoader without input: the first batch again and again, under the sample numbers of those it stands for.
+
+    For measuring what input costs; it is made with num_workers=0.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        assert isinstance(self.dataset, ClipDataset)
+        assert self.batch_sampler is not None
+        batches = iter(self.batch_sampler)
+        items: list[Item] = next(batches)
+        ring = self.dataset.make_ring(0, len(items))
+        read = ring.batch(self.dataset.__getitems__(items))
+        first = {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in read.items()}
+        if self.pin_memory:
+            first |= {name: one.pin_memory() for name, one in first.items() if isinstance(one, torch.Tensor)}
+        for named in itertools.chain([items], batches):
+            meta = first["meta"].clone()
+            meta[:, 0] = torch.tensor([sample for sample, _ in named])
+            yield first | {"meta": meta}
 
 
 def identity(batch: Any) -> Any:

@@ -17,7 +17,7 @@ from swift.data.augment import Augment, is_on
 from swift.data.budget import spend
 from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans
 from swift.data.cohorts import Stores
-from swift.data.dataset import ClipDataset, ClipLoader, identity
+from swift.data.dataset import ClipDataset, ClipLoader, SameBatchLoader, identity
 from swift.data.order import MixedOrder, Order, TrainBatches, ValBatches
 from swift.data.ring import PREFETCH, check_fresh
 from swift.data.scatter import PACKED, to_dense
@@ -202,14 +202,16 @@ class ClipDataModule(lightning.LightningDataModule):
         data = self.data
         dataset = ClipDataset(self.store, index, self.spec, data.normalization, data.verify, train)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return ClipLoader(
+        same = train and data.repeat_batch
+        workers = 0 if same else data.workers
+        return (SameBatchLoader if same else ClipLoader)(
             dataset,
             batch_sampler=batches,
             collate_fn=identity,
-            num_workers=data.workers,
-            worker_init_fn=leave_stopping_to_parent if data.workers else None,
-            prefetch_factor=PREFETCH if data.workers else None,
-            persistent_workers=data.workers > 0,
+            num_workers=workers,
+            worker_init_fn=leave_stopping_to_parent if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
             pin_memory=on_gpu,
         )
 

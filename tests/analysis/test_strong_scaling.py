@@ -13,11 +13,19 @@ PHASES = {"data": 0.1, "compute": 0.5, "communication": 0.3, "other": 0.1}
 
 
 def write(
-    run: Path, nodes: int, rates: list[float], clips: int = 32, devices: int = 8, model: str = "tiny", done: bool = True
+    run: Path,
+    nodes: int,
+    rates: list[float],
+    clips: int = 32,
+    devices: int = 8,
+    model: str = "tiny",
+    done: bool = True,
+    same: bool = False,
 ) -> str:
     """A run with these clips/s in its logged intervals."""
     run.mkdir(parents=True)
     settings = {"model": {"name": model}, "parallel": {"nodes": nodes, "devices": devices}}
+    settings["data"] = {"repeat_batch": same}
     (run / "config.yaml").write_text(json.dumps(settings))
     lines = [{"perf/clips_per_second": rate, "perf/step_seconds": clips / rate} for rate in rates]
     lines.append({f"perf/phase_{name}": part for name, part in PHASES.items()} | {"perf/phase_straggler": 0.2})
@@ -38,6 +46,21 @@ def test_rows_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert four["efficiency"] == pytest.approx(64 / 80)
     assert four["seconds"] == pytest.approx({"data": 0.05, "compute": 0.25, "communication": 0.15, "other": 0.05})
     assert four["straggler"] == pytest.approx(0.1)
+
+
+def test_what_input_costs_is_the_difference_to_the_run_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write(tmp_path / "a", 1, [1, 20]), write(tmp_path / "b", 4, [1, 64])]
+    bare = write(tmp_path / "c", 4, [1, 80], same=True)
+    assert main(["strong_scaling", "--json", *runs, bare]) == 0
+    one, four = json.loads(capsys.readouterr().out)
+    assert (one["input"], four["run"]) == (None, "b")
+    assert four["input"] == pytest.approx(32 / 64 - 32 / 80)
+    assert main(["strong_scaling", *runs, bare]) == 0
+    assert capsys.readouterr().out.splitlines()[2].endswith("100.0 (20%)")
+    assert main(["strong_scaling", bare]) == 2
+    assert "all of these runs are without input" in capsys.readouterr().err
 
 
 def test_the_table_and_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +84,7 @@ def test_weak_scaling_and_runs_without_profiles(tmp_path: Path, capsys: pytest.C
         metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines() if "phase" not in line))
     assert main(["strong_scaling", *runs]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == ["2", "16", "16", "16.00", "100.0%", "1000.0", "-", "-", "-", "-", "-"]
+    assert lines[2].split() == ["2", "16", "16", "16.00", "100.0%", "1000.0", "-", "-", "-", "-", "-", "-"]
     assert lines[-1].startswith("weak scaling")
 
 

@@ -20,6 +20,7 @@ PLAIN: dict[str, Any] = {
     "max_frames": None,
     "budget_seed": 0,
     "augment": AugmentConfig(0.0, 0.0, 5.0, 4.0, 0.05, 0.0, 0.1, 0.1, 0.0, 0.1),
+    "repeat_batch": False,
     "stage_dir": None,
 }
 """Settings of DataConfig that most tests do not need."""

@@ -247,3 +247,17 @@ def test_through_a_trainer_with_resume(made: Path, tmp_path: Path, workers: int)
     state = saved["ClipDataModule"]
     assert state["consumed"] == 28
     assert state["contract"]["normalization"] == "zscore_voxel"
+
+
+def test_the_same_batch_again_under_the_numbers_of_the_others(made: Path) -> None:
+    usual, same = (module(made, workers=workers, repeat_batch=again) for workers, again in ((0, False), (2, True)))
+    first = take(usual, 1)[0]
+    loader = iter(same.train_dataloader())
+    for step in range(30):  # beyond an epoch
+        batch = same.dense(next(loader))
+        for name in ("bold", "brain", "scan", "start"):
+            assert torch.equal(batch[name], first[name])
+        assert batch["sample_id"].tolist() == list(range(4 * step, 4 * step + 4))
+        assert same.consumed == 4 * (step + 1)
+    whole = [batch["start"].tolist() for batch in map(same.dense, same.val_dataloader())]
+    assert whole == [batch["start"].tolist() for batch in map(usual.dense, usual.val_dataloader())]

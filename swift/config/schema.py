@@ -1,7 +1,8 @@
 """Every setting of swift, typed, in one place. Values live in conf/*.yaml; here are names, types and meaning.
 
 Plain dataclasses without any dependency, so that `swift.models` and `swift.data` may import them. Fields without a
-default must be given by a YAML file.
+default must be given by a YAML file. A default stands where older runs and exported models do not have the setting yet:
+what it was before there was one.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ class DataConfig:
     budget_seed: int
     """Which subjects come first."""
     augment: AugmentConfig
-    repeat_batch: bool
-    """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""
     stage_dir: Optional[str]
     """Folder on this node's own disk (environment variables are expanded) to copy the needed shards to; null: none."""
+    repeat_batch: bool = False
+    """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""
 
 
 @dataclass
@@ -308,12 +309,12 @@ class TrainerConfig:
     """Optimizer steps between checkpoints, besides those at validations and at the end; 0: only those."""
     checkpoint_background: bool
     """Write checkpoints while training goes on (needs host memory for a copy of this rank's states)."""
-    phases_every: int
-    """Optimizer steps between profiles of three steps, for their time by phase (perf/phase_*); 0: none."""
     figures: bool
     """Draw the loss curve and a reconstruction at the end."""
     wandb: bool
     """Log to Weights & Biases too (needs the extra `wandb`)."""
+    phases_every: int = 0
+    """Optimizer steps between profiles of three steps, for their time by phase (perf/phase_*); 0: none."""
 
 
 @dataclass
@@ -424,7 +425,6 @@ class Config:
     optimizer: OptimizerConfig
     parallel: ParallelConfig
     trainer: TrainerConfig
-    guard: GuardConfig
     seed: int
     """Of weights, order of clips, masks and dropout."""
     run_dir: str
@@ -435,3 +435,5 @@ class Config:
     """Run to go on with, exactly where it stopped."""
     launcher: Optional[LauncherConfig] = None
     """Set by +launcher=...: submit instead of running here."""
+    guard: GuardConfig = field(default_factory=lambda: GuardConfig("off", 0.0, 4, 0, 1, 0, 0, 0.0))
+    """Runs from before there was one had none."""

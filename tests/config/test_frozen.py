@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, writable
 from swift.utils.errors import UserError
@@ -33,6 +34,18 @@ def test_frozen_settings_come_back_equal(run_dir: Path) -> None:
     freeze(cfg, run_dir / "config.yaml")
     assert load_frozen(run_dir, []) == cfg
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_from_before_a_setting_is_read_as_it_ran(run_dir: Path) -> None:
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del tree["guard"], tree["data"]["repeat_batch"], tree["trainer"]["phases_every"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+    cfg = load_frozen(run_dir, [])
+    assert (cfg.guard.action, cfg.data.repeat_batch, cfg.trainer.phases_every) == ("off", False, 0)
+    del tree["data"]["frames"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"^data\.frames is missing"):
+        load_frozen(run_dir, [])
 
 
 @pytest.mark.parametrize("choice", choices("model"))

@@ -295,7 +295,10 @@ def test_a_wrong_value_is_named_with_what_is_legal(overrides: list[str], given: 
 
 
 def test_the_edges_of_the_legal_are_legal() -> None:
-    typed(composed("task.mask_ratio=0.01", "optimizer.min_lr_ratio=1", "optimizer.weight_decay=0", "seed=4294967295"))
+    cfg = typed(
+        composed("task.mask_ratio=0.01", "optimizer.min_lr_ratio=1", "optimizer.weight_decay=0", "seed=4294967295")
+    )
+    assert (cfg.task.mask_ratio, cfg.optimizer.min_lr_ratio, cfg.seed) == (0.01, 1.0, 4294967295)
     typed(
         composed("task.mask_unit=[48,48,48,10]", "model.dropout=0", "trainer.clip_norm=0", "optimizer.warmup_steps=0")
     )

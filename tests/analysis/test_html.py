@@ -6,11 +6,13 @@ import base64
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from swift import report
 from swift.analysis.plots import loss_curve
+from tests import browser as browsers
 from tests.analysis.studies import write_point
 from tests.browser import CHROMIUM, Browser
 
@@ -135,3 +137,50 @@ def test_in_a_browser(places):
                 assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
                 colour = browser.value("getComputedStyle(document.body).backgroundColor")
                 assert (sum(map(int, re.findall(r"\d+", colour))) < 200) == dark
+
+
+FAKE = """#!/bin/bash
+# Answers commands by count, keeps to itself that it was asked to close, and a child of it fills the profile.
+for given in "$@"; do case $given in --user-data-dir=*) profile=${given#*=};; esac; done
+echo $$ >FOLDER/group
+echo "$profile" >FOLDER/profile
+(i=0; while :; do mkdir -p "$profile/Default"; : >"$profile/Default/$((i++))"; done) &
+number=0
+while IFS= read -r -d "" command <&3; do
+  number=$((number + 1))
+  [ ANSWERS = no ] && continue
+  result='{"targetInfos": [{"type": "page", "targetId": "t"}], "sessionId": "s"}'
+  case $command in *Browser.close*) ;; *) printf '{"id": %d, "result": %s}\\0' $number "$result" >&4;; esac
+done
+sleep 600
+"""
+
+
+def fake(folder, answers):
+    program = folder / "chromium"
+    program.write_text(FAKE.replace("FOLDER", str(folder)).replace("ANSWERS", answers))
+    program.chmod(0o755)
+    return str(program)
+
+
+def left_over(folder):
+    """Processes of the fake browser, and its profile."""
+    profile = Path((folder / "profile").read_text().strip())
+    assert profile.name.startswith("browser-")
+    return browsers.members(int((folder / "group").read_text())), profile.exists()
+
+
+def test_a_browser_that_stays_is_ended_before_its_profile_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(browsers, "LEAVE", 0.3)
+    with Browser(fake(tmp_path, "yes")) as browser:
+        browser.call("Page.enable")
+        running, profile = left_over(tmp_path)
+        assert len(running) >= 2
+        assert profile
+    assert left_over(tmp_path) == ([], False)
+
+
+def test_a_browser_that_says_nothing_is_given_up(tmp_path):
+    with pytest.raises(TimeoutError, match="did not answer within 5 s"):
+        Browser(fake(tmp_path, "no"), answer=5)
+    assert left_over(tmp_path) == ([], False)

@@ -54,7 +54,7 @@ def test_quotas() -> None:
         quotas([1, 0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4), st.data(), st.integers(-(2**40), 2**40), st.integers(0, 5000)
 )

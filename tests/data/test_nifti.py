@@ -171,7 +171,7 @@ def test_gzip_cut_short_names_the_frame(tmp_path: Path) -> None:
         list(iter_frames(plan_scan(path)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(place=st.integers(0, 347), value=st.integers(0, 255), other=st.integers(0, 347), more=st.integers(0, 255))
 def test_fuzzed_header_ends_well(
     place: int, value: int, other: int, more: int, tmp_path_factory: pytest.TempPathFactory

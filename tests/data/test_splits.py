@@ -41,7 +41,7 @@ def cohort(n: int, seed: int = 0, families: bool = True) -> list[Person]:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(12, 80), st.integers(0, 99), st.booleans())
 def test_everyone_once_and_families_together(n: int, seed: int, families: bool) -> None:
     people = cohort(n, seed, families)
@@ -66,7 +66,7 @@ def test_strata_are_alike() -> None:
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_folds(folds: int, repeats: int, seed: int) -> None:
     people = cohort(40, seed)
     splits = k_fold(people, folds, 0.2, seed, repeats)

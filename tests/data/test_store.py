@@ -36,7 +36,7 @@ def own(tmp_path: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------- int16 codes
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=12),
     st.sampled_from([0.0, 1.0, 1e4, -3e6]),
@@ -159,7 +159,7 @@ def test_a_shard_is_plain_hdf5(made: Path) -> None:
         assert group.attrs["source"] == b"sub-02.nii.gz"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_read_equals_slicing(made: Path, data: st.DataObject) -> None:
     store = Store(made)

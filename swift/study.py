@@ -9,112 +9,26 @@ is added to every point, e.g. +launcher=frontier (the points are submitted, and 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
-import re
+import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from swift.utils.entry import reported, set_up_logging
+from swift.studyfile import Study, cohort_store, load_study, point_name
+from swift.utils import jsonl
+from swift.utils.entry import STOPPED_STATUS, reported, set_up_logging
 from swift.utils.errors import UserError
 
 if TYPE_CHECKING:
     from swift.config.schema import Config
 
 log = logging.getLogger("swift.study")
-
-KEYS = ("name", "base", "points", "kind", "series", "probe", "report")
-KINDS = ("train", "throughput")
-SHORT = re.compile(r"[^A-Za-z0-9.+-]+")
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study file.
-
-    Attributes:
-        path: Of the file.
-        name: Names the folder of its runs, runs/NAME.
-        points: Overrides of each point, without the base.
-        base: Overrides of all points.
-        kind: train, or throughput (a few steps are timed, nothing is learned).
-        series: {count, frames, lag} of scans whose series are described after training; None: not.
-        probe: Per-frame column of the store that frozen features are asked for after training; None: none.
-        report: The report's command and its options; {runs} stands for the folder of the runs, {out} for --out.
-    """
-
-    path: Path
-    name: str
-    points: list[list[str]]
-    base: list[str] = field(default_factory=list)
-    kind: str = "train"
-    series: dict[str, float] | None = None
-    probe: str | None = None
-    report: list[list[str]] = field(default_factory=list)
-
-
-def load_study(path: Path) -> Study:
-    """Read a study file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("points"), list):
-        raise UserError(f"{path}: a study needs points, a list of blocks NAME: VALUE or [VALUES]")
-    unknown = sorted(set(content) - set(KEYS))
-    if unknown:
-        raise UserError(f"{path}: {unknown[0]} is not known; known are {', '.join(KEYS)}")
-    kind = content.get("kind", "train")
-    if kind not in KINDS:
-        raise UserError(f"{path}: kind={kind}: must be one of {', '.join(KINDS)}")
-    points = [point for block in content["points"] for point in multiplied(block, path)]
-    if not points:
-        raise UserError(f"{path}: no points")
-    report = [[str(word) for word in line] for line in content.get("report") or []]
-    base = [str(item) for item in content.get("base") or []]
-    name = str(content.get("name") or path.parent.name)
-    return Study(path, name, points, base, kind, content.get("series"), content.get("probe"), report)
-
-
-def multiplied(block: Any, path: Path) -> list[list[str]]:
-    """All combinations of a block's values, as overrides."""
-    if not isinstance(block, dict):
-        raise UserError(f"{path}: points must be blocks NAME: VALUE or [VALUES], not {block!r}")
-    choices = [
-        [f"{key}={_text(value)}" for value in (values if isinstance(values, list) else [values])]
-        for key, values in block.items()
-    ]
-    return [list(chosen) for chosen in itertools.product(*choices)]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return "[" + ",".join(_text(item) for item in value) + "]"
-    return str(value)
-
-
-def point_name(overrides: Sequence[str]) -> str:
-    """Of a run directory: the last part of each name and its value."""
-    parts = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        value = SHORT.sub("x", value.strip("[]{}'\""))
-        parts.append(f"{re.split(r'[./]', key.lstrip('+'))[-1]}-{value}")
-    return "_".join(parts) or "point"
 
 
 def finished(run_dir: Path, cfg: Config) -> bool:
@@ -153,10 +67,13 @@ def run_points(study: Study, runs: Path, settings: Sequence[str]) -> tuple[list[
     names = [point_name(point) for point in study.points]
     if len(set(names)) < len(names):
         raise UserError(f"{study.path}: two points are called {max(names, key=names.count)}")
+    shared = []
+    if study.cohort is not None:
+        shared = [f"data.path={cohort_store(study.cohort, study.path, runs / 'cohort')}"]
     for index, (name, point) in enumerate(zip(names, study.points, strict=True), start=1):
         run_dir = runs / name
         made.append(run_dir)
-        overrides = [*study.base, *point, *settings, f"run_dir={run_dir}"]
+        overrides = [*study.base, *point, *shared, *settings, f"run_dir={run_dir}"]
         began = time.monotonic()
         if study.kind == "throughput":
             from swift.analysis.throughput import measured
@@ -166,7 +83,8 @@ def run_points(study: Study, runs: Path, settings: Sequence[str]) -> tuple[list[
             cfg, _ = composed(overrides)
             ran = not finished(run_dir, cfg)
             if ran:
-                submitted = _train(overrides)
+                stop = None if (run_dir / "metrics.jsonl").is_file() else study.interrupt.get(name)
+                submitted = _train(overrides) if stop is None else _train_stopped_once(overrides, run_dir, stop)
                 jobs += submitted
         what = "submitted" if jobs and ran else f"{time.monotonic() - began:.0f} s" if ran else "finished before"
         log.info("%s %d/%d %s: %s", study.name, index, len(names), name, what)
@@ -201,6 +119,34 @@ def _train(overrides: list[str]) -> list[Any]:
     jobs: list[Any] = []
     run(tree, overrides, jobs)
     return jobs
+
+
+def _train_stopped_once(overrides: list[str], run_dir: Path, step: int) -> list[Any]:
+    """Train one point here, ask it to stop when it has logged `step`, and go on from what it has saved."""
+    ended, asked = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        metrics = run_dir / "metrics.jsonl"
+        while not ended.wait(0.02):
+            if metrics.is_file() and any((record.get("step") or 0) >= step for record in jsonl.read(metrics)):
+                asked.set()
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return
+
+    watcher = threading.Thread(target=ask, daemon=True)
+    # A signal that comes after the last step must not end the study; while steps are made the run takes it.
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    watcher.start()
+    try:
+        return _train(overrides)
+    except SystemExit as stopped:
+        if stopped.code != STOPPED_STATUS or not asked.is_set():
+            raise
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
+    return _train(overrides)
 
 
 def describe_series(study: Study, run_dirs: Sequence[Path]) -> None:

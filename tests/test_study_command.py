@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import swift
 from swift import report
 from swift import study as module
 from swift.analysis.temporal import FILE
+from swift.data.store import Store
+from swift.data.synthetic import CohortSpec
 from swift.plan import composed
-from swift.study import load_study, main, point_name, run_study
+from swift.study import main, run_study
+from swift.studyfile import cohort_store, load_study, point_name
 from swift.utils import jsonl
 from swift.utils.errors import UserError
 from tests.runs import QUIET, restarts
@@ -92,6 +96,48 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, store, monkeypatch, caplog, 
         run_study(study, runs, out, ["seed=5"])
 
 
+def test_a_point_is_stopped_once_and_goes_on_in_the_middle(tmp_path, store):
+    study = small(tmp_path, store, points=[{"trainer.max_steps": [30]}], interrupt={"max_steps-30": 2})
+    run = tmp_path / "runs" / "max_steps-30"
+    before = signal.getsignal(signal.SIGUSR1)
+    assert run_study(study, tmp_path / "runs", tmp_path, []) == 0
+    (at,) = restarts(run)
+    assert 2 <= at < 30
+    assert steps(run) == list(range(1, 31))
+    assert json.loads((run / "summary.json").read_text())["steps"] == 30
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_study_makes_its_cohort_once(tmp_path):
+    cohort = {"n_subjects": 3, "frames": 48, "grid": [12, 12, 12], "spacing": 16.0, "noise_white": 0.05}
+    study = load_study(
+        write(tmp_path / "s" / "laptop.yaml", base=["data=store"], points=[{"seed": [1]}], cohort=cohort)
+    )
+    store = cohort_store(study.cohort, study.path, tmp_path / "runs" / "cohort")
+    spec = CohortSpec(n_subjects=3, frames=48, grid=(12, 12, 12), spacing=16.0, noise_white=0.05)
+    opened = Store(store)
+    assert len(opened.scans) == 3
+    written = (store / "truth" / "spec.json").read_text().strip()
+    assert written == spec.to_json()
+    made = store.stat().st_mtime_ns
+    assert cohort_store(study.cohort, study.path, store).stat().st_mtime_ns == made
+    with pytest.raises(UserError, match="holds another cohort"):
+        cohort_store(cohort | {"seed": 1}, study.path, store)
+    with pytest.raises(UserError, match=r"cohort: got an unexpected keyword argument 'subjects'"):
+        cohort_store({"subjects": 1}, study.path, tmp_path / "other")
+
+
+def test_points_train_on_the_cohort_of_the_study(tmp_path, monkeypatch):
+    cohort = {"n_subjects": 2, "frames": 48, "grid": [12, 12, 12], "spacing": 16.0}
+    content = {"base": ["data=store"], "points": [{"seed": [1, 2]}], "cohort": cohort}
+    begun: list[list[str]] = []
+    monkeypatch.setattr(module, "_train", lambda overrides: begun.append(overrides) or [])
+    run_study(load_study(write(tmp_path / "s" / "laptop.yaml", **content)), tmp_path / "runs", tmp_path, [])
+    assert [item for point in begun for item in point if item.startswith("data.path")] == [
+        f"data.path={tmp_path}/runs/cohort"
+    ] * 2
+
+
 def test_series_and_probes_of_trained_points(tmp_path, store, caplog):
     study = small(tmp_path, store, points=[{"model.patch_size": "[4,4,4,1]"}])
     runs = tmp_path / "runs"
@@ -149,6 +195,7 @@ def test_list_says_how_far_every_point_is(tmp_path, capsys):
         ({"points": [{"a": 1}], "kind": "x"}, "kind=x: must be one of train, throughput"),
         ({"points": [{"seed": [1, 1]}]}, "two points are called seed-1"),
         ({"points": [{"sead": 1}]}, "sead"),
+        ({"points": [{"seed": 1}], "interrupt": {"seed-2": 5}}, "interrupt: seed-2: 5: wants the name of a point"),
     ],
 )
 def test_mistakes_are_one_error(tmp_path, capsys, content, message):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 from PIL import Image
 
 from swift.utils.errors import UserError
@@ -30,6 +32,33 @@ STYLE: Any = {
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
 HIDDEN = "#9CC3DE"
+
+
+def gridded(ax: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
+    """A light grid behind what is drawn."""
+    ax.grid(axis=axis, color="#E6E6E6", lw=0.6)
+    ax.set_axisbelow(True)
+
+
+def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
+    """Readable ticks of a logarithmic axis, whatever its range: round numbers if it spans less than a factor of 20.
+
+    Call it when the limits are final: otherwise matplotlib marks powers of ten only, often one or none.
+    """
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    low, high = sorted(axis.get_view_interval())
+    axis.set_minor_formatter(NullFormatter())
+    if high / low >= 20:
+        return
+    if high / low < 2:
+        ticks = [float(t) for t in MaxNLocator(5).tick_values(low, high)]
+    else:
+        ticks = [m * 10.0**e for e in range(-9, 16) for m in (1, 2, 3, 5, 7)]
+    ticks = [t for t in ticks if low <= t <= high]
+    if len(ticks) > 6:
+        ticks = [t for t in ticks if f"{t:e}"[0] in "125"]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save(fig: Figure, out: str | Path) -> None:

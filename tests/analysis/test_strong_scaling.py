@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from swift.analysis import style
+from swift.analysis.strong_scaling import draw, interval, medians, rows
 from swift.report import main
 
 PHASES = {"data": 0.1, "compute": 0.5, "communication": 0.3, "other": 0.1}
@@ -51,16 +55,41 @@ def test_rows_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_input_costs_is_the_difference_to_the_run_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [write(tmp_path / "a", 1, [1, 20]), write(tmp_path / "b", 4, [1, 64])]
-    bare = write(tmp_path / "c", 4, [1, 80], same=True)
+    runs = [write(tmp_path / "a", 1, [1, 20]), write(tmp_path / "b", 4, [1, 64, 64])]
+    bare = write(tmp_path / "c", 4, [1, 80, 80, 80], same=True)
     assert main(["strong_scaling", "--json", *runs, bare]) == 0
     one, four = json.loads(capsys.readouterr().out)
     assert (one["input"], four["run"]) == (None, "b")
     assert four["input"] == pytest.approx(32 / 64 - 32 / 80)
     assert main(["strong_scaling", *runs, bare]) == 0
-    assert capsys.readouterr().out.splitlines()[2].endswith("100.0 (20%)")
+    assert capsys.readouterr().out.splitlines()[2].endswith("100.0 [100.0, 100.0] (20%)")
     assert main(["strong_scaling", bare]) == 2
     assert "all of these runs are without input" in capsys.readouterr().err
+
+
+def test_the_interval_of_what_input_costs_is_that_of_two_medians() -> None:
+    """Step times with a known sampling error of the median: 1.2533 SD / sqrt(n) each, both independent."""
+    generator = np.random.default_rng(3)
+    slow, fast = 1.0 + 0.1 * generator.standard_normal(400), 0.9 + 0.1 * generator.standard_normal(400)
+    low, high = interval(medians(slow, 0) - medians(fast, 1))
+    error = 1.2533 * 0.1 / 20 * 2**0.5
+    assert low < np.median(slow) - np.median(fast) < high
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
+
+
+def test_the_figure_shows_steps_with_and_without_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write(tmp_path / "a", 1, [1, 20, 20]), write(tmp_path / "b", 4, [1, 64, 64])]
+    bare = [write(tmp_path / "c", 4, [1, 80, 80], same=True)]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, out: drawn.append(figure))
+    found, _ = rows([Path(run) for run in (*runs, *bare)])
+    draw(found, tmp_path / "figure.png")
+    rate, parts = drawn[0].axes
+    np.testing.assert_allclose(rate.lines[1].get_ydata(), [20, 64])
+    heights = np.array([[bar.get_height() for bar in group] for group in parts.containers[:4]])
+    np.testing.assert_allclose(heights.sum(0), [1e3 * 8 / 20, 1e3 * 32 / 64])
+    line = next(line for line in parts.lines if line.get_marker() == "_" and len(line.get_xdata()) == 1)
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == (1, pytest.approx(1e3 * 32 / 80))
 
 
 def test_the_table_and_the_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,7 @@ from dataclasses import replace
 
 from swift.config.launcher import check_launcher
 from swift.config.schema import (
-    AugmentConfig,
     Config,
-    DataConfig,
     GuardConfig,
     ModelConfig,
     OptimizerConfig,
@@ -18,6 +16,7 @@ from swift.config.schema import (
     TaskConfig,
     TrainerConfig,
 )
+from swift.config.schema_data import AugmentConfig, DataConfig
 from swift.config.target import check_target
 from swift.utils.errors import UserError
 

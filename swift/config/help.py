@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from swift.config import schema
+from swift.config import schema, schema_data
 from swift.config.compose import conf_dir
 
 WIDTH = 118
@@ -21,7 +21,7 @@ _INDENT = 36
 def meanings() -> dict[str, dict[str, str]]:
     """The text under every setting in the schema: class name -> setting -> one line ("" where there is none)."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    for node in (node for source in (schema, schema_data) for node in ast.parse(inspect.getsource(source)).body):
         if isinstance(node, ast.ClassDef):
             texts = found.setdefault(node.name, {})
             for part, after in zip(node.body, [*node.body[1:], None]):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swift.config.schema import AugmentConfig
+from swift.config.schema_data import AugmentConfig
 from swift.data.order import UINT64
 
 

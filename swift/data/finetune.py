@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from swift.config.schema import DataConfig, TaskConfig
+from swift.config.schema import TaskConfig
+from swift.config.schema_data import DataConfig
 from swift.data.budget import spend
 from swift.data.clips import ClipIndex, hold_out, whole_scans
 from swift.data.dataset import ClipLoader

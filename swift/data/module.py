@@ -12,7 +12,7 @@ import lightning
 import numpy as np
 import torch
 
-from swift.config.schema import DataConfig
+from swift.config.schema_data import DataConfig
 from swift.data.augment import Augment, is_on
 from swift.data.budget import spend
 from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans

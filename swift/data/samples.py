@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from swift.config.schema import DataConfig
+from swift.config.schema_data import DataConfig
 from swift.data import format as fmt
 from swift.data.ingest import ingest
 from swift.data.nifti import sha256_file

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from swift.config.schema import AugmentConfig
+from swift.config.schema_data import AugmentConfig
 from swift.data.format import encode_json
 from swift.data.store import ScanHeader, StoreWriter
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform
 
-from swift.config.schema import AugmentConfig
+from swift.config.schema_data import AugmentConfig
 from swift.data.augment import Augment, is_on
 from swift.data.module import ClipDataModule
 from tests.data.stores import PLAIN, build

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift.config.schema import CohortConfig
+from swift.config.schema_data import CohortConfig
 from swift.data.cohorts import Stores
 from swift.data.module import ClipDataModule
 from swift.data.order import BLOCK, MixedOrder, TrainBatches, quotas

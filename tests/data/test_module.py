@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from swift.config.schema import DataConfig
+from swift.config.schema_data import DataConfig
 from swift.data.module import ClipDataModule
 from swift.data.ring import SLOTS, StaleBatch
 from swift.data.splits import Split, save_splits

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swift.config.schema import DataConfig
+from swift.config.schema_data import DataConfig
 from swift.data import samples
 from swift.data.prepare import Recipe
 from swift.data.samples import CorruptDownload, SamplesUnavailable, Wheel, fetch_samples, pip_download, sample_store

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swift.config.schema import CohortConfig
+from swift.config.schema_data import CohortConfig
 from swift.data import maintain, staging
 from swift.data.module import ClipDataModule
 from swift.data.staging import stage

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from swift.config.schema import DataConfig
+from swift.config.schema_data import DataConfig
 from swift.data import synthetic
 from swift.data.store import Store
 from swift.data.synthetic import CohortSpec, geometry, make_subject

@@ -22,7 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from swift.config.schema import DataConfig
+from swift.config.schema_data import DataConfig
 from swift.data.synthetic.labels import Person, cohort_table, person, phenotypes
 from swift.data.synthetic.maps import geometry
 from swift.data.synthetic.scan import MOTION_COLUMNS, SyntheticScan, make_subject

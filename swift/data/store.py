@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ import xxhash
 
 from swift.data import format as fmt
 from swift.data.format import CorruptData, ScanHeader, ScanInfo
+from swift.data.shards import OpenShards, Shard
 from swift.data.stats import KINDS, NEEDS, fold
 from swift.data.writer import StoreWriter
 from swift.utils.errors import UserError
 
 __all__ = ["KINDS", "CorruptData", "Damage", "ScanHeader", "ScanInfo", "Store", "StoreWriter"]
 
-OPEN_SHARDS = 64
 CACHE_BYTES = 256 << 20
 
 
@@ -39,18 +38,8 @@ class Damage:
     frame: int | None = None
 
 
-@dataclass
-class _Shard:
-    file: h5py.File
-    handle: int
-
-    def close(self) -> None:
-        os.close(self.handle)
-        self.file.close()
-
-
 ARRAYS = ("mask", "checksum", *fmt.VECTORS)
-_OF_A_PROCESS = ("_layouts", "_kept", "_held", "_spare", "_cells", "_process", "_shards")
+_OF_A_PROCESS = ("_layouts", "_kept", "_held", "_spare", "_cells", "_shards")
 
 
 @dataclass
@@ -98,7 +87,6 @@ class Store:
         self._check_shards(description.get("shards", {}))
         self._by_name = {scan.scan_id: place for place, scan in enumerate(self.scans)}
         self._empty()
-        self._fresh()
 
     def _empty(self) -> None:
         self._layouts: dict[int, _Layout] = {}
@@ -106,10 +94,7 @@ class Store:
         self._held = 0
         self._spare: dict[str, np.ndarray] = {}
         self._cells: np.ndarray | None = None
-
-    def _fresh(self) -> None:
-        self._process = os.getpid()
-        self._shards: OrderedDict[str, _Shard] = OrderedDict()
+        self._shards = OpenShards()
 
     def _check_shards(self, listed: dict[str, Any]) -> None:
         for name in sorted({scan.shard for scan in self.scans}):
@@ -132,15 +117,11 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._empty()
-        self._fresh()
 
     def close(self) -> None:
         """Close all handles; they open again when needed."""
-        if self._process == os.getpid():
-            for shard in self._shards.values():
-                shard.close()
+        self._shards.close()
         self._empty()
-        self._fresh()
 
     def file(self, shard: str) -> Path:
         """Where a shard is read: its copy on this node, if there is one."""
@@ -156,21 +137,8 @@ class Store:
         return self._by_name[scan_id]
 
     # ------------------------------------------------------------------------------------------------- handles
-    def _shard(self, name: str) -> _Shard:
-        if self._process != os.getpid():
-            self._fresh()  # handles of the parent process stay the parent's
-        if name in self._shards:
-            self._shards.move_to_end(name)
-            return self._shards[name]
-        path = self.file(name)
-        try:
-            file = h5py.File(path, "r", locking=False)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened as HDF5 ({error}); copy or repair it") from error
-        self._shards[name] = _Shard(file, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        if len(self._shards) > OPEN_SHARDS:
-            self._shards.popitem(last=False)[1].close()
-        return self._shards[name]
+    def _shard(self, name: str) -> Shard:
+        return self._shards.get(name) or self._shards.open(name, self.file(name))
 
     def _group(self, scan: int) -> tuple[h5py.Group, str]:
         info = self.scans[scan]

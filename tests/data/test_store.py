@@ -201,7 +201,7 @@ def test_handles_do_not_cross_processes(made: Path) -> None:
 
 
 def test_few_handles_and_little_memory(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swift.data.store.OPEN_SHARDS", 1)
+    monkeypatch.setattr("swift.data.shards.OPEN_SHARDS", 1)
     store = Store(made)
     monkeypatch.setattr("swift.data.store.CACHE_BYTES", 12 * (store.scans[0].voxels + store.scans[4].voxels))
     for place in [0, 4, 2, 0, 3, 1, 4]:

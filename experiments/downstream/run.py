@@ -53,12 +53,12 @@ MODEL = [
     "model.position=rope_global",  # where a region lies must survive the pooling over space
     "model.decoder_dim=32",
 ]
-PRETRAIN_STEPS, STEPS = 400, 99
+PRETRAIN_STEPS, STEPS = 400, 198
 METHODS = {
-    "scratch": ["task.adapt=scratch", "optimizer.lr=1e-3"],
+    "scratch": ["task.adapt=scratch", "optimizer.lr=3e-3"],
     "random_linear": ["task.adapt=linear", "optimizer.lr=5e-3"],
     "linear": ["task.adapt=linear", "optimizer.lr=5e-3"],
-    "full": ["task.adapt=full", "optimizer.lr=1e-3"],
+    "full": ["task.adapt=full", "optimizer.lr=3e-3"],
 }
 PRETRAINED = ("linear", "full")
 ABLATION = {"mask_ratio": ("0.5", "0.8"), "patch_size": ("[4,4,4,4]", "[4,4,4,8]")}
@@ -156,7 +156,8 @@ def tuning(out: Path, name: str, task: str, method: str, seed: int, *settings: s
         *started,
         f"data.split={out / 'split.json'}",
         f"trainer.max_steps={STEPS}",
-        f"trainer.val_every={STEPS // 3}",
+        f"trainer.val_every={STEPS // 6}",
+        "task.pooling=mean_std",  # couplings and amplitudes are second moments: a mean of features hardly holds them
     ]
     return Point(name, (*about, *settings))
 
@@ -218,8 +219,8 @@ def points(out: Path, stage: str) -> list[Point]:
     if stage == "null":
         return [
             tuning(out, f"null/{n:02d}/{method}", "synthetic_null", method, n, *null_label(n))
+            for method in METHODS
             for n in range(NULLS)
-            for method in ("scratch", "linear")
         ]
     made = []
     for ratio in ABLATION["mask_ratio"]:
@@ -389,7 +390,7 @@ def main() -> None:
         first = (
             [p for p in points(out, "ablation") if p.name.endswith("/pretrain")] if "ablation" in options.stages else []
         )
-        todo = first + [p for stage in options.stages for p in points(out, stage) if p not in first]
+        todo = [p for stage in options.stages for p in points(out, stage)]
         if "null" in options.stages:
             null_baselines(out)
         # the pre-trainings of the ablation first: its fine-tunings begin from them

@@ -164,11 +164,12 @@ def _split(options: argparse.Namespace) -> int:
     for warning in sorted({warning for split in splits for warning in audit(split, people, seen)}):
         log.warning("%s", warning)
     hashes = save_splits(options.out, splits)
-    rows = [
-        {"hash": digest, **{part: len(names) for part, names in split.parts.items()}, **split.how}
-        for digest, split in zip(hashes, splits, strict=True)
-    ]
-    lines = [f"{options.out}:{n}  " + "  ".join(f"{k} {v}" for k, v in row.items()) for n, row in enumerate(rows)]
+    rows, lines = [], []
+    for number, (digest, split) in enumerate(zip(hashes, splits, strict=True)):
+        found = {"hash": digest, **{part: len(names) for part, names in split.parts.items()}}
+        rows.append({**found, "how": split.how})
+        found_text, how_text = ("  ".join(f"{k} {v}" for k, v in some.items()) for some in (found, split.how))
+        lines.append(f"{options.out}:{number}  {found_text}  ({how_text})")
     _show(options, rows, lines)
     return 0
 

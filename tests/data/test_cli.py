@@ -136,10 +136,14 @@ def test_split(
     )  # fmt: skip
     assert code == 0
     (split,) = load_splits(file)
-    assert json.loads(out)[0]["hash"] == split.hash
-    assert {part: len(names) for part, names in split.parts.items()} == {"train": 2, "val": 2, "test": 2}
+    counts = {"train": 2, "val": 2, "test": 2}
+    how = {"seed": 0, "val": 0.34, "test": 0.33}
+    assert json.loads(out) == [{"hash": split.hash, **counts, "how": how}]
+    assert {part: len(names) for part, names in split.parts.items()} == counts
     assert "test subjects were in pre-training" in caplog.text
-    code, _, _ = run(capsys, "split", made[0], "--out", file, "--folds", "3", "--val", "0.25", "--seed", "5")
+    code, out, _ = run(capsys, "split", made[0], "--out", file, "--folds", "3", "--val", "0.25", "--seed", "5")
+    line = f"{file}:2  hash {load_splits(file)[2].hash}  train 3  val 1  test 2"
+    assert out.splitlines()[2] == line + "  (seed 5  folds 3  fold 2  repeat 0  val 0.25)"
     assert sorted(name for fold in load_splits(file) for name in fold.parts["test"]) == [
         f"sub-{n:02d}" for n in range(1, 7)
     ]

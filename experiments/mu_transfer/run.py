@@ -19,14 +19,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 
-from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, save
+from swift.analysis.coord_check import MODES, loss_of, mode_config
+from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, gridded, save
 from swift.build import build_data
-from swift.config.compose import conf_dir, typed
 from swift.config.schema import Config
-from swift.models.autoencoder import reconstruction_loss
 from swift.modules.pretrain import Batch, PretrainModule
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +32,7 @@ WIDTHS = (16, 48, 144)
 EXPONENTS = tuple(range(-10, -2))
 """Peak learning rates are powers of 2."""
 STEPS, SEEDS, HELD_OUT = 120, 2, 8
-TITLES = {"mup": "with muP", "standard": "without muP"}
+TITLES = dict(zip(MODES, ("with muP", "without muP"), strict=True))
 COLUMNS = ("mode", "width", "log2_lr", "seed", "steps", "train_l1", "val_l1", "seconds")
 
 
@@ -54,15 +52,9 @@ def settings(mode: str, width: int, exponent: int, seed: int, steps: int) -> Con
         "data.batch_size=4",
         "data.workers=0",
         "task.mask_ratio=0.5",
-        f"optimizer={'adamw_mup' if mode == 'mup' else 'adamw'}",
-        f"optimizer.lr={2.0**exponent}",
         f"trainer.max_steps={steps}",
-        f"seed={seed}",
     ]
-    if mode == "mup":
-        overrides.append(f"optimizer.base_width={WIDTHS[0]}")
-    with initialize_config_dir(str(conf_dir()), version_base=None):
-        return typed(compose("config", overrides))
+    return mode_config(overrides, mode, WIDTHS[0], 2.0**exponent, seed)
 
 
 def batches(cfg: Config) -> tuple[list[Batch], list[Batch]]:
@@ -74,12 +66,6 @@ def batches(cfg: Config) -> tuple[list[Batch], list[Batch]]:
         return [{name: value.clone() for name, value in batch.items()} for batch in dense]
 
     return taken(data.train_dataloader(), cfg.trainer.max_steps), taken(data.val_dataloader(), HELD_OUT)
-
-
-def loss_of(module: PretrainModule, batch: Batch) -> torch.Tensor:
-    """L1 over hidden brain voxels."""
-    prediction, mask = module.reconstruct(batch)
-    return reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
 
 
 def train(cfg: Config, training: list[Batch], held_out: list[Batch]) -> tuple[float, float]:
@@ -191,7 +177,8 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
 
 def figure(rows: list[dict[str, Any]], key: str, out: Path) -> None:
     """Loss against rate, a curve a width; the best rate of each is marked."""
-    table = curves(rows, key)
+    table, seeds = curves(rows, key), sorted({row["seed"] for row in rows})
+    single = [curves([row for row in rows if row["seed"] == seed], key) for seed in seeds]
     finite = np.concatenate([curve[np.isfinite(curve)] for curve in table.values()])
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, 3.4), dpi=DPI, layout="constrained")
@@ -200,14 +187,20 @@ def figure(rows: list[dict[str, Any]], key: str, out: Path) -> None:
             for index, width in enumerate(WIDTHS):
                 curve = table[mode, width]
                 ax.plot(EXPONENTS, curve, color=COLOURS[index], marker="o", ms=3, lw=1.4, label=f"width {width}")
+                if len(seeds) > 1:
+                    each = np.stack([one[mode, width] for one in single])
+                    ax.vlines(EXPONENTS, each.min(0), each.max(0), color=COLOURS[index], lw=0.8)
                 ax.plot(best(curve), np.nanmin(curve), color=COLOURS[index], marker="*", ms=12, mec="white")
             ax.set_title(title, loc="left", fontweight="bold")
             ax.set_xlabel("peak learning rate, log2" + (f" (at width {WIDTHS[0]})" if mode == "mup" else ""))
-            ax.grid(color="#E6E6E6", lw=0.6)
-            ax.set_axisbelow(True)
+            gridded(ax)
         axes[0].set_ylabel("held-out L1 at hidden voxels\n(SD of each voxel)")
         axes[0].set_ylim(finite.min() - 0.01, np.percentile(finite, 90) + 0.01)
         axes[0].legend()
+        what = (
+            "one seed: no interval" if len(seeds) == 1 else f"mean of {len(seeds)} seeds; bars: lowest to highest seed"
+        )
+        fig.supxlabel(f"stars: best rate of each width; curves that leave the top are worse still; {what}", fontsize=8)
         save(fig, out)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from swift.analysis.coord_plot import draw
 from swift.config.check import CHOICES
-from swift.config.compose import conf_dir, typed
+from swift.config.compose import composed
 from swift.config.schema import Config
 from swift.models.attention import WindowAttention
 from swift.models.autoencoder import reconstruction_loss
@@ -76,8 +76,6 @@ class Plan:
 
 def settings(plan: Plan, width: int, mode: str, seed: int) -> Config:
     """Settings of one model: 8x8x8 voxels in patches of 2x2x2, 4 frames, windows that shift in space and time."""
-    from hydra import compose, initialize_config_dir
-
     heads = [2**stage for stage in range(len(plan.depths))]
     overrides = [
         f"model/variant={plan.variant}",
@@ -90,14 +88,28 @@ def settings(plan: Plan, width: int, mode: str, seed: int) -> Config:
         "data=synthetic",
         "data.grid=[8,8,8]",
         "data.frames=4",
-        f"optimizer={'adamw_mup' if mode == 'mup' else 'adamw'}",
-        f"optimizer.lr={plan.lr}",
-        f"seed={seed}",
     ]
-    if mode == "mup":
-        overrides.append(f"optimizer.base_width={plan.widths[0]}")
-    with initialize_config_dir(str(conf_dir()), version_base=None):
-        return typed(compose("config", overrides))
+    return mode_config(overrides, mode, plan.widths[0], plan.lr, seed)
+
+
+def mode_config(overrides: Sequence[str], mode: str, base_width: int, lr: float, seed: int) -> Config:
+    """Settings of a model of a family of widths, with muP or without.
+
+    Args:
+        overrides: Of model, data and task.
+        mode: One of MODES.
+        base_width: embed_dim whose rates muP keeps.
+        lr: Learning rate, that of the base width with muP.
+        seed: Of the weights.
+    """
+    chosen = ["optimizer=adamw_mup", f"optimizer.base_width={base_width}"] if mode == "mup" else ["optimizer=adamw"]
+    return composed([*overrides, *chosen, f"optimizer.lr={lr}", f"seed={seed}"])[0]
+
+
+def loss_of(module: PretrainModule, batch: Batch) -> Tensor:
+    """The loss at hidden brain voxels, as in training."""
+    prediction, mask = module.reconstruct(batch)
+    return reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
 
 
 def one_batch(cfg: Config, clips: int, seed: int) -> Batch:
@@ -182,8 +194,7 @@ def measure(cfg: Config, batch: Batch, steps: int) -> dict[str, list[float]]:
     for name, (part, how) in places(module).items():
         part.register_forward_hook(watch(name, how))
     for step in range(steps + 1):
-        prediction, mask = module.reconstruct(batch)
-        loss = reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), cfg.task.loss)
+        loss = loss_of(module, batch)
         sizes["loss"].append(float(loss.detach()))
         if step < steps:
             optimizer.zero_grad()

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 from swift.analysis.plots import smooth
 from swift.analysis.points import OBJECTIVE, TOKENISATION, Point, differing, find_runs, point, say
-from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, save
+from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, gridded, save
 from swift.utils import jsonl
 from swift.utils.errors import UserError
 
@@ -109,8 +109,7 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
             if axis != "steps":
                 ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
             ax.set_xlabel(AXES[axis])
-            ax.grid(axis="y", color="#E6E6E6", lw=0.6)
-            ax.set_axisbelow(True)
+            gridded(ax, "y")
         for ax in panels[len(axes) :]:
             ax.set_axis_off()
         _limits(panels[0], points)
@@ -122,6 +121,7 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
         named = dict(zip(texts, handles, strict=True))
         columns = 3 if max(map(len, named)) < 34 else 2
         fig.legend(list(named.values()), list(named), loc="outside upper left", ncols=columns, fontsize=7.5)
+        fig.supxlabel("thin lines: every logged step; held out: the same clips each time", fontsize=8)
         if out is not None:
             save(fig, out)
     return fig
@@ -142,7 +142,7 @@ def _curve(ax: Axes, p: Point, axis: str, colour: str, name: str) -> None:
         style: dict[str, Any] = {"color": colour, "lw": 1.7, "ls": dashes, "marker": "o", "ms": 3.5, "markevery": every}
         ax.plot(steps * factor, values, label=f"{name}: held out", gid=f"{p.name} val", **style)
     for index, step in enumerate(p.restarts):
-        once = "restart" if index == 0 else None
+        once = f"{name}: restart" if index == 0 else None
         ax.axvline(step * factor, color=colour, lw=0.9, ls=":", label=once, gid=f"{p.name} restart")
 
 

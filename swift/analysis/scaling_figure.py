@@ -10,10 +10,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from swift.analysis.style import DPI, STYLE, VERMILION, WIDTH, save
+from swift.analysis.style import DPI, STYLE, VERMILION, WIDTH, gridded, plain_log, save
 
 if TYPE_CHECKING:
     from swift.analysis.laws import JointLaw
@@ -40,7 +40,7 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
         out: PNG to write; None: only return the figure.
     """
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 3.5), dpi=DPI, layout="constrained")
+        fig = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
         axes = fig.subplots(1, 3, sharey=True)
         _against(axes[0], runs, fitted, runs.n, runs.d, swap=False)
         _against(axes[1], runs, fitted, runs.d, runs.n, swap=True)
@@ -53,18 +53,11 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
                     ax.errorbar(x, loss, bar, color=VERMILION, marker="*", ms=9, capsize=3, lw=1, gid="predicted")
             fig.suptitle(_title(fitted.joint, len(runs.names), bool(predict)), x=0.01, ha="left", fontsize=8.5)
         axes[0].set_ylabel(f"held-out L1 of finished runs\n({runs.unit})")
-        lowest, highest = runs.loss.min(), runs.loss.max()
-        if fitted.joint is not None:
-            lowest = min([lowest, *(float(fitted.joint.loss(n, d)) for n, d in predict)])
-        room = (highest / lowest) ** 0.15
-        axes[0].set_ylim(lowest / room, highest * room)
-        ticks = list(np.round(np.geomspace(lowest, highest, 5), 3))
+        axes[0].set_ylim(*_range(axes))
         for ax in axes:
-            ax.yaxis.set_major_locator(FixedLocator(ticks))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            ax.grid(color="#E6E6E6", lw=0.6)
-            ax.set_axisbelow(True)
+            plain_log(ax, "y")
+            plain_log(ax, "x", short)
+            gridded(ax)
         if out is not None:
             save(fig, out)
     return fig
@@ -84,8 +77,24 @@ def _title(law: JointLaw, runs: int, predicted: bool) -> str:
     return f"L = E + A/N$^a$ + B/D$^b$: {', '.join(parts)}\n{runs} runs; brackets, bands, bars: 95 % bootstrap{star}"
 
 
-def _wide(values: Array) -> Array:
-    return np.geomspace(values.min() / 1.3, values.max() * 1.3, 60)
+def _range(axes: Sequence[Axes]) -> tuple[float, float]:
+    """Limits that hold every run, every prediction with its bar, and the fitted curves between the runs."""
+    heights = [np.asarray(line.get_ydata(), dtype=np.float64) for ax in axes for line in ax.lines]
+    heights += [
+        ends[:, 1]
+        for ax in axes
+        for bars in ax.collections
+        if isinstance(bars, LineCollection)
+        for ends in bars.get_segments()
+    ]
+    low, high = (float(end(np.concatenate(heights))) for end in (np.min, np.max))
+    room = (high / low) ** 0.06
+    return low / room, high * room
+
+
+def _between(values: Array) -> Array:
+    """Where laws are drawn: among the runs, not beyond, where only the marked predictions speak."""
+    return np.geomspace(values.min(), values.max(), 60)
 
 
 def _against(ax: Axes, runs: Ladder, fitted: Fitted, x: Array, other: Array, swap: bool) -> None:
@@ -98,13 +107,13 @@ def _against(ax: Axes, runs: Ladder, fitted: Fitted, x: Array, other: Array, swa
         label = f"{letter} = {short(value)}" if len(levels) <= 8 or value in (levels[0], levels[-1]) else None
         ax.loglog(x[own], runs.loss[own], "o", color=colour, ms=4, label=label, gid=f"{letter} {value:g}")
         if fitted.joint is not None:
-            wide = _wide(x)
+            wide = _between(x)
             n, d = (np.full_like(wide, value), wide) if swap else (wide, np.full_like(wide, value))
             ax.loglog(wide, fitted.joint.loss(n, d), color=colour, lw=1.2)
             many = fitted.joint.loss(n, d, fitted.joint.fit.draws[:, None, :])
             ax.fill_between(wide, *np.quantile(many, [0.025, 0.975], axis=0), color=colour, alpha=0.15, lw=0)
     ax.set_xlabel("patch tokens seen, D" if swap else "parameters, N")
-    ax.legend(fontsize=6.5, handletextpad=0.2)
+    _legend(ax, columns=2)
 
 
 def _compute(ax: Axes, runs: Ladder, fitted: Fitted) -> None:
@@ -114,17 +123,26 @@ def _compute(ax: Axes, runs: Ladder, fitted: Fitted) -> None:
         own = runs.n == size
         order = np.argsort(runs.c[own])
         ax.loglog(runs.c[own][order], runs.loss[own][order], "o-", color=colour, ms=3.5, lw=0.6)
-    wide = _wide(runs.c)
+    wide = _between(runs.c)
     if "C" in fitted.single:
         law = fitted.single["C"]
+        own_range = _between(runs.c[runs.chosen("C")])
         text = f"(c/C)$^a$, a = {law.exponent:.3f}"
-        ax.loglog(wide, law.loss(wide), color="black", lw=1.2, label=text, gid="L(C)")
-        many = law.loss(wide, law.fit.draws[:, None, :])
-        ax.fill_between(wide, *np.quantile(many, [0.025, 0.975], axis=0), color="black", alpha=0.12, lw=0)
+        ax.loglog(own_range, law.loss(own_range), color="black", lw=1.2, label=text, gid="L(C)")
+        many = law.loss(own_range, law.fit.draws[:, None, :])
+        ax.fill_between(own_range, *np.quantile(many, [0.025, 0.975], axis=0), color="black", alpha=0.12, lw=0)
     if fitted.joint is not None:
         best = np.array([fitted.joint.optimal(c, fitted.cost) for c in wide])
-        ax.loglog(
-            wide, fitted.joint.loss(best[:, 0], best[:, 1]), color="black", lw=1, ls="--", label="best N for each C"
-        )
+        # A best size far from all that were run is an extrapolation that no reader should take for a measurement.
+        near = (best[:, 0] >= runs.n.min()) & (best[:, 0] <= runs.n.max())
+        if near.any():
+            least = fitted.joint.loss(best[near, 0], best[near, 1])
+            ax.loglog(wide[near], least, color="black", lw=1, ls="--", label="best N of those run", gid="best")
     ax.set_xlabel("training compute, C (FLOP)")
-    ax.legend(fontsize=6.5)
+    _legend(ax, columns=1)
+
+
+def _legend(ax: Axes, columns: int) -> None:
+    """Above the panel: wherever the runs lie, they are not covered."""
+    style = {"handletextpad": 0.3, "columnspacing": 0.8, "borderaxespad": 0.2}
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, fontsize=6.5, **style)

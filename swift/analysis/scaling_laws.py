@@ -143,12 +143,12 @@ def as_json(
     if fitted.joint is not None:
         law = fitted.joint
         found["predicted"] = [{"N": n, "D": d, "loss": _with_interval(*law.predict(n, d))} for n, d in predict]
-        found["best"] = [_best(law, fitted.cost, c) for c in budgets]
+        found["best"] = [_best(law, fitted.cost, c, runs.n) for c in budgets]
     return found
 
 
-def _best(law: JointLaw, cost: tuple[float, float], compute: float) -> dict[str, Any]:
-    """Size, data and loss of the best run at a compute."""
+def _best(law: JointLaw, cost: tuple[float, float], compute: float, sizes: Array) -> dict[str, Any]:
+    """Size, data and loss of the best run at a compute; whether that size is among those that were run."""
     n, d = (float(value) for value in law.optimal(compute, cost))
     many_n, many_d = law.optimal(compute, cost, law.fit.draws)
     loss, uncertain = law.predict(n, d)
@@ -157,6 +157,7 @@ def _best(law: JointLaw, cost: tuple[float, float], compute: float) -> dict[str,
         "N": _with_interval(n, law.fit.interval(many_n, log=True)),
         "D": _with_interval(d, law.fit.interval(many_d, log=True)),
         "loss": _with_interval(loss, uncertain),
+        "among_sizes": bool(sizes.min() <= n <= sizes.max()),
     }
 
 
@@ -182,7 +183,7 @@ def table(found: dict[str, Any]) -> str:
     for entry in found.get("best", []):
         lines.append(
             f"best for C={entry['C']:.3g} FLOPs: N {cell(entry['N'], '.3g')}, D {cell(entry['D'], '.3g')}, "
-            f"loss {cell(entry['loss'])}"
+            f"loss {cell(entry['loss'])}{'' if entry['among_sizes'] else '; N lies outside the sizes that were run'}"
         )
     lines += [f"not fitted: {name}: {why}" for name, why in found["refused"].items()]
     return "\n".join(lines)

@@ -10,9 +10,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
-from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, save
+from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
 
 if TYPE_CHECKING:
     from swift.analysis.scaling_model import Measured, StepModel
@@ -43,14 +43,12 @@ def draw(
         for ax in (rate, efficiency):
             _nodes_axis(ax, counts, series[0].name)
         rate.set_ylabel("clips/s in all")
-        low, high = rate.get_ylim()
-        if high / low < 30:
-            rate.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            rate.yaxis.set_major_formatter(ScalarFormatter())
+        plain_log(rate, "y")
         efficiency.set_ylabel("efficiency against the smallest count")
         efficiency.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         efficiency.axhline(1.0, color="#808080", lw=0.9, ls="--", gid="ideal")
-        efficiency.set_ylim(0, 1.08)
+        # Bands are held too, unless they say nothing any more.
+        efficiency.set_ylim(0, float(np.clip(1.05 * efficiency.dataLim.y1, 1.08, 2.0)))
         labels = {"measured, fitted": {"marker": "o"}, "measured, predicted": {"marker": "o", "mfc": "white"}}
         if all(len(model.fitted.nodes) == len(points.nodes) for points, model in zip(series, models, strict=True)):
             del labels["measured, predicted"]
@@ -59,11 +57,11 @@ def draw(
             rate.plot([], [], color="#606060", **{"ls": "", "ms": 5, **style})
         named = [f"{points.name}: model, 95 % band" for points in series]
         lines = [next(line for line in rate.lines if line.get_gid() == f"model {points.name}") for points in series]
-        rate.legend([*lines, *rate.lines[-len(styles) :]], [*named, *styles], fontsize=7, loc="lower right")
+        rate.legend([*lines, *rate.lines[-len(styles) :]], [*named, *styles], fontsize=7, loc="upper left")
         axes = np.atleast_1d(bottom.subplots(1, len(series)))
         for ax, points, model in zip(axes, series, models, strict=True):
             _shares(ax, points, model, predict)
-        axes[0].set_ylabel("node-seconds a clip")
+        axes[0].set_ylabel(("rank" if series[0].name.startswith("ranks") else "node") + "-seconds a clip")
         handles, labels = axes[0].get_legend_handles_labels()
         bottom.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7.5)
         if out is not None:
@@ -79,8 +77,7 @@ def _nodes_axis(ax: Axes, counts: Sequence[int], name: str) -> None:
         ax.tick_params("x", rotation=45)
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(name if name.startswith("ranks") else "nodes")
-    ax.grid(color="#E6E6E6", lw=0.6)
-    ax.set_axisbelow(True)
+    gridded(ax)
 
 
 def _span(points: Measured, predict: Sequence[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,25 +41,30 @@ def gridded(ax: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
     ax.set_axisbelow(True)
 
 
-def plain_log(ax: Axes, which: Literal["x", "y"]) -> None:
-    """Readable ticks of a logarithmic axis, whatever its range: round numbers if it spans less than a factor of 20.
+def plain_log(ax: Axes, which: Literal["x", "y"], text: Callable[[float], str] = "{:g}".format) -> None:
+    """Readable ticks of a logarithmic axis, whatever its range: round numbers if it spans less than a factor of 100.
 
-    Call it when the limits are final: otherwise matplotlib marks powers of ten only, often one or none.
+    Call it when the limits are final: otherwise matplotlib marks powers of ten only, often one or none, or too many.
+
+    Args:
+        ax: The panel.
+        which: Its axis.
+        text: Of a tick.
     """
     axis = ax.xaxis if which == "x" else ax.yaxis
     low, high = sorted(axis.get_view_interval())
     axis.set_minor_formatter(NullFormatter())
-    if high / low >= 20:
+    if high / low >= 100:
         return
     if high / low < 2:
         ticks = [float(t) for t in MaxNLocator(5).tick_values(low, high)]
     else:
         ticks = [m * 10.0**e for e in range(-9, 16) for m in (1, 2, 3, 5, 7)]
     ticks = [t for t in ticks if low <= t <= high]
-    if len(ticks) > 6:
+    if len(ticks) > 5 and high / low >= 2:
         ticks = [t for t in ticks if f"{t:e}"[0] in "125"]
     axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def save(fig: Figure, out: str | Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from swift.analysis.style import DPI, STYLE, WIDTH, save
+from swift.analysis.style import DPI, STYLE, WIDTH, gridded, save
 from swift.analysis.temporal import CONDITIONS, mean_acf
 
 TITLES = {"ordered": "frames in order", "shuffled": "frames shuffled (control)"}
@@ -41,8 +41,7 @@ def draw(contents: Mapping[str, dict[str, Any]], out: str | Path | None) -> Figu
                 clip = content.get("clip_seconds")
                 if clip and clip <= ax.get_xlim()[1]:
                     ax.axvline(clip, color="#808080", lw=0.7, ls=":", gid="clip")
-                ax.grid(axis="y", color="#E6E6E6", lw=0.6)
-                ax.set_axisbelow(True)
+                gridded(ax, "y")
             row[0].set_ylabel("autocorrelation")
             kind = ", ".join(str(content[key]) for key in ("variant", "position") if content.get(key))
             row[0].set_title(f"{kind or name}", loc="right", fontsize=8.5)

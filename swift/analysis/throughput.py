@@ -35,6 +35,8 @@ COLUMNS = (
     "parameters",
     "gflop_a_clip",
     "step_s",
+    "step_low_s",
+    "step_high_s",
     "planned_step_s",
     "forward_s",
     "gflop_a_s",
@@ -230,13 +232,15 @@ def load(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """COLUMNS of every point; the median of the rounds."""
+    """COLUMNS of every point: the median of the rounds, the fastest and the slowest."""
     found = []
     for point in points:
         step, work = float(np.median(point["step_seconds"])), point["flops_per_clip"] * point["batch"]
         row = {
             "gflop_a_clip": point["flops_per_clip"] / 1e9,
             "step_s": step,
+            "step_low_s": float(min(point["step_seconds"])),
+            "step_high_s": float(max(point["step_seconds"])),
             "planned_step_s": point["plan"]["step_seconds"],
             "forward_s": float(np.median(point["forward_seconds"])),
             "gflop_a_s": work / step / 1e9,

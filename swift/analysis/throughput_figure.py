@@ -9,9 +9,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
-from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, save
+from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
 
 MARKERS = "osD^vP"
 
@@ -38,14 +37,10 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
                     "ms": 5,
                 }
                 work = [r["gflop_a_clip"] * r["batch"] for r in own]
-                speed.loglog(
-                    work,
-                    [r["step_s"] for r in own],
-                    ls="",
-                    label=f"{variant}, {frames} frames",
-                    gid="measured",
-                    **style,
-                )
+                name = f"{variant}, {frames} frames"
+                speed.loglog(work, [r["step_s"] for r in own], lw=0.7, label=name, gid="measured", **style)
+                spread = [[r["step_low_s"] for r in own], [r["step_high_s"] for r in own]]
+                speed.vlines(work, *spread, color=style["color"], lw=1.2, gid="rounds")
                 planned = [r["planned_step_s"] for r in own]
                 if None not in planned:
                     speed.loglog(work, planned, ls="", mfc="white", gid="planned", **style)
@@ -65,11 +60,17 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
         memory.set_xlabel("planned peak memory (MiB)")
         memory.set_ylabel("measured peak memory (MiB)")
         memory.legend(fontsize=7)
-        for ax in (speed, memory):
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            ax.grid(color="#E6E6E6", lw=0.6)
-            ax.set_axisbelow(True)
+        for ax, x, y in ((speed, "gflop_a_clip", "step_s"), (memory, "planned_mib", "peak_mib")):
+            for r in (r for r in rows if (r["variant"], r["frames"]) == (variants[0], lengths[-1])):
+                place = (r[x] * (r["batch"] if ax is speed else 1), r[y])
+                ax.annotate(r["model"], place, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            plain_log(ax, "x")
+            plain_log(ax, "y")
+            gridded(ax)
+        fig.supxlabel(
+            "points: median of the measured rounds; bars: fastest to slowest round; lines join one kind of model",
+            fontsize=8,
+        )
         if out is not None:
             save(fig, out)
     return fig

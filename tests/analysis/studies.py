@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from swift import report
 
 
 def write_point(
@@ -59,3 +62,11 @@ def write_point(
     provenance["restarts"] = [{"time": "2026-01-01T01:00:00+00:00", "step": step, "changed": {}} for step in restarts]
     (path / "provenance.json").write_text(json.dumps(provenance))
     return path
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str, *command: object) -> None:
+    """`python -m swift.report` refuses with status 2 and one line that holds the message."""
+    assert report.main([str(word) for word in command]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1

@@ -10,7 +10,7 @@ import pytest
 from swift import report
 from swift.analysis.points import point
 from swift.analysis.pretraining import AXES, draw
-from tests.analysis.studies import write_point
+from tests.analysis.studies import assert_one_line, write_point
 
 
 def lines(ax):
@@ -64,7 +64,4 @@ def test_command_table_and_notes(tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, capsys, damage, message):
     run = write_point(tmp_path / "a")
     damage(run)
-    assert report.main(["pretraining", str(run), "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
+    assert_one_line(capsys, message, "pretraining", run, "--out", tmp_path)

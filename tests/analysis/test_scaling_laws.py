@@ -10,7 +10,8 @@ import pytest
 
 from swift import report
 from swift.analysis.points import point
-from swift.analysis.scaling_laws import ladder
+from swift.analysis.scaling_figure import draw
+from swift.analysis.scaling_laws import fit_all, ladder
 from tests.analysis.studies import write_point
 
 SIZES, STEPS = (1_000, 8_000, 60_000, 400_000), (10, 40, 160, 640)
@@ -51,10 +52,36 @@ def test_laws_of_a_ladder_of_runs(runs, tmp_path, capsys):
     best = found["best"][0]
     grid = np.geomspace(1e3, 1e9, 5001)
     assert best["N"]["value"] == pytest.approx(grid[np.argmin(truth(grid, 1e13 / 6 / grid))], rel=0.02)
+    assert best["among_sizes"] == (1e3 <= best["N"]["value"] <= 4e5)
     assert set(found["refused"]) == set()
     assert (tmp_path / "scaling_laws.png").stat().st_size > 5000
     assert len((tmp_path / "points.csv").read_text().splitlines()) == 17
     assert json.loads((tmp_path / "scaling_laws.json").read_text()) == found
+
+
+def test_a_best_size_beyond_those_that_were_run_is_named(runs, tmp_path, capsys):
+    assert report.main(["scaling_laws", str(runs), "--out", str(tmp_path), "--draws", "100", "--compute", "1e22"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best for C=1e+22")]
+    assert line.endswith("N lies outside the sizes that were run")
+
+
+def test_the_figure_holds_all_runs_and_the_whole_prediction(runs):
+    made = ladder([point(path) for path in sorted(runs.iterdir())])
+    fitted = fit_all(made, 100, 0)
+    far = (1e8, 1e8)
+    fig = draw(made, fitted, [far], None)
+    low, high = fig.axes[0].get_ylim()
+    loss, interval = fitted.joint.predict(*far)
+    assert low < min(made.loss.min(), interval[0])
+    assert max(made.loss.max(), loss) < high < 1.5 * made.loss.max()
+    for ax in fig.axes:
+        left, right = ax.get_xlim()
+        ticks = [tick for tick in ax.xaxis.get_majorticklocs() if left <= tick <= right]
+        assert 1 <= len(ticks) <= 7
+    for line in fig.axes[2].lines:
+        if line.get_gid() == "best":
+            best = [fitted.joint.optimal(c, fitted.cost)[0] for c in line.get_xdata()]
+            assert made.n.min() <= min(best) <= max(best) <= made.n.max()
 
 
 def test_runs_of_one_power_law_are_not_held_back_by_the_other_quantity(runs):

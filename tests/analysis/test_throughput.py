@@ -11,6 +11,7 @@ from swift import report
 from swift.analysis.throughput import load, measure, rows
 from swift.parallel.flops import model_flops
 from swift.parallel.geometry import build_geometry
+from tests.analysis.studies import assert_one_line
 from tests.small import settings
 
 
@@ -35,7 +36,7 @@ def test_rows_are_medians_beside_the_plan(tmp_path, capsys):
     write_measured(tmp_path / "runs" / "a")
     first, second = rows(load([tmp_path / "runs"]))
     assert (first["point"], second["point"]) == ("a", "b")
-    assert first["step_s"] == 0.5
+    assert (first["step_s"], first["step_low_s"], first["step_high_s"]) == (0.5, 0.5, 9.0)
     assert first["gflop_a_s"] == pytest.approx(8)
     assert (first["peak_mib"], first["planned_mib"], first["planned_step_s"]) == (3, 2, None)
     assert second["planned_step_s"] == 0.25
@@ -68,7 +69,4 @@ def test_measuring_runs_the_model_of_the_settings():
 def test_mistakes_are_one_line(tmp_path, capsys, change, message):
     path = write_measured(tmp_path / "a")
     change(path)
-    assert report.main(["throughput", str(path), "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
+    assert_one_line(capsys, message, "throughput", path, "--out", tmp_path)

@@ -48,11 +48,12 @@ def _add_lora(encoder: SwinEncoder, task: TaskConfig) -> None:
 def lora_initial_values(model: nn.Module) -> dict[str, Init]:
     """How the low-rank changes begin: A with the variance of torch's linear maps, B as zeros: nothing is changed."""
     found = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            found[name] = Init(True, 1 / math.sqrt(3 * parameter.shape[1]))
-        elif ".lora_B." in name:
-            found[name] = ZERO
+    for path, module in model.named_modules():
+        # The shape of a weight is no help: under ZeRO 3 it is an empty vector.
+        if isinstance(module, nn.Linear) and ".lora_A." in path:
+            found[f"{path}.weight"] = Init(True, 1 / math.sqrt(3 * module.in_features))
+        elif isinstance(module, nn.Linear) and ".lora_B." in path:
+            found[f"{path}.weight"] = ZERO
     return found
 
 

@@ -93,10 +93,13 @@ class FinetuneModule(TrainingModule):
         return TargetModel(cfg, self.cfg.task, self.cfg.data.grid, self.cfg.data.frames)
 
     def initial_values(self) -> dict[str, Init]:
-        """How every parameter begins; low-rank changes change nothing at first."""
-        scales = {name: scale.init for name, scale in self.widths.items()} if self.widths else {}
+        """How every parameter begins; low-rank changes change nothing at first.
+
+        muP: A is an output matrix, 1/m of the base model's values. Those of torch's linear maps fall with the root of
+        the width by themselves.
+        """
         lora = {
-            f"model.{name}": value.scaled(scales.get(name, 1.0))
+            f"model.{name}": value.scaled(self.widths[name].mult ** -0.5 if self.widths else 1.0)
             for name, value in lora_initial_values(self.model).items()
         }
         return super().initial_values() | lora

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -18,6 +19,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from swift.parallel.checkpoint import WEIGHT, Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_VALUES = "swift_values"
+"""Attribute of a frozen parameter, see `_frozen_values`."""
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -88,18 +91,43 @@ def _owners(sizes: dict[str, int], world: int) -> dict[str, int]:
     return owners
 
 
+def _frozen_values(parameter: Tensor, held: Tensor) -> Tensor:
+    """Frozen weights in float32, to be saved as they were given: on the host where the engine holds them in bf16.
+
+    Args:
+        parameter: Keeps them.
+        held: What the engine computes with.
+    """
+    if held.dtype == torch.float32:
+        return held
+    if not hasattr(parameter, _VALUES):
+        setattr(parameter, _VALUES, held.float().cpu())
+    values: Tensor = getattr(parameter, _VALUES)
+    return values
+
+
+def _refresh_frozen(engine: Any) -> None:
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, _VALUES):
+            held = getattr(parameter, "ds_tensor", parameter).detach()
+            held.view(-1).copy_(getattr(parameter, _VALUES))
+
+
 def zero12_pieces(engine: Any, steps: int | None = None, moments: bool = True) -> Iterator[Piece]:
     """Pieces of ZeRO 1 and 2: the fragments of fp32 weights in this rank's flat partition of each group.
 
     Arguments as in `zero3_pieces`.
     """
     outer = engine.optimizer
+    frozen = {name: p.numel() for name, p in engine.module.named_parameters() if not p.requires_grad}
+    owner = _owners(frozen, dist.get_world_size())
     for name, parameter in engine.module.named_parameters():
         shape = tuple(parameter.shape)
         mapping = getattr(parameter, "_hp_mapping", None)
         if not parameter.requires_grad:
-            # Frozen weights stay as they are on every rank.
-            yield Piece(name, shape, 0, {WEIGHT: parameter.detach().view(-1)}, engine.global_rank == 0)
+            # Every rank computes with all frozen weights; who writes one keeps its digits.
+            owned, held = owner[name] == engine.global_rank, parameter.detach().view(-1)
+            yield Piece(name, shape, 0, {WEIGHT: _frozen_values(parameter, held) if owned else held}, owned)
         elif mapping is not None:
             partition = outer.single_partition_of_fp32_groups[mapping.param_group_index]
             place = mapping.hp_fragment_address
@@ -112,8 +140,8 @@ def zero12_pieces(engine: Any, steps: int | None = None, moments: bool = True) -
 
 def refresh_zero12(engine: Any) -> None:
     """Bring the weights of the module to those of the fp32 partitions, and let all ranks have them."""
-    outer = engine.optimizer
-    outer.update_lp_params()
+    engine.optimizer.update_lp_params()
+    _refresh_frozen(engine)
 
 
 def zero3_pieces(engine: Any, steps: int | None = None, moments: bool = True) -> Iterator[Piece]:
@@ -132,7 +160,7 @@ def zero3_pieces(engine: Any, steps: int | None = None, moments: bool = True) ->
         start = min(rank * shard, total)
         count = min(shard, total - start)
         if not parameter.requires_grad:
-            tensors = {WEIGHT: parameter.ds_tensor.detach()}
+            tensors = {WEIGHT: _frozen_values(parameter, parameter.ds_tensor.detach())}
         else:
             group, at, _ = outer.grad_position[outer.get_param_id(parameter)]
             partition = outer.fp32_partitioned_groups_flat[group]
@@ -147,6 +175,7 @@ def zero3_pieces(engine: Any, steps: int | None = None, moments: bool = True) ->
 def refresh_zero3(engine: Any) -> None:
     """Bring the compute weights to those of the fp32 shards, and gather anew what ZeRO 3 keeps whole."""
     outer = engine.optimizer
+    _refresh_frozen(engine)
     # The order of its own step.
     outer._partition_all_parameters()
     for group in range(len(outer.fp16_groups)):

@@ -98,15 +98,20 @@ def train(store: Path, run_dir: Path, overrides: list[str], stop: int | None = N
     """Train, going on from a checkpoint if the run has one; what this rank saw."""
     said = Lines()
     logging.getLogger("swift").addHandler(said)
-    module, data, trainer = build(store, run_dir, overrides)
+    return fitted(*build(store, run_dir, overrides), run_dir, stop) | {"warnings": said.lines}
+
+
+def fitted(
+    module: pl.LightningModule, data: Any, trainer: pl.Trainer, run_dir: Path, stop: int | None
+) -> dict[str, Any]:
+    """Train as far as `stop`, going on from a checkpoint if the run has one; figures of every step on this rank."""
     recorder = Recorder()
     trainer.callbacks.insert(0, recorder)
     if stop:
         trainer.callbacks.insert(0, Stop(stop))
     folder = run_dir / CHECKPOINTS
     trainer.fit(module, datamodule=data, ckpt_path=folder if folder.exists() else None, weights_only=True)
-    seen = {"losses": recorder.losses, "samples": recorder.samples, "norms": recorder.norms}
-    return seen | {"warnings": said.lines}
+    return {"losses": recorder.losses, "samples": recorder.samples, "norms": recorder.norms}
 
 
 class Trace(pl.Callback):

@@ -13,21 +13,11 @@ from swift.callbacks import incident
 from swift.data.store import Store
 from tests.distributed import plants
 from tests.distributed.ranks import run
+from tests.distributed.strategies import BF16, PARTS, STRATEGIES, TWO, slow_but, spread
 
 pytestmark = [pytest.mark.distributed]
 
 RUN = ["trainer.max_steps=8", "trainer.val_every=8", "trainer.val_batches=1", "guard.window=4"]
-TWO = ["data.batch_size=2"]
-PARTS = ["data.batch_size=1", "trainer.accumulate=2"]
-STRATEGIES = {
-    "ddp": PARTS,
-    "zero1": TWO,
-    "zero2": PARTS,
-    "zero3": PARTS,
-    "zero3_offload": [*TWO, "parallel.cpu_adam=false"],
-    "fsdp": PARTS,
-}
-SLOW = ("zero2", "zero3", "zero3_offload", "fsdp")
 TROUBLE = [(3, 1, "nan"), (5, 0, "gradient"), (7, 1, "spike")]
 LEFT_OUT = [step for step, _, _ in TROUBLE]
 
@@ -45,16 +35,14 @@ def record(run_dir: Path, step: int) -> dict[str, Any]:
     return json.loads((incident.step_folder(run_dir, step) / incident.RECORD).read_text())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in STRATEGIES]
-)
+@pytest.mark.parametrize("name", slow_but(quick=("ddp", "zero1")))
 def test_a_bad_step_is_left_out_on_all_ranks_and_the_right_one_is_named(
     name: str, store: Path, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     how = STRATEGIES[name]
-    ranks = run(plants.train, 2, store, tmp_path, [*RUN, f"parallel={name}", *how], TROUBLE)
+    ranks = run(plants.train, 2, store, tmp_path, [*RUN, *spread(name)], TROUBLE)
     assert [rank["error"] for rank in ranks] == [None, None]
-    expected = reference[tuple(how[:2] if how[-1].startswith("trainer") else how[:1])]
+    expected = reference[tuple(PARTS if how == PARTS else TWO)]
     found = plants.checkpointed(tmp_path, list(expected["tensors"]))
     assert found["steps"] == expected["steps"] == 5
     for key, tensor in expected["tensors"].items():
@@ -104,7 +92,7 @@ def replayed(path: Path) -> dict[str, Any]:
     return {"same": done.same, "exact": done.exact, "loss": float(done.loss), "rank": done.facts["rank"]}
 
 
-@pytest.mark.parametrize("name", ["zero1", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(quick=("zero1",), names=("zero1", "fsdp")))
 def test_a_bad_weight_is_rolled_back_on_all_ranks(name: str, store: Path, tmp_path: Path) -> None:
     settings = [*RUN, "guard.action=rollback", "trainer.checkpoint_every=2", f"parallel={name}", *TWO]
     ranks = run(plants.train, 2, store, tmp_path, settings, [(6, 0, "weight")])
@@ -121,7 +109,7 @@ def test_a_bad_weight_is_rolled_back_on_all_ranks(name: str, store: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero3", "fsdp"])
 def test_bf16_leaves_out_the_same_steps(name: str, store: Path, tmp_path: Path) -> None:
-    settings = [*RUN, f"parallel={name}", *STRATEGIES[name], "trainer.precision=bf16"]
+    settings = [*RUN, *spread(name), *BF16]
     ranks = run(plants.train, 2, store, tmp_path, settings, TROUBLE)
     assert [rank["error"] for rank in ranks] == [None, None]
     assert [one["rank"] for step in LEFT_OUT for one in record(tmp_path, step)["ranks"]] == [1, 0, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from swift.parallel import checkpoint
 from tests.distributed import jobs
 from tests.distributed.ranks import Failed, run
+from tests.distributed.strategies import stopped
 
 pytestmark = [pytest.mark.distributed]
 
@@ -25,16 +25,6 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     ranks = run(jobs.train, 2, store, folder, [*RUN, *SAVED])
     samples = {step: sorted(seen for rank in ranks for seen in rank["samples"][step]) for step in ranks[0]["samples"]}
     return {"folder": folder, "losses": ranks[0]["losses"], "samples": samples}
-
-
-def stopped(whole: dict[str, Any], folder: Path, step: int) -> Path:
-    """The run as it would be if it had been stopped after `step`."""
-    shutil.copytree(whole["folder"], folder, dirs_exist_ok=True)
-    for path in checkpoint.finished(folder / "checkpoints"):
-        if path.name > checkpoint.step_folder(step):
-            shutil.rmtree(path)
-    (folder / "checkpoints" / checkpoint.LATEST).write_text(checkpoint.step_folder(step))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -53,7 +43,7 @@ def stopped(whole: dict[str, Any], folder: Path, step: int) -> Path:
 def test_another_strategy_goes_on_as_if_nothing_had_been(
     whole: dict[str, Any], step: int, ranks: int, overrides: list[str], store: Path, tmp_path: Path
 ) -> None:
-    seen = run(jobs.train, ranks, store, stopped(whole, tmp_path, step), [*RUN, *overrides])
+    seen = run(jobs.train, ranks, store, stopped(whole["folder"], tmp_path, step), [*RUN, *overrides])
     steps = range(step + 1, 9)
     assert seen[0]["losses"] == pytest.approx({s: whole["losses"][s] for s in steps}, rel=1e-6)
     for s in steps:
@@ -62,7 +52,7 @@ def test_another_strategy_goes_on_as_if_nothing_had_been(
 
 def test_every_kind_saves_what_the_others_read(whole: dict[str, Any], store: Path, tmp_path: Path) -> None:
     """Handed on: fsdp on two ranks to zero3 on two, to single on one."""
-    stopped(whole, tmp_path, 2)
+    stopped(whole["folder"], tmp_path, 2)
     two = [*RUN, "data.batch_size=2"]
     for stop, ranks, overrides in [
         (4, 2, [*two, "parallel=fsdp"]),
@@ -82,7 +72,7 @@ def damage(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole: dict[str, Any], store: Path, tmp_path: Path) -> None:
-    folder = stopped(whole, tmp_path, 6) / "checkpoints"
+    folder = stopped(whole["folder"], tmp_path, 6) / "checkpoints"
     damage(folder / "step-0000006" / "rank-00001.safetensors")
     seen = run(jobs.train, 2, store, tmp_path, [*RUN, *SAVED])
     assert seen[0]["losses"] == {step: whole["losses"][step] for step in range(5, 9)}
@@ -98,7 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole: dict[str, Any], store: Path,
 def test_nothing_whole_or_another_model_is_one_line_on_all_ranks(
     whole: dict[str, Any], store: Path, tmp_path: Path
 ) -> None:
-    folder = stopped(whole, tmp_path, 2)
+    folder = stopped(whole["folder"], tmp_path, 2)
     with pytest.raises(Failed) as caught:
         run(jobs.train, 2, store, folder, [*RUN, *SAVED, "model.depths=[1,1]"])
     assert caught.value.kind == "UserError"

@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 
 from swift.analysis.predictions import Predictions
-from tests.cohort import cohort
 from tests.distributed import tasks
 from tests.distributed.ranks import run
 
 pytestmark = [pytest.mark.distributed]
 
 STEPS = ["trainer.max_steps=4", "trainer.val_every=2"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.base import clone
+from torch import nn
 
 import swift
 from swift.build import build_module, start_from
@@ -60,19 +62,24 @@ def npz(path: Path) -> dict[str, Any]:
         return dict(file)
 
 
-def reference(run: Path, store: Path, place: int) -> dict[str, np.ndarray]:
-    """Stage -> (clips, t, E): values of the store scaled by numpy, tokens picked one by one."""
+def encoder_of(run: Path) -> nn.Module:
     module = build_module(load_frozen(run, []))
     start_from(module, str(run))
+    encoder: nn.Module = module.model.encoder
+    return encoder
+
+
+def reference(encoder: nn.Module, store: Path, place: int, starts: Sequence[int] = CLIPS) -> dict[str, np.ndarray]:
+    """Stage -> (clips, t, E): values of the store scaled by numpy, tokens picked one by one."""
     opened = Store(store)
     values, mask = opened.values(place).astype(np.float64), opened.mask(place)
     std = values.std(0)
     scaled = (values - values.mean(0)) / np.where(std > 0, std, 1)
-    dense = np.zeros((len(CLIPS), 1, *mask.shape, FRAMES), np.float32)
-    for number, start in enumerate(CLIPS):
+    dense = np.zeros((len(starts), 1, *mask.shape, FRAMES), np.float32)
+    for number, start in enumerate(starts):
         dense[number, 0][mask] = scaled[start : start + FRAMES].T
     with torch.no_grad():
-        features = module.eval().model.encoder(torch.from_numpy(dense))
+        features = encoder.eval()(torch.from_numpy(dense))
     out = {}
     for stage, feature in enumerate(features):
         cell = 4 * 2**stage
@@ -86,7 +93,7 @@ def reference(run: Path, store: Path, place: int) -> dict[str, np.ndarray]:
 
 
 def test_every_row_equals_a_recomputation(finished: Path, ingested: Path, tmp_path: Path) -> None:
-    by_hand = [reference(finished, ingested, place) for place in (0, 1)]
+    by_hand = [reference(encoder_of(finished), ingested, place) for place in (0, 1)]
     for per in ("frame", "clip", "scan"):
         embed(finished, ingested, "--out", tmp_path / f"{per}.npz", "--layer", "all", "--per", per)
     frames, clips, whole = (npz(tmp_path / f"{per}.npz") for per in ("frame", "clip", "scan"))

@@ -19,7 +19,9 @@ from swift.analysis.target import predictions_of
 from swift.build import build_data, build_module, start_from
 from swift.config.compose import freeze, load_frozen, typed
 from swift.data.finetune import TargetDataModule
+from swift.data.store import Store
 from swift.export import export, load
+from swift.models.encoder import SwinEncoder
 from swift.modules.finetune import ClipRows, FinetuneModule
 from swift.parallel import checkpoint
 from swift.parallel.weights import FileWeights
@@ -28,6 +30,7 @@ from tests.cohort import cohort, task_command
 from tests.models.test_v1_import import CASE, CFG, v1_state
 from tests.runs import QUIET, assert_same_run, start
 from tests.small import command, composed
+from tests.test_embed_command import embed, npz, reference
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -43,6 +46,18 @@ def pretrained(folder: Path) -> Path:
     torch.set_num_threads(1)
     run = folder / "pretrained"
     start(*task_command(folder, run, "trainer.max_steps=2", "trainer.val_every=2", "trainer.val_batches=1"))
+    return run
+
+
+LORA = ["task.adapt=lora", "task.lora_rank=2", "task.lora_alpha=6"]
+
+
+@pytest.fixture(scope="module")
+def low_rank(folder: Path, pretrained: Path) -> Path:
+    """Three steps of low-rank changes, fast enough to see them."""
+    torch.set_num_threads(1)
+    run = folder / "low_rank"
+    tuned(folder, run, *LORA, f"init={pretrained}", "optimizer.lr=0.05", "trainer.max_steps=3")
     return run
 
 
@@ -168,15 +183,57 @@ def test_other_clips_than_in_pre_training(folder: Path, pretrained: Path) -> Non
     assert torch.isfinite(out).all()
 
 
-def test_low_rank_changes_are_added_where_they_cannot_be_kept(folder: Path, pretrained: Path, tmp_path: Path) -> None:
-    run = tmp_path / "lora"
-    tuned(folder, run, "task.adapt=lora", f"init={pretrained}", "optimizer.lr=0.05", "trainer.max_steps=3")
-    low = module_of(folder, f"init={run}", "task.adapt=lora")
-    assert "the whole model of the same task" in start_from(low, str(run))
-    full = module_of(folder, f"init={run}", "task.adapt=full")
-    assert "low-rank changes of 12 tensors added" in start_from(full, str(run))
+def test_low_rank_changes_are_added_where_they_cannot_be_kept(folder: Path, low_rank: Path) -> None:
+    low = module_of(folder, f"init={low_rank}", *LORA)
+    assert "the whole model of the same task" in start_from(low, str(low_rank))
+    full = module_of(folder, f"init={low_rank}", "task.adapt=full")
+    assert "low-rank changes of 12 tensors added" in start_from(full, str(low_rank))
     x = torch.randn(1, 1, 12, 12, 12, 8)
     torch.testing.assert_close(low.eval().model.encoder(x)[-1], full.eval().model.encoder(x)[-1])
+
+
+def merged_encoder(run: Path) -> SwinEncoder:
+    """W + scale * B A of every map, from the tensors of the last checkpoint alone, in an encoder that knows no LoRA."""
+    path = checkpoint.finished(run / "checkpoints")[0]
+    manifest = checkpoint.Manifest.read(path)
+    reader = checkpoint.Reader(path, manifest)
+    raw = {name: reader.whole("weight", name).double() for name in manifest.shapes if ".encoder." in name}
+    plain = {name: value for name, value in raw.items() if ".lora_" not in name}
+    changed = 0
+    for name in raw:
+        if ".lora_A." not in name:
+            continue
+        down, up = raw[name], raw[name.replace(".lora_A.", ".lora_B.")]
+        plain[name.replace(".lora_A.default.", ".base_layer.")] += 6 / 2 * up @ down
+        changed += 1
+    assert changed == 12
+    cfg = load_frozen(run, [])
+    encoder = SwinEncoder(cfg.model, cfg.data.grid, cfg.data.frames)
+    stripped = {name.removeprefix("model.encoder.").replace(".base_layer.", "."): v for name, v in plain.items()}
+    encoder.load_state_dict({name: value.float() for name, value in stripped.items()})
+    return encoder
+
+
+def test_the_embedding_of_a_low_rank_run_is_that_of_the_merged_weights(
+    folder: Path, pretrained: Path, low_rank: Path, tmp_path: Path
+) -> None:
+    store = folder / "store"
+    scan_ids = [scan.scan_id for scan in Store(store).scans[:2]]
+    export(low_rank, tmp_path / "low.safetensors")
+    found = []
+    for number, model in enumerate((low_rank, tmp_path / "low.safetensors", pretrained)):
+        scans = [f"{store}:{scan_id}" for scan_id in scan_ids]
+        embed(model, *scans, "--out", tmp_path / f"{number}.npz", "--layer", "all", "--per", "clip")
+        found.append(npz(tmp_path / f"{number}.npz"))
+    run, file, before = found
+    encoder = merged_encoder(low_rank)
+    by_hand = [reference(encoder, store, place, (0, 8, 16)) for place in (0, 1)]
+    for layer in ("stage1", "stage2"):
+        wanted = np.concatenate([scan[layer].mean(1) for scan in by_hand])
+        np.testing.assert_allclose(run[layer], wanted, rtol=0, atol=5e-6)
+        np.testing.assert_array_equal(file[layer], run[layer])
+        # The changes show: sixty times what is allowed for rounding.
+        assert np.abs(run[layer] - before[layer]).max() > 3e-4
 
 
 def test_swift_v1_weights(folder: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def draw(found: Sequence[Row], out: Path) -> None:
             bare = [(found[i].step_seconds - (found[i].input or 0.0)) * a_clip[i] for i in both]
             ends = np.array([found[i].input_interval or (0.0, 0.0) for i in both]).T
             spread = np.abs(ends[::-1] - [found[i].input or 0.0 for i in both]) * a_clip[both]
-            style = {"fmt": "_", "ms": 26, "mew": 1.6, "capsize": 4, "color": "black"}
+            style = {"fmt": "_", "ms": 13, "mew": 1.6, "capsize": 3, "color": "black"}
             parts.errorbar(both, bare, spread, label="step without input", gid="without input", **style)
         parts.set(xlabel="ranks", ylabel="rank-milliseconds a clip")
         parts.set_title("time by phase, with input", loc="left")

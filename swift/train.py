@@ -98,7 +98,12 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
         # What Lightning makes of Ctrl-C; a run that was asked to stop has saved.
         if not trainer.interrupted or stop.code == STOPPED_STATUS:
             raise
-        log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
+        from swift.parallel import checkpoint
+
+        if checkpoint.exists(run_dir / CHECKPOINTS):
+            log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
+        else:
+            log.info("stopped before the first checkpoint: nothing to go on from; the same command begins anew")
         raise KeyboardInterrupt from stop
     if trainer.global_step > cfg.trainer.max_steps:
         raise UserError(
@@ -122,7 +127,8 @@ def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     else:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if cfg.trainer.figures:
-        loss_curve([run_dir], run_dir / "figures" / "loss.png")
+        if summary["steps"] >= min(cfg.trainer.log_every, cfg.trainer.val_every):  # else no loss was written
+            loss_curve([run_dir], run_dir / "figures" / "loss.png")
         if cfg.task.target is None:
             reconstruction(run_dir / "figures" / "reconstruction.npz", run_dir / "figures" / "reconstruction.png")
     if cfg.task.target is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,16 @@ def test_the_printed_table_is_sorted_and_plain(store: Path, tmp_path: Path, caps
     said = next(line for line in lines if line.startswith("beats: "))
     assert said == "beats: " + (", ".join(summary["beats"]) or "none of the baselines")
     assert lines[-1] == f"figures and checkpoints: {tmp_path / 'run'}"
+
+
+def test_one_step_without_a_logged_loss_still_ends_in_the_table(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    rare = ["trainer.max_steps=1", "trainer.log_every=5", "trainer.val_every=5", "trainer.figures=true"]
+    start(*command(store, run, *rare))
+    assert capsys.readouterr().out.startswith("held-out masked-voxel L1 after 1 steps")
+    assert sorted(path.name for path in (run / "figures").glob("*.png")) == ["reconstruction.png"]
 
 
 def test_the_loss_falls_and_the_model_beats_the_mean(store: Path, tmp_path: Path) -> None:
@@ -235,8 +246,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(store: Path, tmp_path: Path, fini
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
-    endless = command(store, tmp_path / "run", "trainer.max_steps=1000000")
+@pytest.mark.parametrize(
+    ("val_every", "at", "says"), [(3, 4, "resume={run} goes on"), (999, 2, "stopped before the first checkpoint")]
+)
+def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path, val_every: int, at: int, says: str) -> None:
+    endless = command(store, tmp_path / "run", "trainer.max_steps=1000000", f"trainer.val_every={val_every}")
     process = subprocess.Popen(
         [sys.executable, "-m", "swift.train", *endless],
         cwd=tmp_path,
@@ -249,14 +263,14 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path) -> Non
         said = ""
         for line in process.stderr:
             said += line
-            if line.startswith("step "):
+            if (step := re.match(r"step (\d+)", line)) and int(step[1]) >= at:
                 process.send_signal(signal.SIGINT)
                 break
         said += process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == 130, said
-    assert f"resume={tmp_path / 'run'}" in said
+    assert says.format(run=tmp_path / "run") in said
     assert said.rstrip().endswith("stopped")
     assert "Traceback" not in said
 

@@ -251,8 +251,8 @@ def _folds(train: Units) -> Any:
         return GroupKFold(FOLDS)
     if (train.frame >= 0).any():
         return KFold(FOLDS)
-    if subjects < 2:
-        raise UserError(f"{subjects} training subject: a baseline's penalty cannot be chosen; at least 2 are needed")
+    if subjects < 3:  # of two subjects a fold would leave one, and one value has no variance
+        raise UserError(f"{subjects} training subjects: a baseline's penalty cannot be chosen; at least 3 are needed")
     return GroupKFold(subjects)
 
 
@@ -270,7 +270,7 @@ def fitted(features: np.ndarray, train: Units, kind: str, balance: bool = False,
         A fitted scikit-learn estimator.
 
     Raises:
-        UserError: Fewer than 2 training subjects (unless units are frames).
+        UserError: Fewer than 3 training subjects (unless units are frames), or no fold with all that a fit needs.
     """
     from sklearn.feature_selection import VarianceThreshold
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -291,7 +291,11 @@ def fitted(features: np.ndarray, train: Units, kind: str, balance: bool = False,
     search = GridSearchCV(Pipeline(steps), grid, cv=_folds(train), scoring=scoring, error_score=np.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fold without a class, a penalty that does not converge: never chosen
-        search.fit(features, target, groups=train.subject)
+        try:
+            search.fit(features, target, groups=train.subject)
+        except ValueError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise UserError(f"{len(train)} training units do not do for a baseline's folds: {why}") from error
     return search.best_estimator_
 
 

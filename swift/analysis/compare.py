@@ -97,8 +97,7 @@ def paired_bootstrap(
         draws: How many.
 
     Returns:
-        Two-sided p, at least 2 / (draws + 1); the percentile interval of a - b. Draws that leave the score undefined
-        are left out.
+        As `from_draws`. Draws that leave the score undefined are left out.
 
     Raises:
         UserError: Different units, or the score is undefined throughout.
@@ -115,15 +114,21 @@ def paired_bootstrap(
             for runs in (a, b)
         ]
         parts.append(means[0] - means[1])
-    return from_draws(float(parts[0][0]), np.concatenate(parts[1:]))
+    return from_draws(float(parts[0][0]), np.concatenate(parts[1:]), int(cluster.max()) + 1)
 
 
-def from_draws(difference: float, drawn: np.ndarray) -> Test:
+def from_draws(difference: float, drawn: np.ndarray, subjects: int) -> Test:
     """The paired bootstrap from its draws.
 
     Args:
         difference: On all units.
         drawn: (D,) differences under the same draws of both methods; those that are not finite are left out.
+        subjects: That were drawn from (blocks of time where there is one subject). A handful repeat themselves in all
+            draws and would seem sure.
+
+    Returns:
+        The percentile interval, and a two-sided p: at least 2 / (draws + 1), and at least 2 / 2^subjects, the smallest
+        that swapping the two methods for some subjects could give.
 
     Raises:
         UserError: Nothing is left.
@@ -133,7 +138,7 @@ def from_draws(difference: float, drawn: np.ndarray) -> Test:
         raise UserError("the score is undefined here: nothing to compare")
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    p = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+    p = min(1.0, max(2 * (tail + 1) / (len(drawn) + 1), 2.0 ** (1 - subjects)))
     return Test(difference, p, float(low), float(high), "paired bootstrap")
 
 

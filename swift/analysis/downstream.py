@@ -269,7 +269,8 @@ def compare(a: Sequence[Result], b: Sequence[Result], score: str, seed: int = 0,
         return corrected_t(differences, a[0].train, len(a[0].predictions.subjects))
     need_same_units(ours[shared[0]][0].predictions, theirs[shared[0]][0].predictions)
     drawn = [_mean_drawn(runs[shared[0]], score, seed, draws) for runs in (ours, theirs)]
-    return from_draws(differences[0], drawn[0] - drawn[1])
+    _, cluster = clusters(ours[shared[0]][0].predictions)
+    return from_draws(differences[0], drawn[0] - drawn[1], int(cluster.max()) + 1)
 
 
 def column(runs: Sequence[Result], score: str, seed: int = 0, draws: int = DRAWS) -> dict[str, Cell]:

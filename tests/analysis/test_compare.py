@@ -107,6 +107,16 @@ def test_a_real_difference_is_found_with_its_size_and_seeds_are_averaged():
     assert (same.difference, same.p) == (0, 1)
 
 
+@pytest.mark.parametrize("subjects", [2, 4, 8])
+def test_a_handful_of_subjects_is_never_sure(subjects):
+    """One method right about everybody, the other wrong: no draw differs, yet p is that of swapping signs."""
+    target = np.arange(subjects) % 2
+    right, wrong = chances(target, target * 0.8 + 0.1), chances(target, 0.9 - target * 0.8)
+    test = paired_bootstrap([(right, 0.5)], [(wrong, 0.5)], "auroc")
+    assert test.difference == 1
+    assert test.p == pytest.approx(2 / 2**subjects)
+
+
 def test_permutation_of_labels_is_the_exact_test_for_few_subjects():
     """All 20 ways to place three labels, by hand: p approaches the exact one."""
     target, p = np.array([0, 0, 0, 1, 1, 1.0]), np.array([0.1, 0.5, 0.2, 0.4, 0.9, 0.8])

@@ -17,7 +17,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,8 +273,6 @@ def run(todo: Sequence[Point], out: Path, jobs: int, limit: float) -> int:
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         waiting = iter(todo)
         running: set[Any] = set()
-        from concurrent.futures import FIRST_COMPLETED, wait
-
         while True:
             while len(running) < jobs and time.perf_counter() - begin < limit and (one := next(waiting, None)):
                 running.add(pool.submit(do, (one, out)))
@@ -387,14 +385,12 @@ def main() -> None:
         make_cohort(out)
         print(f"cohort: {time.perf_counter() - begin:.0f} s", flush=True)
         left = run([pretraining(out)], out, 1, options.limit) if set(options.stages) != {"baselines"} else 0
-        first = (
-            [p for p in points(out, "ablation") if p.name.endswith("/pretrain")] if "ablation" in options.stages else []
-        )
         todo = [p for stage in options.stages for p in points(out, stage)]
+        first = [p for p in todo if p.name.endswith("/pretrain")]
         if "null" in options.stages:
             null_baselines(out)
         # the pre-trainings of the ablation first: its fine-tunings begin from them
-        left += run(first, out, options.jobs, options.limit - (time.perf_counter() - begin))
+        run(first, out, options.jobs, options.limit - (time.perf_counter() - begin))
         left += run(todo, out, options.jobs, options.limit - (time.perf_counter() - begin))
         print(f"{time.perf_counter() - begin:.0f} s; {left} runs failed or are left", flush=True)
     write_report(out, options.results)

@@ -14,12 +14,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,85 +24,14 @@ from torch.distributed.tensor import DTensor
 from swift.config.schema import Config, ParallelConfig
 from swift.parallel.checkpoint import Piece
 from swift.parallel.durable import Durable
+from swift.parallel.environment import build_accelerator, build_environment, check_place
 from swift.parallel.geometry import build_geometry
 from swift.parallel.judging import Judge, JudgedEngine, drop_gradients
-from swift.parallel.launch import Place, current_place, free_port
+from swift.parallel.launch import Place, current_place
 from swift.parallel.memory import MB, reduce_bucket
 from swift.parallel.saving import Saver
 from swift.parallel.shards import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
 from swift.utils.errors import UserError
-
-
-class Ranks(ClusterEnvironment):
-    """The ranks of a `Place`, for Lightning; they exist already."""
-
-    def __init__(self, place: Place) -> None:
-        super().__init__()
-        self.place = place
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        """Whether something else starts the ranks: always."""
-        return True
-
-    @property
-    def main_address(self) -> str:
-        """Host of rank 0."""
-        return os.environ["MASTER_ADDR"]
-
-    @property
-    def main_port(self) -> int:
-        """Port of rank 0."""
-        return int(os.environ["MASTER_PORT"])
-
-    @staticmethod
-    def detect() -> bool:
-        """Never chosen by Lightning itself."""
-        return False
-
-    def world_size(self) -> int:
-        """Ranks of the run."""
-        return self.place.world
-
-    def set_world_size(self, size: int) -> None:
-        """Only checked: the launcher has decided."""
-        assert size == self.place.world, (size, self.place)
-
-    def global_rank(self) -> int:
-        """Of all ranks."""
-        return self.place.rank
-
-    def set_global_rank(self, rank: int) -> None:
-        """Only checked: the launcher has decided."""
-        assert rank == self.place.rank, (rank, self.place)
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
-
-    def local_rank(self) -> int:
-        """Of the ranks of this node."""
-        return self.place.local_rank
-
-    def node_rank(self) -> int:
-        """The node of this rank."""
-        return self.place.rank // self.place.local_world
-
-
-class OneGpuEach(CUDAAccelerator):
-    """CUDA where a launcher shows each rank one device only (srun --gpus-per-task=1): all of them are cuda:0.
-
-    Lightning expects every rank to see the devices of all ranks of its node and refuses this (its issue 16828).
-    """
-
-    @staticmethod
-    def parse_devices(devices: Any) -> Any:
-        """The number of ranks on this node, unchecked: this rank cannot see the other devices."""
-        return devices
-
-    @staticmethod
-    def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """The one visible device for every rank of this node."""
-        return [torch.device("cuda", 0)] * int(devices)
 
 
 class _ClipsByNorm:
@@ -345,7 +270,7 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
         single = _Single(device, precision_plugin=plugin)
         single.parallel, single.saver = parallel, build_saver(cfg, Place(0, 0, 1, 1, "none"))
         return {"strategy": single, "accelerator": accelerator, "devices": 1}
-    environment = SLURMEnvironment(auto_requeue=False) if place.source == "slurm" else Ranks(place)
+    environment = build_environment(place)
     shared: dict[str, Any] = {
         "cluster_environment": environment,
         "timeout": timedelta(minutes=parallel.timeout_minutes),
@@ -366,7 +291,7 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
     strategy.parallel, strategy.saver = parallel, build_saver(cfg, place)
     return {
         "strategy": strategy,
-        "accelerator": _accelerator(accelerator, place),
+        "accelerator": build_accelerator(accelerator, place),
         "devices": place.local_world,
         "num_nodes": place.nodes,
     }
@@ -376,28 +301,3 @@ def build_saver(cfg: Config, place: Place) -> Saver:
     """What writes the checkpoints of this rank."""
     background, seconds = cfg.trainer.checkpoint_background, 60 * cfg.parallel.timeout_minutes
     return Saver(place.rank, place.world, cfg.trainer.keep_checkpoints, background, seconds)
-
-
-def _accelerator(name: str, place: Place) -> Accelerator:
-    if name == "cpu":
-        return CPUAccelerator()
-    return OneGpuEach() if torch.cuda.device_count() == 1 < place.local_world else CUDAAccelerator()
-
-
-def check_place(cfg: ParallelConfig, place: Place) -> None:
-    """Refuse a launcher that has started another number of ranks or nodes than the settings say.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    if place.source == "none":
-        return
-    if cfg.name == "single" and place.world > 1:
-        raise UserError(f"parallel=single: {place.source} started {place.world} ranks; choose parallel=ddp or another")
-    if cfg.devices and cfg.devices != place.local_world:
-        raise UserError(
-            f"parallel.devices={cfg.devices}: {place.source} started {place.local_world} ranks on a node; "
-            "start as many, or parallel.devices=0 for as many as there are"
-        )
-    if cfg.nodes != place.nodes and not (cfg.nodes == 1 and cfg.devices == 0):
-        raise UserError(f"parallel.nodes={cfg.nodes}: {place.source} started ranks on {place.nodes} nodes")

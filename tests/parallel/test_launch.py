@@ -45,7 +45,7 @@ if rank == 1:
     while not (folder / "0").exists(): time.sleep(0.01)
     {end}
 say(str(os.getpid()))
-time.sleep(60)
+time.sleep(600)
 """
     assert start_ranks(rank(tmp_path, code), "", 2) == status
     with pytest.raises(ProcessLookupError):
@@ -59,7 +59,7 @@ def stop(*_):
     sys.exit(75)
 signal.signal(signal.SIGUSR1, stop)
 (folder / f"ready-{rank}").touch()
-time.sleep(60)
+time.sleep(600)
 """
 
     def ask() -> None:
@@ -80,11 +80,11 @@ time.sleep(60)
 def test_ranks_do_not_outlive_what_started_them(tmp_path: Path) -> None:
     import subprocess
 
-    inner = rank(tmp_path, "say(str(os.getpid())); time.sleep(60)")
+    inner = rank(tmp_path, "say(str(os.getpid())); time.sleep(600)")
     code = f"from swift.parallel.launch import start_ranks; start_ranks({inner!r}, '', 1)"
     starter = subprocess.Popen([sys.executable, "-c", code])
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while not (tmp_path / "0").exists() or not (tmp_path / "0").read_text():
             assert time.monotonic() < until, "the rank has not started"
             time.sleep(0.01)
@@ -92,7 +92,7 @@ def test_ranks_do_not_outlive_what_started_them(tmp_path: Path) -> None:
         starter.kill()
         starter.wait()
     child = int((tmp_path / "0").read_text())
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while Path(f"/proc/{child}").exists() and "\nState:\tZ" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < until, "the rank lives on"
         time.sleep(0.01)

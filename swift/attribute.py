@@ -134,7 +134,7 @@ def _maps(
     rounds = 2 if options.randomise else 1
     with tqdm(total=len(starts) * rounds, unit="clip", desc="attribute", disable=options.quiet) as bar:
         maps = attribute(score, scan, starts, device, window=options.window or None, progress=bar.update, **kept)
-        found = {"ig": maps.gradients, "ig_size": maps.size}
+        found = {"ig": maps.gradients, "ig_size": maps.size, "ig_share": maps.share}
         if maps.occlusion is not None:
             found["occlusion"] = maps.occlusion
         said |= {
@@ -146,8 +146,8 @@ def _maps(
         if options.randomise:
             shuffle_weights(trained.model, options.seed)
             lost = attribute(score, scan, starts, device, progress=bar.update, **kept)
-            found["ig_size_random"] = lost.size
-            said["rank_correlation_with_random_weights"] = rank_correlation(maps.size, lost.size, scan.mask)
+            found |= {"ig_size_random": lost.size, "ig_share_random": lost.share}
+            said["rank_correlation_with_random_weights"] = rank_correlation(maps.share, lost.share, scan.mask)
     return found
 
 

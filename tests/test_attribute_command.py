@@ -99,12 +99,12 @@ def test_maps_lie_on_the_files_own_grid(models: dict[str, Path], file: Path, tmp
     said = json.loads((tmp_path / "a" / "sub-1.json").read_text())
     assert said["explains"] == "sex: log odds of M"
     assert said["clips"] == [0, 8]
-    assert set(said["maps"]) == {"ig", "ig_size", "occlusion", "ig_size_random"}
+    assert set(said["maps"]) == {"ig", "ig_size", "ig_share", "occlusion", "ig_size_random", "ig_share_random"}
     own = nib.load(file)
     trained = load_trained(models["binary"])
     scan = fit(find_scans([file], trained.contract)[0], trained.contract, Fitting())
     again = attribute(score_of(trained, 1), scan, [0, 8], torch.device("cpu"), window=6)
-    expected = {"ig": again.gradients, "ig_size": again.size, "occlusion": again.occlusion}
+    expected = {"ig": again.gradients, "ig_size": again.size, "ig_share": again.share, "occlusion": again.occlusion}
     for name, path in said["maps"].items():
         image = nib.load(path)
         assert image.shape == own.shape[:3]
@@ -133,7 +133,7 @@ def test_a_scan_of_a_store_is_explained_on_the_stores_grid(
         said["explains"]
         == "synthetic_frame: the predicted valence_bold, in its own unit, in the middle frame of each clip"
     )
-    assert set(said["maps"]) == {"ig", "ig_size"}
+    assert set(said["maps"]) == {"ig", "ig_size", "ig_share"}
     image = nib.load(said["maps"]["ig"])
     np.testing.assert_allclose(image.affine, Store(store).affine(1), atol=1e-5)
     assert (np.asarray(image.dataobj)[~Store(store).mask(1)] == 0).all()

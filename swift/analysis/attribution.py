@@ -4,13 +4,18 @@ Both compare a clip with a baseline, in which nothing happens. Integrated gradie
 among all voxels and frames (they sum to it: completeness); occlusion puts one cube of voxels at the baseline, in all
 frames, and gives its voxels what the output loses.
 
+Of one clip an attribution is mostly noise: input times gradient, as large in voxels that the model hardly uses as in
+those it rests on. Over clips the noise cancels, if it may keep its sign: so clips are summed before sizes are taken,
+each weighed by how far its output is from the baseline's (`share_of`), for what pushes a prediction up in one clip
+pushes it down in another.
+
 Legend: X Y Z grid, T frames of a clip, V brain voxels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -33,13 +38,14 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Maps:
-    """Attributions of some clips of a scan, their mean.
+    """Attributions of a scan, from some of its clips.
 
     Attributes:
-        gradients: (X, Y, Z) integrated gradients, summed over the frames; in units of the output.
-        size: (X, Y, Z) their sizes (without signs), summed over the frames: what rises and falls with a voxel's course
-            does not cancel.
-        occlusion: (X, Y, Z) loss of output with a voxel's cube at the baseline; None: not asked for.
+        gradients: (X, Y, Z) integrated gradients, summed over the frames, mean of the clips; in units of the output.
+        size: (X, Y, Z) their sizes in each clip (without signs), summed over the frames, mean of the clips. Noise of a
+            clip does not cancel: follows the input more than the model.
+        share: (X, Y, Z) `share_of` the integrated gradients, summed over the frames; sums to 1.
+        occlusion: (X, Y, Z) `share_of` the loss of output with a voxel's cube at the baseline; None: not asked for.
         outputs, baselines: (clips,) output of each clip and of its baseline.
         gaps: (clips,) sum of a clip's integrated gradients minus the difference of its outputs: the error of the
             integral.
@@ -47,6 +53,7 @@ class Maps:
 
     gradients: np.ndarray
     size: np.ndarray
+    share: np.ndarray
     occlusion: np.ndarray | None
     outputs: np.ndarray
     baselines: np.ndarray
@@ -88,23 +95,30 @@ def integrated_gradients(
     from captum.attr import IntegratedGradients
 
     method = IntegratedGradients(score)
-    with torch.no_grad():
-        whole = abs(float(score(bold, brain) - score(baseline, brain)))
+    known: dict[float, float] = {}
+
+    def value(part: float) -> float:
+        # pieces share their ends: each is put through the model once
+        if part not in known:
+            with torch.no_grad():
+                known[part] = float(score(torch.lerp(baseline, bold, part), brain))
+        return known[part]
+
+    whole = abs(value(1.0) - value(0.0))
     shares, gap, spent = torch.zeros_like(bold), 0.0, 0
     pieces = [(0.0, 1e-3), (1e-3, 0.1), (0.1, 1.0)]
     while pieces:
         low, high = pieces.pop()
         ends = [torch.lerp(baseline, bold, part) for part in (high, low)]
-        some, off = method.attribute(
-            ends[0], ends[1], None, brain, POINTS, internal_batch_size=batch, return_convergence_delta=True
-        )
+        some = method.attribute(ends[0], ends[1], None, brain, POINTS, internal_batch_size=batch)
+        off = float(some.sum(dtype=torch.float64)) - (value(high) - value(low))
         spent += POINTS
-        if abs(float(off)) > TOLERANCE / 8 * whole and spent < limit and high > 1e-9:
+        if abs(off) > TOLERANCE / 8 * whole and spent < limit and high > 1e-9:
             middle = math.sqrt(low * high) if low else high / 16
             pieces += [(low, middle), (middle, high)]
             continue
         shares += some.detach()
-        gap += float(off)
+        gap += off
     return shares, gap
 
 
@@ -150,7 +164,7 @@ def attribute(
     batch: int = 4,
     progress: Callable[[], object] = lambda: None,
 ) -> Maps:
-    """Both attributions, clip by clip, averaged.
+    """Both attributions, of all clips together.
 
     Args:
         score: What is explained.
@@ -163,31 +177,51 @@ def attribute(
         batch: Clips through the model at once.
         progress: Called after each clip.
     """
-    gradients, size, lost = (np.zeros(scan.mask.shape) for _ in range(3))
-    outputs, stills, gaps = [], [], []
+    size = np.zeros(scan.mask.shape)
+    shares, lost, outputs, stills, gaps = [], [], [], [], []
     for start in starts:
         clip = scan.clips([start], device)
         bold, brain = clip["bold"].contiguous(), clip["brain"]
         still = baseline_of(bold, brain, baseline)
-        shares, gap = integrated_gradients(score, bold, brain, still, limit, batch)
-        gradients += shares[0, 0].sum(-1).double().cpu().numpy()
-        size += shares[0, 0].abs().sum(-1).double().cpu().numpy()
+        found, gap = integrated_gradients(score, bold, brain, still, limit, batch)
+        shares.append(found[0, 0].sum(-1).double().cpu().numpy())
+        size += found[0, 0].abs().sum(-1).double().cpu().numpy()
         if window is not None:
-            lost += occlusion(score, bold, brain, still, window, batch).double().cpu().numpy()
+            lost.append(occlusion(score, bold, brain, still, window, batch).double().cpu().numpy())
         with torch.no_grad():
             outputs.append(float(score(bold, brain)))
             stills.append(float(score(still, brain)))
         gaps.append(gap)
         progress()
-    count = len(starts)
+    change = np.subtract(outputs, stills)
     return Maps(
-        gradients / count,
-        size / count,
-        lost / count if window is not None else None,
+        np.mean(shares, 0),
+        size / len(starts),
+        share_of(shares, change),
+        share_of(lost, change) if window is not None else None,
         np.asarray(outputs),
         np.asarray(stills),
         np.asarray(gaps),
     )
+
+
+def share_of(maps: Sequence[np.ndarray], change: np.ndarray) -> np.ndarray:
+    """The part of a model's answers that each voxel accounts for, over clips.
+
+    The slope of a voxel's attributions on the change of the output (least squares through 0): sum(a c) / sum(c^2).
+    A voxel that always gives a tenth of the change gets 0.1, whatever the signs of the changes; one whose attributions
+    have nothing to do with them gets 0 on average. If the attributions of every clip sum to its change, the shares sum
+    to 1.
+
+    Args:
+        maps: (X, Y, Z) attributions of each clip.
+        change: (clips,) output minus that of the baseline.
+
+    Returns:
+        (X, Y, Z); 0 if no output differs from its baseline's.
+    """
+    power = float((change**2).sum())
+    return np.tensordot(change / power if power else change, np.stack(maps), (0, 0))
 
 
 def shuffle_weights(model: nn.Module, seed: int) -> None:
@@ -213,16 +247,16 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
 
 
 def overlap(values: np.ndarray, region: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """How well the sizes of a map point at a known region.
+    """How well a map points at a known region.
 
     Args:
         values: (X, Y, Z).
         region, mask: bool (X, Y, Z); voxels outside the mask do not count.
 
     Returns:
-        auroc: chance that a voxel of the region has a larger value than one outside. dice: of the region with as many
-        of the largest voxels. chance: the Dice of as many voxels chosen at random, which is the region's part of the
-        mask.
+        auroc: chance that a voxel of the region has a larger value (without its sign) than one outside. dice: of the
+        region with as many of the largest voxels. chance: the Dice of as many voxels chosen at random, which is the
+        region's part of the mask. inside: sum of the values in the region, as a part of that in the mask.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -233,6 +267,7 @@ def overlap(values: np.ndarray, region: np.ndarray, mask: np.ndarray) -> dict[st
         "auroc": float(roc_auc_score(wanted, sizes)),
         "dice": float(wanted[top].mean()),
         "chance": count / wanted.size,
+        "inside": float(values[region & mask].sum() / values[mask].sum()),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import nibabel as nib
@@ -13,53 +14,71 @@ from swift.analysis.style import DPI, STYLE, WIDTH, save
 
 SHOWN = 90
 """Percentile of a map's sizes from which it is drawn."""
-TITLES = {
-    "ig": "integrated gradients, summed over frames",
-    "ig_size": "integrated gradients, sizes",
-    "occlusion": "occlusion: what the output loses",
-    "ig_size_random": "the same with shuffled weights, sizes",
+PART = "part of the change"
+END = 99
+"""Percentile of a map's sizes at which its colours end: a few voxels may be ten times as large as the others."""
+ROWS = {
+    "ig_share": ("integrated gradients: part of the output's change from the baseline", f"{PART}, a voxel"),
+    "occlusion": ("occlusion: part of the output's change lost without the voxel's cube", f"{PART}, a cube"),
+    "ig_share_random": ("integrated gradients of the model with shuffled weights", f"{PART}, a voxel"),
+    "ig": ("integrated gradients, mean of the clips", "units of the output, a voxel"),
 }
-ROW = 2.1  # inches
+"""What is drawn, in this order: title, and label of the colour bar. Sizes of single clips are not: they mislead."""
+ROW, TOP, BOTTOM = 2.2, 0.35, 0.25  # inches: of a map, and for title and note
 
 
 def draw(images: dict[str, nib.Nifti1Image], mean: nib.Nifti1Image, title: str, out: Path) -> None:
-    """One row a map, cut where the sizes of the integrated gradients have their (smoothed) largest value.
+    """One row a map, cut where the integrated gradients' share has its (smoothed) largest size.
 
     Args:
-        images: Maps by the names of TITLES, in one space with `mean`.
+        images: Maps by name, in one space with `mean`; those of ROWS are drawn, `ig_share` must be there.
         mean: What to draw them on.
         title: Of the figure.
         out: PNG.
     """
     from nilearn import plotting
 
-    centre = _centre(images["ig_size"])
+    centre = _centre(images["ig_share"])
+    rows = {name: images[name] for name in ROWS if name in images}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, ROW * len(images) + 0.3), dpi=DPI)
-        figure.suptitle(title, fontsize=9, y=0.995, va="top")
-        part = ROW / (ROW * len(images) + 0.3)
-        for row, (name, image) in enumerate(images.items()):
+        height = ROW * len(rows) + TOP + BOTTOM
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+        figure.suptitle(title, fontsize=9, y=1 - 0.04 / height, va="top")
+        part, floor = ROW / height, BOTTOM / height
+        for row, (name, image) in enumerate(rows.items()):
+            heading, unit = ROWS[name]
             sizes = np.abs(np.asarray(image.dataobj))
-            signed = "size" not in name
-            top = float(sizes.max()) or 1.0
+            cut, top = np.percentile(sizes[sizes > 0], [SHOWN, END]).tolist() if (sizes > 0).any() else (1e-6, 1.0)
             shown = plotting.plot_stat_map(
                 image,
                 bg_img=mean,
                 cut_coords=centre,
                 figure=figure,
-                axes=(0.02, (len(images) - 1 - row) * part, 0.94, part * 0.86),
-                threshold=float(np.percentile(sizes[sizes > 0], SHOWN)) if (sizes > 0).any() else 1e-6,
-                cmap="RdBu_r" if signed else "inferno",
-                vmin=-top if signed else 0,
+                axes=(0.02, floor + (len(rows) - 1 - row + 0.05) * part, 0.88, part * 0.82),
+                threshold=cut,
+                cmap="RdBu_r",
+                vmin=-top,
                 vmax=top,
-                symmetric_cbar=signed,
+                symmetric_cbar=True,
                 black_bg=False,
                 draw_cross=False,
                 annotate=False,
             )
-            shown.annotate(size=7, positions=False)
-            figure.text(0.02, (len(images) - row) * part - 0.02 * part, TITLES[name], fontsize=8.5, va="top")
+            shown.annotate(size=7)  # sides, and where the cuts lie (mm)
+            _label(shown, unit)
+            figure.text(0.02, floor + (len(rows) - row - 0.02) * part, heading, fontsize=8.5, va="top")
+        note = f"Drawn: the {100 - SHOWN} % of voxels with the largest sizes; colours end at the {END}th percentile. "
+        note += "Cuts in mm."
+        figure.text(0.98, 0.3 * floor, note, fontsize=7, ha="right", va="bottom", color="0.35")
         save(figure, out)
+
+
+def _label(shown: Any, text: str) -> None:
+    """Say what the colour bar's numbers are; nilearn has no argument for it."""
+    axes = shown._cbar.ax
+    axes.tick_params(labelsize=7)
+    axes.yaxis.set_label_position("right")
+    axes.set_ylabel(text, fontsize=7, labelpad=4)
 
 
 def _centre(image: nib.Nifti1Image) -> tuple[float, float, float]:

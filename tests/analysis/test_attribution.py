@@ -16,6 +16,7 @@ from swift.analysis.attribution import (
     on_own_grid,
     overlap,
     rank_correlation,
+    share_of,
     shuffle_weights,
 )
 from swift.data.inputs import Contract, FittedScan, Fitting, fit
@@ -171,5 +172,69 @@ def test_overlap_by_hand() -> None:
     values = np.array([[[-4.0, 1.0, 3.0, 2.0, 99.0]]])
     region = np.array([[[True, False, False, True, True]]])
     mask = np.array([[[True, True, True, True, False]]])
-    found = overlap(values, region, mask)  # sizes 4 1 3 2: the region's are 4 and 2
-    assert found == {"auroc": 0.75, "dice": 0.5, "chance": 0.5}
+    found = overlap(values, region, mask)  # sizes 4 1 3 2: the region's are 4 and 2; with signs -2 of 2 in all
+    assert found == {"auroc": 0.75, "dice": 0.5, "chance": 0.5, "inside": -1.0}
+
+
+def test_shares_are_slopes_on_the_change() -> None:
+    rng = np.random.default_rng(0)
+    change = rng.normal(size=30) + 0.5
+    parts = rng.dirichlet(np.ones(8)).reshape(2, 2, 2)
+    maps = change[:, None, None, None] * parts
+    np.testing.assert_allclose(share_of(list(maps), change), parts, rtol=1e-12)
+    noise = rng.normal(size=maps.shape)
+    by_voxel = [
+        np.linalg.lstsq(change[:, None], (maps + noise)[:, i, j, k], rcond=None)[0][0]
+        for i, j, k in np.ndindex(2, 2, 2)
+    ]
+    np.testing.assert_allclose(share_of(list(maps + noise), change).ravel(), by_voxel, rtol=1e-9)
+    assert (share_of([np.ones((2, 2, 2))] * 3, np.zeros(3)) == 0).all()
+
+
+def test_noise_of_clips_cancels_in_shares_and_not_in_sizes(scan: FittedScan) -> None:
+    # What moves together is the region, up in some clips and down in others. Elsewhere each voxel moves by itself, and
+    # half as much again: it is larger in every single clip, and comes to nothing over clips.
+    rng = np.random.default_rng(0)
+    region = np.zeros((12, 12, 12), bool)
+    region[3:6, 4:8, 5:8] = True
+    region &= scan.mask
+    weight = torch.from_numpy(np.where(region, 1.0, rng.choice([-1.0, 1.0], region.shape)) * scan.mask).float()
+
+    class Planted:
+        """The scan's brain: the region's voxels have one value, all others each their own."""
+
+        mask = scan.mask
+
+        def clips(self, starts: list[int], device: torch.device) -> dict[str, Tensor]:
+            draw = np.random.default_rng(starts[0])
+            bold = 1.5 * draw.normal(size=(1, 1, 12, 12, 12, 8))
+            bold[0, 0, region] = draw.normal()
+            return {"bold": torch.from_numpy(bold).float(), "brain": torch.from_numpy(scan.mask)[None]}
+
+    def score(bold: Tensor, brain: Tensor) -> Tensor:
+        return (bold[:, 0, ..., 4] * weight).flatten(1).sum(1)
+
+    maps = attribute(score, Planted(), list(range(80)), CPU, window=4)  # type: ignore[arg-type]
+    change = maps.outputs - maps.baselines
+    assert change.min() < -1 < 1 < change.max()
+    np.testing.assert_allclose(maps.share.sum(), 1, rtol=1e-3)
+    found = overlap(maps.share, region, scan.mask)
+    assert found["auroc"] > 0.95
+    assert found["inside"] > 5 * found["chance"]
+    assert overlap(maps.size, region, scan.mask)["auroc"] < 0.2
+    assert maps.occlusion is not None
+    assert overlap(maps.occlusion, region, scan.mask)["inside"] > 3 * found["chance"]
+
+
+def test_every_end_of_a_piece_is_put_through_the_model_once(scan: FittedScan) -> None:
+    bold, brain = one_clip(scan)
+    single = []
+
+    def score(x: Tensor, _: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            single.append(float(x.abs().sum()))
+        return x.flatten(1).sum(1).tanh()
+
+    integrated_gradients(score, bold, brain, baseline_of(bold, brain, "zero"), 100, 8)
+    assert len(single) >= 4
+    assert len(set(single)) == len(single)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import shutil
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import write_report
 
 HERE = Path(__file__).resolve().parent
 GRID, SPACING, FRAMES = 16, 8.0, 64
@@ -61,6 +61,8 @@ METHODS = {
     "full": ["task.adapt=full", "optimizer.lr=3e-3"],
 }
 PRETRAINED = ("linear", "full")
+FRAME = ("model.patch_size=[4,4,4,1]", "data.frames=8")
+"""A label of every frame wants tokens of one frame; with pre-training of its own."""
 ABLATION = {"mask_ratio": ("0.5", "0.8"), "patch_size": ("[4,4,4,4]", "[4,4,4,8]")}
 STAGES = ("table", "baselines", "curve", "null", "ablation")
 
@@ -197,12 +199,13 @@ def null_baselines(out: Path) -> None:
 def points(out: Path, stage: str) -> list[Point]:
     """The runs of a stage."""
     if stage == "table":
-        return [
-            tuning(out, f"table/{task}/{method}-{seed}", task, method, seed)
-            for seed in range(SEEDS)
-            for task in TASKS
-            for method in METHODS
-        ]
+        made = [pretraining(out, "frame/pretrain", *FRAME)]
+        for seed in range(SEEDS):
+            for task in TASKS:
+                own, init = (FRAME, "frame/pretrain") if task == "synthetic_frame" else ((), "pretrain")
+                for method in METHODS:
+                    made.append(tuning(out, f"table/{task}/{method}-{seed}", task, method, seed, *own, init=init))
+        return made
     if stage == "baselines":
         about = [*common(out, 0), f"data.split={out / 'split.json'}"]
         return [Point(f"table/{task}/baselines", (f"task={task}", *about), True) for task in TASKS]
@@ -287,88 +290,6 @@ def run(todo: Sequence[Point], out: Path, jobs: int, limit: float) -> int:
     return bad + len(todo) - done
 
 
-# ------------------------------------------------------------------------------------------------------------- report
-def curve(out: Path, to: Path) -> dict[str, Any]:
-    """Score against training subjects: figure, and cells for summary.json."""
-    from swift.analysis.downstream import Cell, cell, results
-    from swift.analysis.downstream_plot import learning_curve
-
-    curves: dict[str, list[tuple[int, Cell]]] = {}
-    for n in SIZES:
-        folder = out / (f"curve/{n}" if n < PARTS["train"] else f"table/{CURVE_TASK}")
-        if not folder.is_dir():
-            continue
-        found = results([folder])
-        for method in {run.method for run in found}:
-            mine = [run for run in found if run.method == method]
-            curves.setdefault(method, []).append((n, cell(mine, "auroc")))
-    shown = (
-        "scratch",
-        "pre-trained, linear",
-        "pre-trained, full",
-        "connectome (correlation)",
-        "fluctuation of parcels",
-    )
-    learning_curve({m: c for m, c in curves.items() if m in shown}, "auroc", to / "learning_curve.png", planted(out))
-    return {m: {str(n): {"mean": c.mean, "sd": c.sd, "low": c.low, "high": c.high} for n, c in points_}
-            for m, points_ in sorted(curves.items())}  # fmt: skip
-
-
-def planted(out: Path) -> float:
-    """AUROC of the true latent on the test subjects: nobody can do better but by luck."""
-    from sklearn.metrics import roc_auc_score
-
-    from swift.data.splits import load_split
-    from swift.data.synthetic import load_truth
-
-    test = set(load_split(str(out / "split.json")).parts["test"])
-    rows = [row for row in load_truth(out / "store")["subjects"] if f"sub-{row['subject']}" in test]
-    return float(roc_auc_score([int(r["label_binary"]) for r in rows], [float(r["latent_binary"]) for r in rows]))
-
-
-def nulls(out: Path) -> dict[str, Any]:
-    """How many of the labels without effect each method "finds": interval above 0.5, and permutation p below 0.05."""
-    from swift.analysis.compare import against_labels
-    from swift.analysis.downstream import cell, results
-
-    counts: dict[str, dict[str, Any]] = {}
-    for folder in sorted((out / "null").glob("*")):
-        for result in results([folder]):
-            if result.method == "majority / mean":
-                continue
-            one = counts.setdefault(result.method, {"labels": 0, "interval_above": 0, "interval_off": 0, "p_below": 0,
-                                                    "auroc": []})  # fmt: skip
-            got = cell([result], "auroc")
-            one["labels"] += 1
-            one["interval_above"] += got.low > 0.5
-            one["interval_off"] += got.low > 0.5 or got.high < 0.5
-            constant = np.ptp(result.predictions.scores[:, 1]) == 0
-            one["p_below"] += not constant and against_labels(result.predictions).p < 0.05
-            one["auroc"].append(round(got.mean, 4))
-    return counts
-
-
-def write_report(out: Path, to: Path) -> None:
-    """Table, curve, null labels and ranking, of whatever is finished."""
-    from swift.report import main
-
-    to.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"cohort": {**COHORT, "parts": PARTS}, "planted_auroc": planted(out)}
-    if (out / "table").is_dir():
-        main(["table1", str(out / "table"), "--out", str(to)])
-    if (out / "curve").is_dir():
-        summary["learning_curve"] = curve(out, to)
-    if (out / "null").is_dir():
-        summary["null"] = nulls(out)
-        for method, row in summary["null"].items():
-            print(
-                f"{method:<26} {row['interval_above']}/{row['labels']} intervals above 0.5, {row['p_below']} p < 0.05"
-            )
-    if (out / "ablation").is_dir():
-        main(["ranking", str(out / "ablation"), "--out", str(to)])
-    (to / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -393,7 +314,7 @@ def main() -> None:
         run(first, out, options.jobs, options.limit - (time.perf_counter() - begin))
         left += run(todo, out, options.jobs, options.limit - (time.perf_counter() - begin))
         print(f"{time.perf_counter() - begin:.0f} s; {left} runs failed or are left", flush=True)
-    write_report(out, options.results)
+    write_report(out, options.results, CURVE_TASK, (*SIZES[:-1], PARTS["train"]), {**COHORT, "parts": PARTS})
 
 
 if __name__ == "__main__":

@@ -127,8 +127,12 @@ def _train_stopped_once(overrides: list[str], run_dir: Path, step: int) -> list[
 
     def ask() -> None:
         metrics = run_dir / "metrics.jsonl"
-        while not ended.wait(0.02):
-            if metrics.is_file() and any((record.get("step") or 0) >= step for record in jsonl.read(metrics)):
+        while not ended.wait(0.05):
+            try:
+                reached = metrics.is_file() and any((r.get("step") or 0) >= step for r in jsonl.read(metrics))
+            except UserError:  # a line that is being written
+                continue
+            if reached:
                 asked.set()
                 os.kill(os.getpid(), signal.SIGUSR1)
                 return

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +74,8 @@ def load_study(path: Path) -> Study:
     base = [str(item) for item in content.get("base") or []]
     name = str(content.get("name") or path.parent.name)
     interrupt = content.get("interrupt") or {}
+    if not isinstance(interrupt, dict) or (interrupt and kind != "train"):
+        raise UserError(f"{path}: interrupt: wants POINT: STEP, of a study that trains")
     for point, step in interrupt.items():
         if point not in map(point_name, points) or not isinstance(step, int) or step < 1:
             raise UserError(f"{path}: interrupt: {point}: {step}: wants the name of a point and a step of at least 1")
@@ -123,20 +123,13 @@ def cohort_store(fields: dict[str, Any], path: Path, store: Path) -> Path:
     Raises:
         UserError: an unknown field or value, or the folder holds another cohort.
     """
-    from swift.data.synthetic import CohortSpec, write_store
+    from swift.data.synthetic import CohortSpec
+    from swift.data.synthetic.write import made_once
 
     try:
         spec = CohortSpec(**fields)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: cohort: {str(error).split('() ')[-1]}") from error
-    written = store / "truth" / "spec.json"
-    if store.exists():
-        if not written.is_file() or written.read_text(encoding="utf-8").strip() != spec.to_json():
-            raise UserError(f"{store} holds another cohort than {path} asks for: move it away, and the runs beside it")
-        return store
-    # Renamed when it is whole: what a killed study leaves is never taken for a cohort.
-    building = store.with_name(f".{store.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    write_store(spec, building)
-    os.rename(building, store)
+    if not made_once(spec, store):
+        raise UserError(f"{store} holds another cohort than {path} asks for: move it away, and the runs beside it")
     return store

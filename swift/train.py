@@ -100,8 +100,9 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise
         from swift.parallel import checkpoint
 
+        trainer.strategy.saver.settle()  # type: ignore[attr-defined]  # all of ours have one
         if checkpoint.exists(run_dir / CHECKPOINTS):
-            log.info("stopped; python -m swift.train resume=%s goes on from the last validation", run_dir)
+            log.info("stopped; python -m swift.train resume=%s goes on from the last checkpoint", run_dir)
         else:
             log.info("stopped before the first checkpoint: nothing to go on from; the same command begins anew")
         raise KeyboardInterrupt from stop

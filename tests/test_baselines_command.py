@@ -219,7 +219,7 @@ def test_what_cannot_be_done_is_said(cohort, tmp_path, capsys):
     one = models.Units(
         *(np.zeros(4, int) for _ in range(1)), np.array(["a"] * 4), -np.ones(4, int), *(np.zeros(4),) * 3
     )
-    with pytest.raises(UserError, match="1 training subjects"):
+    with pytest.raises(UserError, match="1 training subject:"):
         models.fitted(np.eye(4), one, "regression")
     two = replace(one, subject=np.array(["a", "b"]))
     with pytest.raises(UserError, match=r"2 training subjects.*at least 3 are needed"):

@@ -195,6 +195,7 @@ def test_list_says_how_far_every_point_is(tmp_path, capsys):
         ({"points": [{"a": 1}], "kind": "x"}, "kind=x: must be one of train, throughput"),
         ({"points": [{"seed": [1, 1]}]}, "two points are called seed-1"),
         ({"points": [{"sead": 1}]}, "sead"),
+        ({"points": [{"seed": 1}], "interrupt": ["seed-1"]}, "interrupt: wants POINT: STEP"),
         ({"points": [{"seed": 1}], "interrupt": {"seed-2": 5}}, "interrupt: seed-2: 5: wants the name of a point"),
     ],
 )

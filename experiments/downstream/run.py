@@ -310,8 +310,9 @@ def main() -> None:
         first = [p for p in todo if p.name.endswith("/pretrain")]
         if "null" in options.stages:
             null_baselines(out)
-        # the pre-trainings of the ablation first: its fine-tunings begin from them
-        run(first, out, options.jobs, options.limit - (time.perf_counter() - begin))
+        # All pre-trainings first, as fine-tunings begin from them.
+        if run(first, out, options.jobs, options.limit - (time.perf_counter() - begin)):
+            raise SystemExit(f"a pre-training is not finished (see error.txt below {out}); the same command goes on")
         left += run(todo, out, options.jobs, options.limit - (time.perf_counter() - begin))
         print(f"{time.perf_counter() - begin:.0f} s; {left} runs failed or are left", flush=True)
     write_report(out, options.results, CURVE_TASK, (*SIZES[:-1], PARTS["train"]), {**COHORT, "parts": PARTS})

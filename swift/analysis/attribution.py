@@ -6,7 +6,7 @@ frames, and gives its voxels what the output loses.
 
 Of one clip an attribution is mostly noise: input times gradient, as large in voxels that the model hardly uses as in
 those it rests on. Over clips the noise cancels, if it may keep its sign: so clips are summed before sizes are taken,
-each weighed by how far its output is from the baseline's (`share_of`), for what pushes a prediction up in one clip
+each weighed by how far its output is from the baseline's (`Share`), for what pushes a prediction up in one clip
 pushes it down in another.
 
 Legend: X Y Z grid, T frames of a clip, V brain voxels.
@@ -44,8 +44,8 @@ class Maps:
         gradients: (X, Y, Z) integrated gradients, summed over the frames, mean of the clips; in units of the output.
         size: (X, Y, Z) their sizes in each clip (without signs), summed over the frames, mean of the clips. Noise of a
             clip does not cancel: follows the input more than the model.
-        share: (X, Y, Z) `share_of` the integrated gradients, summed over the frames; sums to 1.
-        occlusion: (X, Y, Z) `share_of` the loss of output with a voxel's cube at the baseline; None: not asked for.
+        share: (X, Y, Z) `Share` of the integrated gradients, summed over the frames; sums to 1.
+        occlusion: (X, Y, Z) `Share` of the loss of output with a voxel's cube at the baseline; None: not asked for.
         outputs, baselines: (clips,) output of each clip and of its baseline.
         gaps: (clips,) sum of a clip's integrated gradients minus the difference of its outputs: the error of the
             integral.
@@ -152,6 +152,31 @@ def _cubes(brain: Tensor, window: int) -> Tensor:
     return torch.where(torch.isin(number, used), torch.searchsorted(used, number) + 1, 0)
 
 
+class Share:
+    """The part of a model's answers that each voxel accounts for, over clips.
+
+    The slope of a voxel's attributions on the change of the output (least squares through 0): sum(a c) / sum(c^2).
+    A voxel that always gives a tenth of the change gets 0.1, whatever the signs of the changes; one whose attributions
+    have nothing to do with them gets 0 on average. If the attributions of every clip sum to its change, the shares sum
+    to 1.
+
+    Args:
+        shape: X, Y, Z.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._product, self._power = np.zeros(tuple(shape)), 0.0
+
+    def add(self, values: np.ndarray, change: float) -> None:
+        """A clip: its (X, Y, Z) attributions, and its output minus that of the baseline."""
+        self._product += change * values
+        self._power += change**2
+
+    def value(self) -> np.ndarray:
+        """(X, Y, Z); 0 if no output differs from its baseline's."""
+        return self._product / (self._power or 1.0)
+
+
 def attribute(
     score: Score,
     scan: FittedScan,
@@ -177,51 +202,35 @@ def attribute(
         batch: Clips through the model at once.
         progress: Called after each clip.
     """
-    size = np.zeros(scan.mask.shape)
-    shares, lost, outputs, stills, gaps = [], [], [], [], []
+    shape = scan.mask.shape
+    mean, size, share, lost = np.zeros(shape), np.zeros(shape), Share(shape), Share(shape)
+    outputs, stills, gaps = [], [], []
     for start in starts:
         clip = scan.clips([start], device)
         bold, brain = clip["bold"].contiguous(), clip["brain"]
         still = baseline_of(bold, brain, baseline)
         found, gap = integrated_gradients(score, bold, brain, still, limit, batch)
-        shares.append(found[0, 0].sum(-1).double().cpu().numpy())
-        size += found[0, 0].abs().sum(-1).double().cpu().numpy()
-        if window is not None:
-            lost.append(occlusion(score, bold, brain, still, window, batch).double().cpu().numpy())
         with torch.no_grad():
             outputs.append(float(score(bold, brain)))
             stills.append(float(score(still, brain)))
+        change = outputs[-1] - stills[-1]
+        signed = found[0, 0].sum(-1).double().cpu().numpy()
+        mean += signed
+        share.add(signed, change)
+        size += found[0, 0].abs().sum(-1).double().cpu().numpy()
+        if window is not None:
+            lost.add(occlusion(score, bold, brain, still, window, batch).double().cpu().numpy(), change)
         gaps.append(gap)
         progress()
-    change = np.subtract(outputs, stills)
     return Maps(
-        np.mean(shares, 0),
+        mean / len(starts),
         size / len(starts),
-        share_of(shares, change),
-        share_of(lost, change) if window is not None else None,
+        share.value(),
+        lost.value() if window is not None else None,
         np.asarray(outputs),
         np.asarray(stills),
         np.asarray(gaps),
     )
-
-
-def share_of(maps: Sequence[np.ndarray], change: np.ndarray) -> np.ndarray:
-    """The part of a model's answers that each voxel accounts for, over clips.
-
-    The slope of a voxel's attributions on the change of the output (least squares through 0): sum(a c) / sum(c^2).
-    A voxel that always gives a tenth of the change gets 0.1, whatever the signs of the changes; one whose attributions
-    have nothing to do with them gets 0 on average. If the attributions of every clip sum to its change, the shares sum
-    to 1.
-
-    Args:
-        maps: (X, Y, Z) attributions of each clip.
-        change: (clips,) output minus that of the baseline.
-
-    Returns:
-        (X, Y, Z); 0 if no output differs from its baseline's.
-    """
-    power = float((change**2).sum())
-    return np.tensordot(change / power if power else change, np.stack(maps), (0, 0))
 
 
 def shuffle_weights(model: nn.Module, seed: int) -> None:
@@ -256,18 +265,20 @@ def overlap(values: np.ndarray, region: np.ndarray, mask: np.ndarray) -> dict[st
     Returns:
         auroc: chance that a voxel of the region has a larger value (without its sign) than one outside. dice: of the
         region with as many of the largest voxels. chance: the Dice of as many voxels chosen at random, which is the
-        region's part of the mask. inside: sum of the values in the region, as a part of that in the mask.
+        region's part of the mask. inside: sum of the values in the region, as a part of that in the mask; 0 where the
+        values sum to 0. It means little where large values of both signs cancel.
     """
     from sklearn.metrics import roc_auc_score
 
     sizes, wanted = np.abs(values[mask]), region[mask]
     count = int(wanted.sum())
     top = np.argsort(-sizes, kind="stable")[:count]
+    total = float(values[mask].sum())
     return {
         "auroc": float(roc_auc_score(wanted, sizes)),
         "dice": float(wanted[top].mean()),
         "chance": count / wanted.size,
-        "inside": float(values[region & mask].sum() / values[mask].sum()),
+        "inside": float(values[region & mask].sum()) / total if total else 0.0,
     }
 
 

@@ -28,7 +28,7 @@ ROW, TOP, BOTTOM = 2.2, 0.35, 0.25  # inches: of a map, and for title and note
 
 
 def draw(images: dict[str, nib.Nifti1Image], mean: nib.Nifti1Image, title: str, out: Path) -> None:
-    """One row a map, cut where the integrated gradients' share has its (smoothed) largest size.
+    """One row a map, cut where the integrated gradients' share has its (smoothed) largest value.
 
     Args:
         images: Maps by name, in one space with `mean`; those of ROWS are drawn, `ig_share` must be there.

@@ -252,7 +252,8 @@ def _folds(train: Units) -> Any:
     if (train.frame >= 0).any():
         return KFold(FOLDS)
     if subjects < 3:  # of two subjects a fold would leave one, and one value has no variance
-        raise UserError(f"{subjects} training subjects: a baseline's penalty cannot be chosen; at least 3 are needed")
+        few = "1 training subject" if subjects == 1 else f"{subjects} training subjects"
+        raise UserError(f"{few}: a baseline's penalty cannot be chosen; at least 3 are needed")
     return GroupKFold(subjects)
 
 

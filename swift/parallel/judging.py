@@ -98,6 +98,8 @@ class Judged:
                     found[piece.name] = found.get(piece.name, 0) + bad
         for name, parameter in self.lightning_module.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            # Of a frozen weight under ZeRO 3 the pieces hold what a checkpoint gets; what computes is this shard.
+            local = getattr(parameter, "ds_tensor", local)
             if name not in found and (bad := int((~torch.isfinite(local.detach())).sum())):
                 found[name] = bad
         return found

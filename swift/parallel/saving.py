@@ -92,14 +92,18 @@ class Saver:
         if not self.background:
             self.finish()
 
+    def settle(self) -> None:
+        """Wait until this rank's part of the last save is on the disk; unlike `finish` it asks no other rank."""
+        if self._thread is not None:
+            self._thread.join()
+
     def finish(self) -> None:
         """Wait until the last save is on the disk; all ranks call it together.
 
         Raises:
             UserError: it has failed, on any rank.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self.settle()
         self._agree_on_errors()
 
     def _agree_on_errors(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swift.analysis.attribution import (
+    Share,
     attribute,
     baseline_of,
     integrated_gradients,
@@ -16,7 +17,6 @@ from swift.analysis.attribution import (
     on_own_grid,
     overlap,
     rank_correlation,
-    share_of,
     shuffle_weights,
 )
 from swift.data.inputs import Contract, FittedScan, Fitting, fit
@@ -176,19 +176,27 @@ def test_overlap_by_hand() -> None:
     assert found == {"auroc": 0.75, "dice": 0.5, "chance": 0.5, "inside": -1.0}
 
 
+def share_of(maps: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Of all clips one after the other."""
+    share = Share(maps.shape[1:])
+    for values, by in zip(maps, change, strict=True):
+        share.add(values, by)
+    return share.value()
+
+
 def test_shares_are_slopes_on_the_change() -> None:
     rng = np.random.default_rng(0)
     change = rng.normal(size=30) + 0.5
     parts = rng.dirichlet(np.ones(8)).reshape(2, 2, 2)
     maps = change[:, None, None, None] * parts
-    np.testing.assert_allclose(share_of(list(maps), change), parts, rtol=1e-12)
+    np.testing.assert_allclose(share_of(maps, change), parts, rtol=1e-12)
     noise = rng.normal(size=maps.shape)
     by_voxel = [
         np.linalg.lstsq(change[:, None], (maps + noise)[:, i, j, k], rcond=None)[0][0]
         for i, j, k in np.ndindex(2, 2, 2)
     ]
-    np.testing.assert_allclose(share_of(list(maps + noise), change).ravel(), by_voxel, rtol=1e-9)
-    assert (share_of([np.ones((2, 2, 2))] * 3, np.zeros(3)) == 0).all()
+    np.testing.assert_allclose(share_of(maps + noise, change).ravel(), by_voxel, rtol=1e-9)
+    assert (share_of(np.ones((3, 2, 2, 2)), np.zeros(3)) == 0).all()
 
 
 def test_noise_of_clips_cancels_in_shares_and_not_in_sizes(scan: FittedScan) -> None:

@@ -78,10 +78,9 @@ def test_the_figure_holds_all_runs_and_the_whole_prediction(runs):
         left, right = ax.get_xlim()
         ticks = [tick for tick in ax.xaxis.get_majorticklocs() if left <= tick <= right]
         assert 1 <= len(ticks) <= 7
-    for line in fig.axes[2].lines:
-        if line.get_gid() == "best":
-            best = [fitted.joint.optimal(c, fitted.cost)[0] for c in line.get_xdata()]
-            assert made.n.min() <= min(best) <= max(best) <= made.n.max()
+    (line,) = [line for line in fig.axes[2].lines if line.get_gid() == "best"]
+    best = [fitted.joint.optimal(c, fitted.cost)[0] for c in line.get_xdata()]
+    assert made.n.min() <= min(best) <= max(best) <= made.n.max()
 
 
 def test_runs_of_one_power_law_are_not_held_back_by_the_other_quantity(runs):

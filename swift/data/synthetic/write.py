@@ -314,10 +314,24 @@ def synthetic_store(data: DataConfig, seed: int) -> Path:
     spec = spec_for(data, seed)
     key = hashlib.sha256(spec.to_json().encode()).hexdigest()[:16]
     target = Path(data.path) if data.path else cache_dir() / "synthetic" / key
-    if _is_cohort(target, spec):
-        return target
-    if target.is_dir() and any(target.iterdir()):
+    if not made_once(spec, target):
         raise UserError(f"data.path={target}: holds something else than this synthetic cohort; use a new folder")
+    return target
+
+
+def made_once(spec: CohortSpec, target: Path) -> bool:
+    """Make the store of a cohort at `target`, unless it lies there; several processes may call this at once.
+
+    Returns:
+        Whether it lies there now; False: something else does, and is left alone.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if _is_cohort(target, spec):
+        return True
+    if target.is_dir() and any(target.iterdir()):
+        return False
     building = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     try:
         write_store(spec, building)
@@ -329,7 +343,7 @@ def synthetic_store(data: DataConfig, seed: int) -> Path:
             raise UserError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return target
+    return True
 
 
 def _is_cohort(folder: Path, spec: CohortSpec) -> bool:

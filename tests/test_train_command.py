@@ -257,6 +257,8 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path, val_ev
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        # What runs in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     try:

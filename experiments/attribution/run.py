@@ -29,41 +29,32 @@ from swift.data.synthetic import CohortSpec, write_store
 from swift.data.synthetic.write import load_truth
 
 HERE = Path(__file__).resolve().parent
+CORRELATED = CohortSpec(
+    n_subjects=24,
+    frames=120,
+    grid=(16, 16, 16),
+    spacing=8.0,
+    seed=5,
+    sites=1,
+    site_effect=0.0,
+    frame_r=0.9,
+    signal=3.0,
+    noise_white=0.5,
+    noise_smooth=0.3,
+    drift=0.2,
+    motion=0.2,
+)
 COHORTS = {
-    "clean": CohortSpec(
-        n_subjects=24,
-        frames=120,
-        grid=(16, 16, 16),
-        spacing=8.0,
-        seed=5,
-        sites=1,
-        site_effect=0.0,
+    "clean": CORRELATED.with_(
         networks=8,
         frame_r=1.0,
         coupling_gain=0.0,
         amplitude_gain=0.0,
         map_variability=0.0,
-        signal=3.0,
         noise_white=2.0,
         noise_smooth=1.0,
-        drift=0.2,
-        motion=0.2,
     ),
-    "correlated": CohortSpec(
-        n_subjects=24,
-        frames=120,
-        grid=(16, 16, 16),
-        spacing=8.0,
-        seed=5,
-        sites=1,
-        site_effect=0.0,
-        frame_r=0.9,
-        signal=3.0,
-        noise_white=0.5,
-        noise_smooth=0.3,
-        drift=0.2,
-        motion=0.2,
-    ),
+    "correlated": CORRELATED,
 }
 """clean: the driven network's course is the label, so that nothing outside its map says anything of it (the networks'
 own courses are correlated, but the label with none of them), and all subjects have it in one place. correlated: the

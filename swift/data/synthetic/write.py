@@ -156,7 +156,7 @@ def _events(scan: SyntheticScan) -> str:
 
 
 def _write_bids_scan(spec: CohortSpec, scan: SyntheticScan, folder: Path) -> None:
-    """Writes the six files of one run into sub-XXXX/func."""
+    """Writes the six files of one run into sub-NUMBER/func."""
     name = scan_id(spec, scan.person, scan.run)
     func = folder / f"sub-{scan.person.subject}" / "func"
     func.mkdir(parents=True, exist_ok=True)

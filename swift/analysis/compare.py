@@ -1,6 +1,6 @@
 """Is a difference real? Tests between two methods on the same subjects, of one method against chance, and Holm's rule.
 
-Which test fits: over several splits `corrected_t`; on one test set `paired_bootstrap` (any score) or
+Which test fits: over several splits `corrected_t`; on one test set `from_draws`, a paired bootstrap (any score), or
 `paired_permutation` (the main score); against chance `against_labels`.
 """
 
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swift.analysis.predictions import Predictions
-from swift.analysis.resampling import CELLS, LEVEL, clusters, draw_weights, weighted_scores
-from swift.analysis.scores import DRAWS, decide
+from swift.analysis.resampling import CELLS, LEVEL, clusters
 from swift.utils.errors import UserError
 
 PERMUTATIONS = 2000
@@ -78,43 +77,6 @@ def need_same_units(a: Predictions, b: Predictions) -> None:
             more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
             raise UserError(f"{x.name} has {alone[0]}{more}, {y.name} has not: compare methods on the same split")
     raise UserError(f"{a.name} and {b.name}: the same units in another order, or with other targets")
-
-
-def paired_bootstrap(
-    a: Sequence[tuple[Predictions, float]],
-    b: Sequence[tuple[Predictions, float]],
-    score: str,
-    seed: int = 0,
-    draws: int = DRAWS,
-) -> Test:
-    """Difference of a score between two methods on one test set, under a bootstrap over its subjects.
-
-    Args:
-        a: Predictions of one method with their thresholds, one for each seed; their scores are averaged.
-        b: Those of the other.
-        score: Of `swift.analysis.scores`.
-        seed: Of the draws.
-        draws: How many.
-
-    Returns:
-        As `from_draws`. Draws that leave the score undefined are left out.
-
-    Raises:
-        UserError: Different units, or the score is undefined throughout.
-    """
-    first = a[0][0]
-    for other, _ in (*a, *b):
-        need_same_units(first, other)
-    _, cluster = clusters(first)
-    here = np.ones((1, len(first)))
-    parts = []
-    for weights in (here, *draw_weights(cluster, seed, draws)):
-        means = [
-            np.mean([weighted_scores(some, decide(some, t), weights)[score] for some, t in runs], axis=0)
-            for runs in (a, b)
-        ]
-        parts.append(means[0] - means[1])
-    return from_draws(float(parts[0][0]), np.concatenate(parts[1:]), int(cluster.max()) + 1)
 
 
 def from_draws(difference: float, drawn: np.ndarray, subjects: int) -> Test:

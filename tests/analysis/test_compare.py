@@ -1,6 +1,7 @@
 """Tests of differences: closed forms, statsmodels and scipy, and the level under the null by simulation."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from swift.analysis.compare import (
     corrected_t,
     holm,
     main_score,
-    paired_bootstrap,
     paired_permutation,
 )
+from swift.analysis.downstream import Result, compare
 from swift.analysis.predictions import Predictions
 from swift.analysis.scores import scores
 from swift.utils.errors import UserError
@@ -33,6 +34,18 @@ def chances(target, p):
     return Predictions(
         "binary", ["n", "y"], [f"s{i:03d}" for i in range(n)], [""] * n, [-1] * n, target, np.stack([1 - p, p], 1)
     )
+
+
+def paired_bootstrap(a, b, score, seed=0, draws=2000):
+    """What a table makes of two methods, each (predictions, threshold) a training seed, on one split."""
+    runs = [
+        [
+            Result(Path(), method, "task", number, "split", found, at, 100, {}, scores(found, at))
+            for number, (found, at) in enumerate(given)
+        ]
+        for method, given in (("a", a), ("b", b))
+    ]
+    return compare(*runs, score, seed, draws)
 
 
 def test_the_corrected_t_is_the_formula_and_without_overlap_the_plain_test():

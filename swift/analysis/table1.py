@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swift.analysis.compare import against_labels
 from swift.analysis.downstream import Cell, Result, column, place, results, score_name
 from swift.analysis.predictions import finite
 from swift.analysis.scores import CLASSIFIED, DRAWS, REGRESSED
@@ -46,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draws", type=int, default=DRAWS, help=f"bootstrap draws (default: {DRAWS})")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also test AUROC or r of every run against N shuffles of the test labels (default: no test)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -65,6 +73,18 @@ def methods_of(columns: Columns) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- text
+def permuted(found: Sequence[Result], seed: int, permutations: int) -> str:
+    """Each run against shuffled test labels, as Markdown: how often chance does as well."""
+    lines = [
+        f"\n| task | method | seed | p, one-sided, of {permutations} shuffles of the test labels |",
+        "|---|---|---|---|",
+    ]
+    for run in sorted(found, key=lambda one: (one.task, place(one.method), one.seed)):
+        p = against_labels(run.predictions, seed, permutations).p
+        lines.append(f"| {run.task} | {run.method} | {run.seed} | {p:.4f} |")
+    return "\n".join(lines)
+
+
 def heading(task: str, score: str, cells: dict[str, Cell]) -> str:
     """Task, its score and the subjects that trained and were tested."""
     one = next(iter(cells.values()))
@@ -184,10 +204,14 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.draws < 1:
         raise UserError(f"--draws {args.draws}: must be at least 1")
+    if args.permutations < 0:
+        raise UserError(f"--permutations {args.permutations}: must be 0 (no test) or more")
     found = results(args.runs)
     columns = columns_of(found, args.score, args.seed, args.draws)
     written = _write(columns, found, args.out, args) if args.out is not None else []
     print(json.dumps(rows(columns), indent=2) if args.json else markdown(columns), end="" if not args.json else "\n")
+    if args.permutations and not args.json:
+        print(permuted(found, args.seed, args.permutations))
     if written and not args.json:
         print("\nwrote " + ", ".join(str(path) for path in written))
     return 0

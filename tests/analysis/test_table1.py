@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from PIL import Image
 
@@ -78,6 +79,26 @@ def test_means_intervals_and_marks(tmp_path, capsys):
     assert r"\textbf{" in tex
     assert tex.count(r"\\") == 4
     assert Image.open(tmp_path / "out" / "table1.png").size[0] == 900
+
+
+def test_permutations_on_demand_tell_a_signal_from_none(tmp_path, capsys):
+    """p of the main score: the rank of the run's own U (scipy) among those of shuffled labels."""
+    told, _ = write(tmp_path / "told", 1.0, **PRE)
+    write(tmp_path / "guess", 50.0)
+    report(tmp_path, "--draws", 50, "--permutations", 400)
+    found = [line.split("|")[2:5] for line in capsys.readouterr().out.splitlines() if line.startswith("| ill |")]
+    p = {method.strip(): float(value) for method, _, value in found}
+    rng = np.random.default_rng(1)
+    chance = told.scores[:, 1]
+
+    def u(labels):
+        return scipy.stats.mannwhitneyu(chance[labels == 1], chance[labels == 0]).statistic
+
+    shuffled = np.array([u(rng.permutation(told.target)) for _ in range(400)])
+    assert p["pre-trained, full"] == pytest.approx((np.sum(shuffled >= u(told.target)) + 1) / 401, abs=1e-4)
+    assert p["scratch"] > 0.05
+    with pytest.raises(UserError, match="--permutations -1"):
+        report(tmp_path, "--permutations", -1)
 
 
 def test_over_splits_the_corrected_t_decides(tmp_path):

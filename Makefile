@@ -58,10 +58,10 @@ studies: setup ## Run the report's studies at laptop size and draw them (goes on
 		--title "swift: the report's studies at laptop size" --out runs/studies.html
 
 bench: setup ## Time the encoder against the slow reference: CPU-seconds and peak memory
-	$(BIN)/python -m tests.bench_encoder
+	$(BIN)/python -m tests.bench.encoder
 
 bench-data: setup ## Time reading clips: raw reads, the store, per-frame files, gzip HDF5
-	$(BIN)/python -m tests.bench_data
+	$(BIN)/python -m tests.bench.data
 
 clean: ## Remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

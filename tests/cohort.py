@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swift.data.cohorts import Stores
-from swift.data.people import people_of
-from swift.data.splits import make_split, save_splits
+from swift.data.clips.mixture import Stores
+from swift.data.labels.splits import make_split, save_splits
+from swift.data.labels.subjects import people_of
 from swift.data.synthetic import CohortSpec, write_store
 from tests.small import GRID, command
 

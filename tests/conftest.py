@@ -49,15 +49,15 @@ def alone() -> Iterator[None]:
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes the runs of this test stop in the step after this one."""
-    import swift.build
+    import swift.train.wiring
     from tests.runs import StopAt
 
-    original = swift.build.build_callbacks
+    original = swift.train.wiring.build_callbacks
 
     def stop(step: int) -> None:
         def build(*args: Any) -> list[Any]:
             return [*original(*args), StopAt(step)]
 
-        monkeypatch.setattr(swift.build, "build_callbacks", build)
+        monkeypatch.setattr(swift.train.wiring, "build_callbacks", build)
 
     return stop

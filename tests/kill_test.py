@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swift.parallel import checkpoint
+from swift.parallel.checkpoint import files as checkpoint
 from swift.utils import jsonl
 from tests.distributed import jobs
 from tests.distributed.ranks import Running

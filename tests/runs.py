@@ -13,9 +13,9 @@ import lightning.pytorch as pl
 import torch
 
 import swift
-from swift.build import build_module, start_from
 from swift.config.compose import load_frozen
-from swift.train import run
+from swift.train.__main__ import run
+from swift.train.wiring import build_module, start_from
 from tests.small import composed, metrics
 
 ROOT = Path(swift.__file__).resolve().parents[1]

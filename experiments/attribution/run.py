@@ -21,12 +21,12 @@ import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 
-from swift.analysis.attribution import overlap
-from swift.analysis.style import BLUE, DPI, GREEN, ORANGE, STYLE, VERMILION, WIDTH, save
-from swift.data.splits import load_split
-from swift.data.store import Store
+from swift.data.labels.splits import load_split
+from swift.data.store.reader import Store
 from swift.data.synthetic import CohortSpec, write_store
 from swift.data.synthetic.write import load_truth
+from swift.inference.attribution import overlap
+from swift.report.style import BLUE, DPI, GREEN, ORANGE, STYLE, VERMILION, WIDTH, save
 
 HERE = Path(__file__).resolve().parent
 CORRELATED = CohortSpec(

@@ -24,9 +24,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from swift.data.format import decode_manifest
-from swift.data.maintain import repair, verify
-from swift.data.store import ScanHeader, StoreWriter
+from swift.data.store.check import repair, verify
+from swift.data.store.format import decode_manifest
+from swift.data.store.reader import ScanHeader, StoreWriter
 from swift.utils.errors import UserError
 
 GRID = (10, 12, 9)

@@ -31,10 +31,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from swift.data.bids import find_sources
-from swift.data.ingest import REPORT, ingest
-from swift.data.maintain import verify
-from swift.data.prepare import Recipe
+from swift.data.ingest.bids import find_sources
+from swift.data.ingest.pipeline import REPORT, ingest
+from swift.data.ingest.prepare import Recipe
+from swift.data.store.check import verify
 
 RECIPE = Recipe(grid=(32, 32, 32), spacing=3.0)
 SHARD_BYTES = 1 << 20

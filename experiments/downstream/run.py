@@ -83,10 +83,10 @@ class Point:
 # ------------------------------------------------------------------------------------------------------------- cohort
 def make_cohort(out: Path) -> None:
     """The store, with twenty labels of no effect in its manifest, and the two splits."""
-    from swift.data import format as fmt
-    from swift.data.people import people_of
-    from swift.data.splits import Split, deal, save_splits
-    from swift.data.store import Store
+    from swift.data.labels.splits import Split, deal, save_splits
+    from swift.data.labels.subjects import people_of
+    from swift.data.store import format as fmt
+    from swift.data.store.reader import Store
     from swift.data.synthetic import CohortSpec, write_store
 
     if (out / "pretrain.json").is_file():
@@ -171,10 +171,10 @@ def null_label(number: int) -> tuple[str, str]:
 
 def null_baselines(out: Path) -> None:
     """The baselines of all labels without effect; what needs no label (parcels, connectomes) is made once."""
-    from swift.baselines import SAID, Baselines, leave, summary_of
     from swift.config.compose import composed
-    from swift.data.finetune import TargetDataModule
-    from swift.data.targets import read_labels
+    from swift.data.labels.targets import read_labels
+    from swift.data.task_module import TargetDataModule
+    from swift.evaluate.__main__ import SAID, Baselines, leave, summary_of
 
     todo = [n for n in range(NULLS) if not (out / f"null/{n:02d}/baselines/{list(SAID)[4]}/summary.json").is_file()]
     if not todo:
@@ -248,12 +248,12 @@ def do(job: tuple[Point, Path]) -> tuple[str, float, str]:
         cfg, _ = composed([*point.settings, f"run_dir={folder}"])
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             if point.baselines:
-                from swift.baselines import run_baselines
+                from swift.evaluate.__main__ import run_baselines
 
                 run_baselines(cfg)
                 (folder / "done").write_text("")
             else:
-                from swift.train import train
+                from swift.train.__main__ import train
 
                 train(cfg, list(point.settings))
                 if point.name != "pretrain" and not point.name.endswith("/pretrain"):

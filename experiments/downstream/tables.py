@@ -22,7 +22,7 @@ def planted(out: Path) -> dict[str, float]:
     """
     from sklearn.metrics import roc_auc_score
 
-    from swift.data.splits import load_split
+    from swift.data.labels.splits import load_split
     from swift.data.synthetic import load_truth
     from swift.data.synthetic.maps import DRIVEN
 
@@ -54,8 +54,8 @@ def curve(out: Path, to: Path, task: str, sizes: Sequence[int], truth: float) ->
         sizes: Training subjects; with the largest the runs are the table's own.
         truth: AUROC of the true latent.
     """
-    from swift.analysis.downstream import Cell, cell, compare, results
-    from swift.analysis.downstream_plot import learning_curve
+    from swift.evaluate.downstream import Cell, cell, compare, results
+    from swift.report.figures.table1 import learning_curve
 
     curves: dict[str, list[tuple[int, Cell]]] = {}
     gains: dict[str, dict[str, Any]] = {}
@@ -84,8 +84,8 @@ def curve(out: Path, to: Path, task: str, sizes: Sequence[int], truth: float) ->
 
 def nulls(out: Path) -> dict[str, Any]:
     """How many of the labels without effect each method "finds": interval above 0.5, and permutation p below 0.05."""
-    from swift.analysis.compare import against_labels
-    from swift.analysis.downstream import cell, results
+    from swift.evaluate.compare import against_labels
+    from swift.evaluate.downstream import cell, results
 
     counts: dict[str, dict[str, Any]] = {}
     for folder in sorted((out / "null").glob("*")):
@@ -117,7 +117,7 @@ def write_report(out: Path, to: Path, task: str, sizes: Sequence[int], about: di
         sizes: Its training subjects.
         about: The cohort, for summary.json.
     """
-    from swift.report import main
+    from swift.report.__main__ import main
 
     to.mkdir(parents=True, exist_ok=True)
     truth = planted(out)

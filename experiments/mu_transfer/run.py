@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from swift.analysis.coord_check import MODES, loss_of, mode_config
-from swift.analysis.style import COLOURS, DPI, STYLE, WIDTH, gridded, save
-from swift.build import build_data
 from swift.config.schema import Config
-from swift.modules.pretrain import Batch, PretrainModule
+from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, save
+from swift.train.coord_check import MODES, loss_of, mode_config
+from swift.train.pretrain import Batch, PretrainModule
+from swift.train.wiring import build_data
 
 HERE = Path(__file__).resolve().parent
 WIDTHS = (16, 48, 144)

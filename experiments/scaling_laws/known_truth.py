@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from swift.analysis.laws import fit_joint
+from swift.report.laws import fit_joint
 
 HERE = Path(__file__).resolve().parent
 STUDIES, DRAWS = 100, 400

@@ -22,9 +22,9 @@ log = logging.getLogger("swift.data")
 def _ingest(options: argparse.Namespace) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from swift.data.bids import find_sources
-    from swift.data.ingest import ingest
-    from swift.data.prepare import Recipe
+    from swift.data.ingest.bids import find_sources
+    from swift.data.ingest.pipeline import ingest
+    from swift.data.ingest.prepare import Recipe
 
     if len(options.grid) not in (1, 3):
         raise UserError(f"--grid {' '.join(map(str, options.grid))}: one number or three")
@@ -69,9 +69,9 @@ def _ingest(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from swift.data import format as fmt
-    from swift.data.export import quality_picture
-    from swift.data.store import Store
+    from swift.data.store import format as fmt
+    from swift.data.store.export import quality_picture
+    from swift.data.store.reader import Store
 
     store = Store(options.store)
     places = [store.find(name) for name in options.scan] if options.scan else list(range(len(store.scans)))
@@ -122,7 +122,7 @@ def _scan_row(store: Any, place: int) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from swift.data.maintain import describe, verify
+    from swift.data.store.check import describe, verify
 
     bar, tick = _bar(options, options.store, "verify")
     with bar:
@@ -134,8 +134,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    from swift.data.bids import find_sources
-    from swift.data.maintain import describe, repair
+    from swift.data.ingest.bids import find_sources
+    from swift.data.store.check import describe, repair
 
     sources = find_sources(options.source, layout=options.layout, space=options.space) if options.source else []
     outcome = repair(options.store, replica=options.replica, sources=sources)
@@ -150,9 +150,9 @@ def _repair(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    from swift.data.people import people_of
-    from swift.data.splits import audit, k_fold, make_split, save_splits
-    from swift.data.store import Store
+    from swift.data.labels.splits import audit, k_fold, make_split, save_splits
+    from swift.data.labels.subjects import people_of
+    from swift.data.store.reader import Store
 
     scans = [scan for path in options.stores for scan in Store(path).scans]
     people = people_of(scans, label=options.label, family=options.family, continuous=options.continuous)
@@ -175,7 +175,7 @@ def _split(options: argparse.Namespace) -> int:
 
 
 def _copy(options: argparse.Namespace) -> int:
-    from swift.data.maintain import copy
+    from swift.data.store.check import copy
 
     bar, tick = _bar(options, options.store, "copy")
     with bar:
@@ -188,8 +188,8 @@ def _copy(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from swift.data.export import export_scan
-    from swift.data.store import Store
+    from swift.data.store.export import export_scan
+    from swift.data.store.reader import Store
 
     store = Store(options.store)
     places = [store.find(name) for name in options.scan] if options.scan else range(len(store.scans))
@@ -204,7 +204,7 @@ def _export(options: argparse.Namespace) -> int:
 def _bar(options: argparse.Namespace, store: Path, what: str) -> tuple[Any, Callable[[str], None]]:
     from tqdm import tqdm
 
-    from swift.data import format as fmt
+    from swift.data.store import format as fmt
 
     total = len(fmt.read_json(store / "store.json").get("shards", {}))
     bar = tqdm(total=total, unit="shard", desc=what, disable=options.quiet or options.json)

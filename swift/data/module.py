@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from swift.config.schema_data import DataConfig
-from swift.data.augment import Augment, is_on
-from swift.data.budget import spend
-from swift.data.clips import ClipIndex, ClipSpec, time_split, whole_scans
-from swift.data.cohorts import Stores
-from swift.data.dataset import ClipDataset, ClipLoader, SameBatchLoader, identity
-from swift.data.order import MixedOrder, Order, TrainBatches, ValBatches
-from swift.data.ring import PREFETCH, check_fresh
-from swift.data.scatter import PACKED, to_dense
-from swift.data.splits import load_split
-from swift.data.staging import stage
-from swift.data.stats import KINDS
+from swift.data.clips.augment import Augment, is_on
+from swift.data.clips.dataset import ClipDataset, ClipLoader, SameBatchLoader, identity
+from swift.data.clips.index import ClipIndex, ClipSpec, time_split, whole_scans
+from swift.data.clips.mixture import Stores
+from swift.data.clips.order import MixedOrder, Order, TrainBatches, ValBatches
+from swift.data.clips.ring import PREFETCH, check_fresh
+from swift.data.clips.scatter import PACKED, to_dense
+from swift.data.clips.subset import spend
+from swift.data.labels.splits import load_split
+from swift.data.store.staging import stage
+from swift.data.store.stats import KINDS
 from swift.utils.errors import UserError
 from swift.utils.signals import leave_stopping_to_parent
 
@@ -46,7 +46,7 @@ class ClipDataModule(lightning.LightningDataModule):
     Attributes:
         consumed: Training samples that all ranks together have taken; set it (or load the state) to go on from there.
             It counts a batch when it is moved to the device, not when a worker reads it ahead.
-        store: All scans, see `swift.data.cohorts.Stores`.
+        store: All scans, see `swift.data.clips.mixture.Stores`.
         spec, train_index, val_index, order: What the batches are made of.
 
     Raises:
@@ -239,7 +239,7 @@ class ClipDataModule(lightning.LightningDataModule):
         return {name: batch[name] for name in (*PACKED, "voxels", "train")}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
-        """Packed to dense: the dictionary that `swift.data.scatter.to_dense` describes; training clips augmented."""
+        """Packed to dense, as `swift.data.clips.scatter.to_dense` describes; training clips augmented."""
         if "codes" not in batch:
             return batch
         dense = to_dense(batch, self.store.grid, self.data.frames, self.data.background, self.dtype)

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift.config.schema_data import DataConfig
-from swift.data import format as fmt
-from swift.data.ingest import ingest
-from swift.data.nifti import sha256_file
-from swift.data.prepare import Recipe
-from swift.data.sources import Source
-from swift.data.writer import tool_version
+from swift.data.ingest.nifti import sha256_file
+from swift.data.ingest.pipeline import ingest
+from swift.data.ingest.prepare import Recipe
+from swift.data.ingest.sources import Source
+from swift.data.store import format as fmt
+from swift.data.store.writer import tool_version
 from swift.utils.cache import cache_dir
 from swift.utils.errors import UserError
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swift.models.rope import WindowRotary
-from swift.models.windows import merge, partition, plan_groups, slabs
+from swift.models.window_layout import merge, partition, plan_groups, slabs
 
 
 class WindowAttention(nn.Module):

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from swift.config.schema import ParallelConfig
-from swift.parallel.launch import Place, free_port
+from swift.parallel.ranks import Place, free_port
 from swift.utils.errors import UserError
 
 

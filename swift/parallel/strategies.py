@@ -22,15 +22,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from swift.config.schema import Config, ParallelConfig
-from swift.parallel.checkpoint import Piece
-from swift.parallel.durable import Durable
+from swift.parallel.base import Durable
+from swift.parallel.checkpoint.files import Piece
+from swift.parallel.checkpoint.pieces import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
+from swift.parallel.checkpoint.saver import Saver
 from swift.parallel.environment import build_accelerator, build_environment, check_place
-from swift.parallel.geometry import build_geometry
-from swift.parallel.judging import Judge, JudgedEngine, drop_gradients
-from swift.parallel.launch import Place, current_place
-from swift.parallel.memory import MB, reduce_bucket
-from swift.parallel.saving import Saver
-from swift.parallel.shards import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
+from swift.parallel.ranks import Place, current_place
+from swift.parallel.step_gate import Judge, JudgedEngine, drop_gradients
+from swift.plan.geometry import build_geometry
+from swift.plan.memory import MB, reduce_bucket
 from swift.utils.errors import UserError
 
 

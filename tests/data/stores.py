@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from swift.config.schema_data import AugmentConfig
-from swift.data.format import encode_json
-from swift.data.store import ScanHeader, StoreWriter
+from swift.data.store.format import encode_json
+from swift.data.store.reader import ScanHeader, StoreWriter
 
 GRID = (5, 6, 7)
 PLAIN: dict[str, Any] = {

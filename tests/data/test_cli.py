@@ -11,7 +11,7 @@ import nibabel as nib
 import pytest
 
 from swift.data.__main__ import main
-from swift.data.splits import load_splits
+from swift.data.labels.splits import load_splits
 from tests.data import scans
 
 SMALL = ["--grid", "24", "--spacing", "3", "--workers", "1", "--quiet"]
@@ -165,6 +165,6 @@ def test_help_in_a_process_of_its_own() -> None:
 
 
 def test_store_and_ingest_import_neither_lightning_nor_hydra() -> None:
-    code = "import sys, swift.data.store, swift.data.ingest; "
+    code = "import sys, swift.data.store.reader, swift.data.ingest.pipeline; "
     code += "print([m for m in ('torch', 'lightning', 'hydra', 'omegaconf') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -15,9 +15,9 @@ import pytest
 
 from swift.config.compose import typed
 from swift.data import __main__ as command_line
-from swift.data.augment import is_on
+from swift.data.clips.augment import is_on
 from swift.data.module import ClipDataModule
-from swift.data.store import Store
+from swift.data.store.reader import Store
 from tests import small
 from tests.data import scans
 

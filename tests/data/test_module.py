@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from swift.config.schema_data import DataConfig
+from swift.data.clips.ring import SLOTS, StaleBatch
+from swift.data.labels.splits import Split, save_splits
 from swift.data.module import ClipDataModule
-from swift.data.ring import SLOTS, StaleBatch
-from swift.data.splits import Split, save_splits
-from swift.data.store import CorruptData, Store
+from swift.data.store.reader import CorruptData, Store
 from swift.utils.errors import UserError
 from tests.data.stores import GRID, PLAIN, build, scan
 

@@ -14,9 +14,9 @@ import pytest
 
 from swift.config.schema_data import DataConfig
 from swift.data import samples
-from swift.data.prepare import Recipe
+from swift.data.ingest.prepare import Recipe
 from swift.data.samples import CorruptDownload, SamplesUnavailable, Wheel, fetch_samples, pip_download, sample_store
-from swift.data.store import Store
+from swift.data.store.reader import Store
 from swift.utils.errors import UserError
 from tests.data import scans
 from tests.data.stores import PLAIN

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from swift.build import build_data, build_module, build_trainer
 from swift.config.compose import CHECKPOINTS, typed
-from swift.parallel import checkpoint
+from swift.parallel.checkpoint import files as checkpoint
+from swift.train.wiring import build_data, build_module, build_trainer
 from swift.utils import jsonl
 from tests.small import command, composed
 

@@ -9,12 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from swift.build import build_data, build_module
 from swift.config.compose import CHECKPOINTS, typed
 from swift.data.module import ClipDataModule
 from swift.models.autoencoder import reconstruction_loss
-from swift.modules.optim import lr_factor
-from swift.parallel import checkpoint
+from swift.parallel.checkpoint import files as checkpoint
+from swift.train.optim import lr_factor
+from swift.train.wiring import build_data, build_module
 from swift.utils.errors import UserError
 from tests.distributed import jobs
 from tests.small import command, composed

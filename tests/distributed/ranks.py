@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from swift.parallel.launch import SETTINGS
+from swift.parallel.ranks import SETTINGS
 
 SERVER_IMPORTS = [
     "torch",

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from swift.export import export, load
-from swift.parallel import checkpoint
+from swift.inference.export import export, load
+from swift.parallel.checkpoint import files as checkpoint
 
 WHOLE = ["data.batch_size=4"]
 """On one rank."""

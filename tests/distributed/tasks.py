@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from swift.build import build_data, build_module, build_trainer, start_from, tell
 from swift.config.compose import typed
-from swift.train import settings, train
+from swift.train.__main__ import settings, train
+from swift.train.wiring import build_data, build_module, build_trainer, start_from, tell
 from tests.cohort import task_command
 from tests.distributed import jobs
 from tests.small import composed

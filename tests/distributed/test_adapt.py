@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from swift.build import build_module, start_from
 from swift.config.compose import typed
-from swift.embedding import embed_batch
+from swift.inference.embedding import embed_batch
+from swift.train.wiring import build_module, start_from
 from tests.cohort import task_command
 from tests.distributed import tasks
 from tests.distributed.ranks import run

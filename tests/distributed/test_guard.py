@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from swift.callbacks import incident
-from swift.data.store import Store
+from swift.data.store.reader import Store
+from swift.train.callbacks import incident
 from tests.distributed import plants
 from tests.distributed.ranks import run
 from tests.distributed.strategies import BF16, PARTS, STRATEGIES, TWO, slow_but, spread
@@ -82,11 +82,11 @@ def replayed(path: Path) -> dict[str, Any]:
     """In a process of its own, as `python -m swift.replay`."""
     import os
 
-    from swift.parallel.launch import SETTINGS
+    from swift.parallel.ranks import SETTINGS
 
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", SETTINGS):
         os.environ.pop(name, None)
-    from swift.replay import replay
+    from swift.train.replay import replay
 
     done = replay(path)
     return {"same": done.same, "exact": done.exact, "loss": float(done.loss), "rank": done.facts["rank"]}

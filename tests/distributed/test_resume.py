@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from swift.parallel import checkpoint
+from swift.parallel.checkpoint import files as checkpoint
 from tests.distributed import jobs
 from tests.distributed.ranks import Failed, run
 from tests.distributed.strategies import stopped

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swift.analysis.predictions import Predictions
+from swift.evaluate.predictions import Predictions
 from tests.distributed import tasks
 from tests.distributed.ranks import run
 

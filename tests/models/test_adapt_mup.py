@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from swift.models.adapt import is_lora
 from swift.models.init import Init, fill
 from swift.models.pooling import brain_tokens
-from swift.modules.finetune import FinetuneModule
-from swift.modules.optim import build_optimizer
+from swift.train.finetune import FinetuneModule
+from swift.train.optim import build_optimizer
 from tests.models.test_heads import clip, task, trained
 
 BASE, WIDTH = 6, 24

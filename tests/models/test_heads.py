@@ -13,8 +13,8 @@ from swift.config.schema import Config
 from swift.models.adapt import depth_rates, is_lora, plain_name
 from swift.models.heads import TargetModel
 from swift.models.pooling import brain_tokens
-from swift.modules.finetune import FinetuneModule
-from swift.modules.optim import build_optimizer
+from swift.train.finetune import FinetuneModule
+from swift.train.optim import build_optimizer
 from tests.small import GRID, settings
 
 RUNGS = ("linear", "attentive", "last_block", "lora", "full")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from swift.build import build_module
 from swift.models.init import NORMAL, ONE, ZERO, Init, fill, initial_values
+from swift.train.wiring import build_module
 from tests.small import settings
 
 

@@ -18,7 +18,7 @@ from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.decoders import LinearDecoder, LocalDecoder, build_decoder
 from swift.models.encoder import SwinEncoder
 from swift.models.rope import WindowRotary
-from swift.models.windows import plan_groups
+from swift.models.window_layout import plan_groups
 from tests.models import cases
 from tests.models import reference as ref
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swift.parallel import checkpoint, saving, tensors
-from swift.parallel.checkpoint import WEIGHT, Damaged, Manifest, Piece, Reader, tensor_key
-from swift.parallel.saving import Saver, restore
+from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.checkpoint import saver as saving
+from swift.parallel.checkpoint import write as tensors
+from swift.parallel.checkpoint.files import WEIGHT, Damaged, Manifest, Piece, Reader, tensor_key
+from swift.parallel.checkpoint.saver import Saver, restore
 from swift.utils.errors import UserError
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}

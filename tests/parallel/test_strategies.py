@@ -10,12 +10,12 @@ import psutil
 import pytest
 import torch
 
-from swift.build import check_memory, precision
 from swift.parallel.environment import OneGpuEach, Ranks, check_place
-from swift.parallel.geometry import build_geometry
-from swift.parallel.launch import LAUNCH, SETTINGS, Place, current_place, first_to_report
-from swift.parallel.memory import reduce_bucket
+from swift.parallel.ranks import LAUNCH, SETTINGS, Place, current_place, first_to_report
 from swift.parallel.strategies import build_strategy, cpu_adam, deepspeed_config
+from swift.plan.geometry import build_geometry
+from swift.plan.memory import reduce_bucket
+from swift.train.wiring import check_memory, precision
 from swift.utils.errors import UserError
 from tests.small import settings
 

@@ -250,7 +250,7 @@ def write_store(spec: CohortSpec, folder: Path | str, progress: Progress | None 
         UserError: the folder holds something or cannot be written.
 
     """
-    from swift.data.store import ScanHeader, StoreWriter
+    from swift.data.store.reader import ScanHeader, StoreWriter
 
     folder = _new_folder(Path(folder))
     names = [*MOTION_COLUMNS, "framewise_displacement", "valence", "valence_bold"]

@@ -1,0 +1,313 @@
+"""Sources -> scans -> store: a pool of processes, a report, and nothing lost when it is stopped.
+
+Every scan is written whole by the process that prepared it (StoreWriter.add stages it under a temporary name and
+renames it), so running the same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import multiprocessing
+import signal
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from swift.data.ingest.nifti import sha256_file
+from swift.data.ingest.prepare import Recipe, prepare
+from swift.data.ingest.sources import Source, duplicates
+from swift.data.store import format as fmt
+from swift.data.store.writer import StoreWriter, tool_version
+from swift.utils.errors import BadScan, UserError
+
+log = logging.getLogger("swift.data")
+REPORT = "ingest_report"
+SHARD_BYTES = 4 << 30
+_KEPT = ("frames", "voxels", "tr", "notes", "source_bytes", "source_modified", "source_sha256")
+_FIELDS = ("scan_id", "status", "reason", "source", "frames", "voxels", "tr", "seconds", "notes")
+
+
+@dataclass
+class Result:
+    """What became of one source.
+
+    `status`: added, present (it was in the store already), changed (so was it, but the source is another file now) or
+    failed.
+    """
+
+    scan_id: str
+    source: str
+    status: str
+    reason: str = ""
+    frames: int = 0
+    voxels: int = 0
+    tr: float = 0.0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    source_bytes: int = 0
+    source_modified: int = 0
+    """Time of the source file's last change, ns since 1970; with its size a cheap sign that it is another one now."""
+    source_sha256: str = ""
+
+
+@dataclass
+class Report:
+    """Outcome of an ingest; also in the store as ingest_report.json and .csv."""
+
+    path: Path
+    recipe: Recipe
+    results: list[Result]
+    seconds: float = 0.0
+
+    def having(self, status: str) -> list[Result]:
+        """Results of one status."""
+        return [result for result in self.results if result.status == status]
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 when some scan failed or has changed."""
+        return 1 if self.having("failed") or self.having("changed") else 0
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for people and machines."""
+        added = len(self.having("added"))
+        return {
+            "store": str(self.path),
+            "added": added,
+            "present": len(self.having("present")),
+            "changed": len(self.having("changed")),
+            "failed": len(self.having("failed")),
+            "seconds": round(self.seconds, 2),
+            "scans_per_minute": round(60 * added / self.seconds, 2) if self.seconds > 0 else 0.0,
+        }
+
+
+def ingest(
+    sources: list[Source],
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    workers: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> Report:
+    """Bring scans into a store; those that it has already are left as they are.
+
+    A scan whose source has become another file is refused by name, and the store keeps the one it has.
+
+    Args:
+        sources: From swift.data.ingest.bids.find_sources. Two of one name are both refused.
+        out: Folder of the store; made, or added to.
+        recipe: Grid, spacing, TR.
+        workers: Processes; 1: this one.
+        shard_bytes: Target size of a shard.
+        progress: Show a bar with rate and time left.
+
+    Returns:
+        The report; `exit_code` is 1 when some scan failed.
+
+    Raises:
+        UserError: nothing to do, unwritable folder, disk full, a store of another grid or made with another TR.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    recipe.check()
+    if not sources:
+        raise UserError("no scans to ingest")
+    if workers < 1:
+        raise UserError(f"workers {workers}: legal is 1 or more")
+    began = time.monotonic()
+    writer = StoreWriter(out, recipe.grid, recipe.spacing, shard_bytes=shard_bytes)
+    earlier = _earlier(out, recipe)
+    results, todo = _sort_out(sources, writer.done(), earlier)
+    try:
+        with closing(_run(todo, recipe, writer, workers)) as finished:
+            bar = tqdm(
+                finished, total=len(todo), unit="scan", desc="ingest", smoothing=0, disable=not progress or not todo
+            )
+            for result in bar:
+                results.append(result)
+                _say(result)
+        writer.close()
+    finally:
+        report = Report(out, recipe, sorted(results, key=lambda result: (result.scan_id, result.source)))
+        report.seconds = time.monotonic() - began
+        _write_report(report, earlier)
+    return report
+
+
+def _sort_out(
+    sources: list[Source], done: set[str], earlier: dict[str, dict[str, Any]]
+) -> tuple[list[Result], list[Source]]:
+    """Results that need no work, and the sources that do."""
+    results, todo = [], []
+    twice = duplicates(sources)
+    for source in sources:
+        if source.scan_id in twice:
+            others = " and ".join(str(other.path) for other in twice[source.scan_id])
+            hint = "; choose one with --space" if all("space-" in s.path.name for s in twice[source.scan_id]) else ""
+            reason = f"{len(twice[source.scan_id])} runs have the name {source.scan_id}: {others}{hint}"
+            results.append(Result(source.scan_id, str(source.path), "failed", reason))
+            _say(results[-1])
+        elif source.scan_id in done:
+            row = earlier.get(source.scan_id, {})
+            kept = {key: row[key] for key in _KEPT if row.get(key)}
+            results.append(Result(source.scan_id, str(source.path), "present", **kept))
+            if _changed(source, row):
+                results[-1].status = "changed"
+                results[
+                    -1
+                ].reason = f"{source.path.name} has changed since; the store has the old scan: use another folder"
+                _say(results[-1])
+        else:
+            todo.append(source)
+    return results, todo
+
+
+def _changed(source: Source, row: dict[str, Any]) -> bool:
+    """Whether a source is not the file that a line of the report tells of; False where the line does not say."""
+    if source.is_frames or not row.get("source_sha256"):
+        return False
+    stat = source.path.stat()
+    if (stat.st_size, stat.st_mtime_ns) == (row["source_bytes"], row["source_modified"]):
+        return False
+    return bool(sha256_file(source.path) != row["source_sha256"])
+
+
+def _run(todo: list[Source], recipe: Recipe, writer: StoreWriter, workers: int) -> Generator[Result, None, None]:
+    """Yield results as they come."""
+    workers = min(workers, len(todo))
+    if workers <= 1:
+        for source in todo:
+            yield ingest_one(source, recipe, writer)
+        return
+    lost: list[Source] = []
+    with _pool(workers) as pool:
+        futures: dict[Future[Result], Source] = {
+            pool.submit(ingest_one, source, recipe, writer): source for source in todo
+        }
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    lost.append(futures[future])
+        except KeyboardInterrupt:
+            log.warning("stopping after the scans in hand; run the same command again to go on")
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    done = writer.done()
+    for source in lost:  # one of them killed its worker: each alone, to find which
+        yield _alone(source, recipe, writer) if source.scan_id not in done else ingest_present(source)
+
+
+def ingest_present(source: Source) -> Result:
+    """The result for a scan that is in the store already."""
+    return Result(source.scan_id, str(source.path), "present")
+
+
+def _alone(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(ingest_one, source, recipe, writer).result()
+        except BrokenProcessPool:
+            reason = f"{source.path.name}: the process that read it died (killed for memory?)"
+            return Result(source.scan_id, str(source.path), "failed", reason)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Not fork: HDF5 and thread pools of the parent do not survive it.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_leave_stopping_to_parent)
+
+
+def _leave_stopping_to_parent() -> None:
+    """On Ctrl-C workers finish the scan in hand, which is then in the store, and get no other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ingest_one(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
+    """Prepare one scan and stage it in the store.
+
+    Raises:
+        UserError: what concerns the store rather than the scan, such as a full disk.
+    """
+    began = time.monotonic()
+    result = Result(source.scan_id, str(source.path), "added")
+    try:
+        scan = prepare(source, recipe)
+        info = writer.add(scan.header, scan.mask, scan.bold)
+        result.frames, result.voxels, result.tr, result.notes = info.frames, info.voxels, info.tr, scan.header.notes
+        if not source.is_frames:
+            stat = source.path.stat()
+            result.source_bytes, result.source_modified = stat.st_size, stat.st_mtime_ns
+        result.source_sha256 = scan.header.source_sha256
+    except BadScan as error:
+        result.status, result.reason = "failed", " ".join(str(error).split())
+    except UserError:
+        raise
+    except MemoryError:
+        result.status, result.reason = "failed", f"{source.path.name}: not enough memory"
+    except Exception as error:  # a scan that trips a library must not end a run over thousands
+        log.debug("%s", source.path, exc_info=True)
+        text = " ".join(str(error).split())
+        result.status, result.reason = "failed", f"{source.path.name}: {type(error).__name__}: {text}"
+    result.seconds = round(time.monotonic() - began, 3)
+    return result
+
+
+def _say(result: Result) -> None:
+    if result.reason:
+        log.warning("%s: %s: %s", result.scan_id, result.status, result.reason)
+    for note in result.notes:
+        log.info("%s: %s", result.scan_id, note)
+
+
+def read_report(store: Path) -> dict[str, Any]:
+    """ingest_report.json of a store, or an empty dict."""
+    path = store / f"{REPORT}.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        log.warning("%s is not readable and will be written anew", path)
+        return {}
+
+
+def _earlier(out: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Rows of the last report by scan_id; refuses to mix scans of two temporal resamplings."""
+    content = read_report(out)
+    rows = {row["scan_id"]: row for row in content.get("scans", []) if row.get("status") != "failed"}
+    before = content.get("recipe", {}).get("tr_resample")
+    if rows and before != recipe.tr_resample:
+        raise UserError(
+            f"{out}: its scans were made with --tr-resample {before}, not {recipe.tr_resample}; use another folder"
+        )
+    return rows
+
+
+def _write_report(report: Report, earlier: dict[str, dict[str, Any]]) -> None:
+    """Both forms; scans of earlier runs that were not asked for this time keep their lines."""
+    rows = [asdict(result) for result in report.results]
+    now = {row["scan_id"] for row in rows}
+    rows = sorted(
+        [*rows, *(row for name, row in earlier.items() if name not in now)], key=lambda row: str(row["scan_id"])
+    )
+    content = {"tool_version": tool_version(), "recipe": asdict(report.recipe), **report.summary(), "scans": rows}
+    fmt.write_bytes(report.path / f"{REPORT}.json", (json.dumps(content, indent=1) + "\n").encode())
+    text = io.StringIO()
+    table = csv.DictWriter(text, _FIELDS, lineterminator="\n")
+    table.writeheader()
+    table.writerows({**{name: row[name] for name in _FIELDS}, "notes": " | ".join(row["notes"])} for row in rows)
+    fmt.write_bytes(report.path / f"{REPORT}.csv", text.getvalue().encode())

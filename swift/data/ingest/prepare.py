@@ -1,0 +1,206 @@
+"""One scan, from a source to what a store keeps: mask and packed values on the grid, header, and notes.
+
+Legend: X Y Z voxels of the grid (RAS+), T frames, V in-brain voxels. At most one packed scan (T, V) is in memory, and
+the source one frame at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from swift.data.ingest.mask import Survey, compute_mask, read_mask, survey
+from swift.data.ingest.nifti import Volumes, plan_scan, sha256_file
+from swift.data.ingest.v1_frames import FrameFolder, plan_frames
+from swift.data.ingest.place import GridPlan, Sampler, plan_grid
+from swift.data.ingest.sources import Source
+from swift.data.ingest.tr import resample_tr
+from swift.data.store.format import MAX_ATTRIBUTE, ScanHeader
+from swift.utils.errors import BadScan, UserError
+
+TR_RANGE = (0.05, 30.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How scans are brought to a store. The same recipe and source give the same bytes."""
+
+    grid: tuple[int, int, int] = (96, 96, 96)
+    """Voxels x, y, z."""
+    spacing: float = 2.0
+    """Isotropic voxel size, mm."""
+    tr: float | None = None
+    """Seconds, for scans whose files do not say; wins over header and sidecar."""
+    tr_resample: float | None = None
+    """Bring every scan to this TR, seconds."""
+    frame_spacing: float | None = None
+    """Voxel size of SwiFT v1 frames, mm; None: `spacing`, so that they are not resampled."""
+    confounds: bool = True
+    """Keep fMRIPrep's confounds."""
+
+    def check(self) -> None:
+        """Raises UserError for values that make no sense."""
+        if len(self.grid) != 3 or min(self.grid) < 2:
+            raise UserError(f"grid {list(self.grid)}: three voxel counts of 2 or more")
+        if not 0.1 <= self.spacing <= 20:
+            raise UserError(f"spacing {self.spacing:g} mm: legal is 0.1 to 20")
+        for name, value in (("tr", self.tr), ("tr-resample", self.tr_resample)):
+            if value is not None and not TR_RANGE[0] <= value <= TR_RANGE[1]:
+                raise UserError(f"--{name} {value:g}: legal is {TR_RANGE[0]:g} to {TR_RANGE[1]:g} seconds")
+        if self.frame_spacing is not None and not 0.1 <= self.frame_spacing <= 20:
+            raise UserError(f"--frame-spacing {self.frame_spacing:g} mm: legal is 0.1 to 20")
+
+
+@dataclass
+class Prepared:
+    """A scan ready for StoreWriter.add."""
+
+    header: ScanHeader
+    mask: np.ndarray
+    """(X, Y, Z) bool."""
+    bold: np.ndarray
+    """(T, V) float32."""
+
+
+def prepare(source: Source, recipe: Recipe) -> Prepared:
+    """Read, check, mask and resample one scan. The source is read twice: once to look, once to take values.
+
+    Raises:
+        BadScan: with a one-line reason.
+    """
+    name = source.path.name
+    scan = plan(source, recipe)
+    seen = survey(scan.read(), name)
+    brain, notes = _brain(source, scan, seen)
+    grid = plan_grid(brain, scan.affine, recipe.grid, recipe.spacing)
+    sampler = Sampler(grid, brain, seen.good, name)
+    notes = [*scan.notes, *notes, *_remarks(scan, seen, brain, grid)]
+    bold = np.empty((scan.frames, int(sampler.mask.sum())), dtype=np.float32)
+    for frame, volume in enumerate(scan.read()):
+        bold[frame] = sampler(volume)
+    if not np.isfinite(bold).all():  # the source's own values are finite, so only overflow can do this
+        raise BadScan(f"{name}: values beyond 32-bit floats")
+    confounds, names = _confounds(source, recipe, scan.frames, notes)
+    events = _events(source, notes)
+    tr = scan.tr
+    if recipe.tr_resample is not None and abs(recipe.tr_resample - tr) > 1e-6:
+        bold = resample_tr(bold, tr, recipe.tr_resample)
+        notes.append(f"TR {tr:g} s resampled to {recipe.tr_resample:g} s: {scan.frames} frames became {len(bold)}")
+        if confounds is not None:
+            notes.append("confounds left out: they belong to the frames before the TR was resampled")
+        tr, confounds, names = recipe.tr_resample, None, []
+    header = ScanHeader(
+        scan_id=source.scan_id,
+        subject=source.subject,
+        session=source.session,
+        task=source.task,
+        run=source.run,
+        site=source.site,
+        tr=tr,
+        affine=grid.affine,
+        source=name,
+        source_sha256=scan.digest() if isinstance(scan, FrameFolder) else sha256_file(source.path),
+        nan_voxels=int((seen.nan & brain).sum()),
+        flat_voxels=int((seen.flat & brain).sum()),
+        notes=notes,
+        phenotypes=source.phenotypes,
+        confounds=confounds,
+        confound_names=names,
+        events=events,
+    )
+    return Prepared(header, sampler.mask, bold)
+
+
+def plan(source: Source, recipe: Recipe) -> Volumes | FrameFolder:
+    """Check a source's header; no frame of a NIfTI file is read.
+
+    Raises:
+        BadScan: with a one-line reason.
+    """
+    tr = source.tr if source.tr is not None else recipe.tr
+    sidecar = _sidecar_tr(source.sidecar, source.path.name)
+    if source.is_frames:
+        return plan_frames(source.path, recipe.frame_spacing or recipe.spacing, tr, sidecar)
+    return plan_scan(source.path, tr=tr, sidecar_tr=sidecar)
+
+
+def _sidecar_tr(path: Path | None, name: str) -> float | None:
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadScan(f"{name}: JSON sidecar {path.name} not readable ({error})") from error
+    value = content.get("RepetitionTime") if isinstance(content, dict) else None
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise BadScan(f"{name}: RepetitionTime {value!r} in {path.name} is not a number of seconds")
+    return value
+
+
+def _brain(source: Source, scan: Volumes | FrameFolder, seen: Survey) -> tuple[np.ndarray, list[str]]:
+    """The brain mask on the source's grid, and how it was come by."""
+    name = source.path.name
+    if source.mask is not None:
+        brain = read_mask(source.mask, scan.shape, scan.affine, name)
+        return brain, [f"brain mask: {source.mask.name}"]
+    if isinstance(scan, FrameFolder):
+        brain = ~seen.flat  # v1 fills the background with one value in all frames
+        if not brain.any():
+            raise BadScan(f"{name}: no voxel changes over time")
+        return brain, [f"no brain mask given: the {int(brain.sum())} voxels that change over time taken as brain"]
+    brain = compute_mask(seen.mean, scan.affine, name)
+    return brain, [
+        f"no brain mask given: computed from the mean image (nilearn compute_epi_mask), {int(brain.sum())} voxels"
+    ]
+
+
+def _remarks(scan: Volumes | FrameFolder, seen: Survey, brain: np.ndarray, grid: GridPlan) -> list[str]:
+    notes = []
+    if scan.orientation != "RAS":
+        notes.append(f"orientation {scan.orientation} brought to RAS+")
+    inside = int(brain.sum())
+    for what, voxels in (("NaN or infinite", seen.nan), ("constant", seen.flat)):
+        if count := int((voxels & brain).sum()):
+            notes.append(f"{count} of {inside} brain voxels hold {what} values: left out of the mask")
+    if seen.flat_frames:
+        notes.append(f"{seen.flat_frames} of {seen.frames} frames hold one single value in every voxel")
+    if grid.outside > 0:
+        notes.append(
+            f"{100 * grid.outside:.2g} % of the brain lies outside the {grid.grid} grid of {grid.spacing:g} mm"
+        )
+    return notes
+
+
+def _events(source: Source, notes: list[str]) -> str:
+    """The text of the scan's events.tsv, "" where there is none or it is too long to be kept."""
+    if source.events is None:
+        return ""
+    try:
+        text = source.events.read_text(encoding="utf-8-sig").strip() + "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadScan(f"{source.path.name}: events {source.events.name} not readable ({error})") from error
+    if len(text.encode()) > MAX_ATTRIBUTE:
+        notes.append(
+            f"events left out: {source.events.name} has more than {MAX_ATTRIBUTE} bytes; give task.target.events"
+        )
+        return ""
+    return text
+
+
+def _confounds(source: Source, recipe: Recipe, frames: int, notes: list[str]) -> tuple[np.ndarray | None, list[str]]:
+    """(T, K) float32 with NaN for n/a, and the K names; columns without a number are left out."""
+    if source.confounds is None or not recipe.confounds:
+        return None, []
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(source.confounds, sep="\t", na_values=["n/a"]).select_dtypes("number")
+    except (OSError, ValueError) as error:
+        raise BadScan(f"{source.path.name}: confounds {source.confounds.name} not readable ({error})") from error
+    if len(table) != frames:
+        notes.append(f"confounds left out: {source.confounds.name} has {len(table)} lines, the scan {frames} frames")
+        return None, []
+    return (table.to_numpy(dtype=np.float32), [str(name) for name in table.columns]) if table.shape[1] else (None, [])

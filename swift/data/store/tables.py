@@ -1,0 +1,71 @@
+"""store.json and manifest.csv, the two files that say what the shards hold: is one damaged, can a replica mend it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from swift.data.store import format as fmt
+from swift.data.store.format import ScanInfo
+from swift.utils.errors import UserError
+
+NAMES = ("store.json", "manifest.csv")
+
+
+def agrees(info: ScanInfo, attributes: dict[str, Any]) -> bool:
+    """Whether a line of the manifest says what the scan's own header says. It may have more columns."""
+    texts = all(getattr(info, name) == attributes[name] for name in fmt.COLUMNS[:6])
+    numbers = info.frames == attributes["frames"] and info.voxels == attributes["voxels"]
+    told: dict[str, str] = json.loads(attributes["phenotypes"])
+    columns = all(info.phenotypes.get(name) == value for name, value in told.items())
+    return bool(texts and numbers and columns and info.tr == float(attributes["tr"]))
+
+
+def mend_lists(path: Path, replica: Path, lines_differ: bool) -> list[str]:
+    """Take the two files from a replica, where ours cannot be right and the replica's shards are ours.
+
+    Args:
+        path: The store.
+        replica: Another copy.
+        lines_differ: Lines of our manifest differ from the scans' headers.
+
+    Returns:
+        Names of the files that were replaced.
+    """
+    try:
+        theirs = fmt.read_json(replica / "store.json")["shards"]
+        fmt.decode_manifest(replica / "manifest.csv")
+    except (UserError, OSError, KeyError):
+        return []
+    broken = [name for name in NAMES if _cannot_be_read(path / name) or (lines_differ and name == "manifest.csv")]
+    if not broken or not _same_shards(path, theirs):
+        return []
+    changed = [name for name in broken if _read(path / name) != (replica / name).read_bytes()]
+    for name in changed:
+        fmt.write_bytes(path / name, (replica / name).read_bytes())
+    return changed
+
+
+def _read(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""
+
+
+def _cannot_be_read(file: Path) -> bool:
+    try:
+        if file.name == "store.json":
+            fmt.read_json(file)
+        else:
+            shards = {scan.shard for scan in fmt.decode_manifest(file)}
+            return not all((file.parent / "shards" / shard).is_file() for shard in shards)
+    except (UserError, OSError):
+        return True
+    return False
+
+
+def _same_shards(path: Path, theirs: dict[str, Any]) -> bool:
+    """Whether our shards have the names and sizes that the replica lists, and one of them its very bytes."""
+    ours = {file.name: file.stat().st_size for file in (path / "shards").glob("*.h5")}
+    if ours != {name: entry["bytes"] for name, entry in theirs.items()}:
+        return False
+    return any(fmt.file_hash(path / "shards" / name) == theirs[name]["xxh3_64"] for name in sorted(ours))

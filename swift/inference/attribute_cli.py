@@ -1,0 +1,277 @@
+"""`python -m swift.attribute MODEL SCAN --out FOLDER`: which voxels the prediction of a fine-tuned model rests on.
+
+Integrated gradients and occlusion, as NIfTI on the scan's own grid and affine, with a figure and the figures behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift.utils.entry import reported, set_up_logging
+from swift.utils.errors import UserError
+from swift.utils.options import add_model_options
+
+if TYPE_CHECKING:
+    import nibabel as nib
+    import numpy as np
+    import torch
+
+    from swift.inference.attribution import Score
+    from swift.inference.fit_scan import FittedScan, Scan
+    from swift.inference.model import Trained
+
+log = logging.getLogger("swift.attribute")
+
+
+def choose_target(trained: Trained, wanted: str | None) -> int | None:
+    """The place of the class to explain; None: the model predicts a number.
+
+    Args:
+        trained: A fine-tuned model.
+        wanted: Name of a class; None: the positive one of two.
+
+    Raises:
+        UserError: a pre-trained model, or no such class.
+    """
+    target = trained.config.task.target
+    if target is None:
+        raise UserError(
+            f"{trained.source} was pre-trained and predicts nothing: attribution needs a fine-tuned model "
+            "(python -m swift.train task=... init=RUN)"
+        )
+    if target.kind == "regression":
+        if wanted is not None:
+            raise UserError(f"--target {wanted}: this model predicts a number (task={trained.config.task.name})")
+        return None
+    names = [entry.split("|")[0] for entry in target.classes]
+    if wanted is None:
+        if len(names) != 2:
+            raise UserError(f"--target is missing: this model has the classes {', '.join(names)}")
+        return 1
+    if wanted not in names:
+        raise UserError(f"--target {wanted}: this model has the classes {', '.join(names)}")
+    return names.index(wanted)
+
+
+def score_of(trained: Trained, place: int | None) -> Score:
+    """The number to explain, from clips: log odds of a class, or a value in the label's own unit.
+
+    Of a model that predicts every frame it is the prediction for the middle frame of the clip.
+    """
+    import torch
+
+    model, scale = trained.model, trained.target
+
+    def score(bold: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = model(bold, brain)
+        if out.ndim == 3:
+            out = out[:, out.shape[1] // 2]
+        if place is None:
+            return out[:, 0] * scale["std"] + scale["mean"]
+        others = torch.cat([out[:, :place], out[:, place + 1 :]], 1)
+        return out[:, place] - others.logsumexp(1)
+
+    return score
+
+
+def explains(trained: Trained, place: int | None) -> str:
+    """What the number is, in words."""
+    task = trained.config.task
+    assert task.target is not None
+    when = ", in the middle frame of each clip" if task.target.per == "frame" else ""
+    if place is None:
+        return f"{task.name}: the predicted {task.target.column}, in its own unit{when}"
+    return f"{task.name}: log odds of {task.target.classes[place].split('|')[0]}{when}"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything the command does."""
+    _check(options)
+
+    from swift.inference.embedding import choose_device
+    from swift.inference.fit_scan import Fitting, find_scans, fit
+    from swift.inference.model import load_trained
+
+    trained = load_trained(options.model, options.which, options.config)
+    place = choose_target(trained, options.target)
+    fitting = Fitting(options.tr, options.other_tr, options.mask)
+    fitting.check()
+    device = choose_device(options.device)
+    scans = find_scans([options.scan], trained.contract)
+    if len(scans) != 1:
+        raise UserError(f"{options.scan} holds {len(scans)} scans: name one (a NIfTI file, or STORE:SCAN_ID)")
+    check_folder(options.out, scans[0].scan_id)
+    scan = fit(scans[0], trained.contract, fitting)
+    for note in scan.notes:
+        log.info("%s: %s", scan.scan_id, note)
+    said: dict[str, Any] = {"scan": scan.scan_id, "model": trained.source, "step": trained.step}
+    said["explains"] = explains(trained, place)
+    found = _maps(options, trained, score_of(trained, place), scan, device, said)
+    _write(options.out, scan, found, mean_image(scans[0], scan), said)
+    _say(options, said)
+
+
+def _maps(
+    options: argparse.Namespace,
+    trained: Trained,
+    score: Score,
+    scan: FittedScan,
+    device: torch.device,
+    said: dict[str, Any],
+) -> dict[str, np.ndarray]:
+    """The maps by name; what else there is to tell goes into `said`."""
+    from tqdm import tqdm
+
+    from swift.inference.attribution import attribute, rank_correlation, shuffle_weights
+
+    starts = some(scan.starts(), options.clips)
+    trained.model.to(device).requires_grad_(False)
+    kept: dict[str, Any] = {"limit": options.limit, "baseline": options.baseline, "batch": options.batch}
+    rounds = 2 if options.randomise else 1
+    with tqdm(total=len(starts) * rounds, unit="clip", desc="attribute", disable=options.quiet) as bar:
+        maps = attribute(score, scan, starts, device, window=options.window or None, progress=bar.update, **kept)
+        found = {"ig": maps.gradients, "ig_size": maps.size, "ig_share": maps.share}
+        if maps.occlusion is not None:
+            found["occlusion"] = maps.occlusion
+        said |= {
+            "clips": starts,
+            "output": maps.outputs.tolist(),
+            "baseline": maps.baselines.tolist(),
+            "completeness_gap": maps.gaps.tolist(),
+        }
+        if options.randomise:
+            shuffle_weights(trained.model, options.seed)
+            lost = attribute(score, scan, starts, device, progress=bar.update, **kept)
+            found |= {"ig_size_random": lost.size, "ig_share_random": lost.share}
+            said["rank_correlation_with_random_weights"] = rank_correlation(maps.share, lost.share, scan.mask)
+    return found
+
+
+def some(starts: list[int], count: int) -> list[int]:
+    """At most `count` of the clips, evenly spaced over the scan; 0: all."""
+    if not count or count >= len(starts):
+        return starts
+    return [starts[place * len(starts) // count] for place in range(count)]
+
+
+def mean_image(scan: Scan, fitted: FittedScan) -> nib.Nifti1Image:
+    """The scan's mean over time, to draw maps on."""
+    import nibabel as nib
+    import numpy as np
+
+    from swift.inference.fit_scan import StoredScan
+
+    if isinstance(scan, StoredScan):
+        mean = np.zeros(fitted.mask.shape, np.float32)
+        mean[fitted.mask] = scan.store.array(scan.place, "stats/mean")
+        return nib.Nifti1Image(mean, fitted.affine)
+    assert fitted.origin is not None
+    total, count = np.zeros(fitted.origin.shape), 0
+    for frame in fitted.origin.read():
+        total += np.nan_to_num(frame)
+        count += 1
+    return nib.Nifti1Image((total / count).astype(np.float32), fitted.origin.affine)
+
+
+def _write(
+    folder: Path, scan: FittedScan, found: dict[str, np.ndarray], mean: nib.Nifti1Image, said: dict[str, Any]
+) -> None:
+    import nibabel as nib
+
+    from swift.inference.attribution import on_own_grid
+    from swift.parallel.checkpoint.write import write_text
+    from swift.report.figures.attribution import draw
+
+    images = {name: on_own_grid(values, scan) for name, values in found.items()}
+    said["maps"] = {}
+    try:
+        for name, image in images.items():
+            path = folder / f"{scan.scan_id}_{name}.nii.gz"
+            nib.save(image, path)
+            said["maps"][name] = str(path)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror or error})") from error
+    said["figure"] = str(folder / f"{scan.scan_id}.png")
+    draw(images, mean, f"{scan.scan_id}  {said['explains']}", Path(said["figure"]))
+    write_text(folder / f"{scan.scan_id}.json", json.dumps(said, indent=2) + "\n")
+
+
+def check_folder(folder: Path, scan_id: str) -> None:
+    """Make the folder. Raises UserError where it cannot be, or holds attributions of this scan."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made a folder ({error.strerror})") from error
+    if (folder / f"{scan_id}.json").exists():
+        raise UserError(f"--out {folder}: holds {scan_id}.json already")
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("clips", 0), ("window", 0), ("batch", 1), ("limit", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+
+
+def _say(options: argparse.Namespace, said: dict[str, Any]) -> None:
+    if options.json:
+        print(json.dumps(said, indent=2))
+        return
+    change = [out - still for out, still in zip(said["output"], said["baseline"])]
+    mean = [sum(values) / len(values) for values in (said["output"], said["baseline"])]
+    print(f"{said['explains']}: {mean[0]:.4g} (baseline {mean[1]:.4g}), mean of {len(change)} clips")
+    worst = max(abs(gap) for gap in said["completeness_gap"])
+    print(f"integrated gradients sum to the differences but for {worst:.2g} at most")
+    if "rank_correlation_with_random_weights" in said:
+        print(f"rank correlation with random weights: {said['rank_correlation_with_random_weights']:.2f}")
+    for path in [*said["maps"].values(), said["figure"]]:
+        print(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m swift.attribute", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="fine-tuned: run directory, checkpoint or exported .safetensors"
+    )
+    parser.add_argument("scan", metavar="SCAN", help="NIfTI file, or STORE:SCAN_ID")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--target", metavar="CLASS", help="class to explain (default, of two: the positive one)")
+    parser.add_argument(
+        "--clips", type=int, default=4, metavar="N", help="clips to explain, spread over the scan (default: 4; 0: all)"
+    )
+    parser.add_argument(
+        "--window", type=int, default=8, metavar="VOXELS", help="edge of occlusion's cubes (default: 8; 0: none)"
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=("zero", "mean"),
+        default="zero",
+        help="zero: 0 after normalization (default) | mean: each voxel's mean over the clip",
+    )
+    parser.add_argument("--limit", type=int, default=600, metavar="N", help="gradients a clip at most (default: 600)")
+    parser.add_argument(
+        "--randomise", action="store_true", help="sanity check: the map of the same model with shuffled weights too"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --randomise")
+    add_model_options(parser)
+    parser.add_argument(
+        "--batch", type=int, default=4, metavar="N", help="clips through the model at once (default: 4)"
+    )
+    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    options = parser().parse_args(arguments)
+    set_up_logging()
+    reported(lambda: run(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""`python -m swift.export RUN --out FILE.safetensors`: one file with weights, configuration and input contract.
+
+The file holds tensors and text, no code: it is read by the safetensors package alone. `load` makes a model of it,
+without DeepSpeed, Lightning or the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift.utils.entry import reported, set_up_logging
+from swift.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from swift.config.schema import Config
+    from swift.models.autoencoder import MaskedAutoencoder
+    from swift.models.heads import TargetModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a file holds.
+
+    Attributes:
+        model: In eval mode, float32.
+        config: Of the run.
+        contract: What the model must be given: grid, spacing, frames, normalization, ...
+        step: Optimizer steps it was trained for.
+    """
+
+    model: MaskedAutoencoder | TargetModel
+    config: Config
+    contract: dict[str, Any]
+    step: int
+
+
+def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> dict[str, Any]:
+    """Write the weights of a checkpoint to one file, tensor by tensor.
+
+    Args:
+        run: A run directory, its folder of checkpoints, or one checkpoint.
+        out: The file; must not exist.
+        dtype: fp32, the master weights | bf16, half the size.
+        which: latest | best | the name of a checkpoint.
+
+    Returns:
+        {"file", "checkpoint", "step", "tensors", "parameters", "bytes", "xxh3"}.
+
+    Raises:
+        UserError: nothing to export, a file that exists already, or a full disk.
+    """
+    import torch
+
+    from swift.parallel.checkpoint.read import FORMAT, PREFIX, CheckpointWeights, find_checkpoint, metadata_of
+    from swift.parallel.checkpoint.write import Entry, write_safetensors
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: must end in .safetensors")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already")
+    path, manifest = find_checkpoint(run, which)
+    weights = CheckpointWeights(path, manifest)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+    def entry(name: str, shape: list[int]) -> Entry:
+        numel = torch.Size(shape).numel()
+        return Entry(
+            name.removeprefix(PREFIX), kind, tuple(shape), lambda: weights.read(name, 0, numel).to(kind).view(shape)
+        )
+
+    said = metadata_of(manifest) | {"score": manifest.score, "base_shapes": manifest.state.get("base_shapes")}
+    metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in said.items()}
+    partial = out.with_name(f".{out.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        written = write_safetensors(partial, [entry(*item) for item in manifest.shapes.items()], metadata)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    parameters = sum(torch.Size(shape).numel() for shape in manifest.shapes.values())
+    return {
+        "file": str(out),
+        "checkpoint": str(path),
+        "step": manifest.step,
+        "tensors": len(manifest.shapes),
+        "parameters": parameters,
+        "bytes": written.bytes,
+        "xxh3": written.xxh3,
+    }
+
+
+def load(path: str | Path) -> Exported:
+    """The model of an exported file, built from the configuration in it.
+
+    Raises:
+        UserError: a pickle or another foreign file, or weights that are not those of its own configuration.
+    """
+    import torch
+    from omegaconf import OmegaConf
+
+    from swift.config.compose import typed
+    from swift.models.heads import build_model
+    from swift.parallel.checkpoint.read import FileWeights
+
+    weights = FileWeights(Path(path))
+    cfg = typed(OmegaConf.create(weights.metadata["config"]))
+    with torch.device("meta"):
+        model = build_model(cfg.model, cfg.task, cfg.data.grid, cfg.data.frames)
+    model.to_empty(device="cpu")
+    load_into(model, path)
+    return Exported(model.eval(), cfg, weights.metadata["contract"], weights.metadata["step"])
+
+
+def load_into(model: nn.Module, path: str | Path) -> None:
+    """Copy the weights of an exported file into a model.
+
+    Raises:
+        UserError: a foreign file, or another architecture (the first five tensors that differ).
+    """
+    import torch
+
+    from swift.parallel.checkpoint.files import compare_shapes
+    from swift.parallel.checkpoint.read import PREFIX, FileWeights
+
+    weights = FileWeights(Path(path))
+    own = dict(model.named_parameters())
+    compare_shapes(path, weights.shapes, {PREFIX + name: list(parameter.shape) for name, parameter in own.items()})
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights.tensor(name))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m swift.export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32, the masters)")
+    parser.add_argument("--which", default="latest", help="latest (default), best, or the name of a checkpoint")
+    parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    options = parser.parse_args(arguments)
+    set_up_logging()
+
+    def work() -> None:
+        done = export(options.run, options.out, options.dtype, options.which)
+        if options.json:
+            print(json.dumps(done, indent=2))
+        else:
+            print(f"{done['file']}: {done['parameters']:,} parameters of step {done['step']}, {done['bytes']:,} bytes")
+
+    reported(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""A single scan brought to what a trained model must be given, by the code that ingestion uses.
+
+A NIfTI file goes through the steps of `python -m swift.data ingest` (orientation, mask, grid, TR, statistics, int16
+codes) in memory, so that its clips are, bit for bit, those that a store of the same scan gives.
+
+Legend: B clips, X Y Z grid, T frames of a clip, V brain voxels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from swift.data.clips.index import ClipIndex, ClipSpec
+from swift.data.clips.scatter import to_dense
+from swift.data.ingest.nifti import Volumes
+from swift.data.ingest.v1_frames import FrameFolder
+from swift.data.ingest.prepare import Recipe, plan, prepare
+from swift.data.ingest.sources import Source, duplicates
+from swift.data.ingest.tr import resample_tr
+from swift.data.store.reader import Store
+from swift.data.store.stats import fold, quantize, summarize
+from swift.utils.errors import BadScan, UserError
+
+TR_TOLERANCE = 0.01
+"""Relative difference of two TRs that count as the same."""
+OTHER_TR = ("refuse", "resample", "keep")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a model must be given, as its run recorded it.
+
+    Attributes:
+        grid: Voxels X, Y, Z.
+        spacing: mm.
+        frames, frame_stride: Of a clip.
+        normalization: See `swift.data.store.stats.fold`.
+        background: Value outside the brain.
+        tr: Shortest and longest TR of the scans that it was trained on, seconds; None: not recorded.
+    """
+
+    grid: tuple[int, int, int]
+    spacing: float
+    frames: int
+    frame_stride: int
+    normalization: str
+    background: float
+    tr: tuple[float, float] | None = None
+
+    @staticmethod
+    def of(values: dict[str, Any], source: object) -> Contract:
+        """From the plain values kept with weights.
+
+        Raises:
+            UserError: some are missing, or an orientation that swift does not make.
+        """
+        needed = ("grid", "spacing", "frames", "frame_stride", "normalization", "background")
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise UserError(
+                f"{source} carries no input contract ({', '.join(missing)} missing): swift made no such file"
+            )
+        if values.get("orientation", "RAS") != "RAS":
+            raise UserError(f"{source}: wants orientation {values['orientation']}; swift brings scans to RAS only")
+        x, y, z = values["grid"]
+        low, high = values.get("tr") or (0.0, 0.0)
+        return Contract(
+            (int(x), int(y), int(z)),
+            float(values["spacing"]),
+            int(values["frames"]),
+            int(values["frame_stride"]),
+            str(values["normalization"]),
+            float(values["background"]),
+            (float(low), float(high)) if high else None,
+        )
+
+    @property
+    def span(self) -> int:
+        """Frames of a scan that a clip reaches over."""
+        return ClipSpec(self.frames, self.frame_stride).span
+
+    def resampled_tr(self, tr: float, name: str, other_tr: str) -> float | None:
+        """The TR to bring a scan to; None: it stays.
+
+        Args:
+            tr: Of the scan, seconds.
+            name: Of the scan, for messages.
+            other_tr: What to do where it differs from training: refuse | resample | keep.
+
+        Raises:
+            BadScan: it differs, and is to be refused.
+        """
+        if self.tr is None or other_tr == "keep":
+            return None
+        low, high = self.tr
+        if low * (1 - TR_TOLERANCE) <= tr <= high * (1 + TR_TOLERANCE):
+            return None
+        if other_tr == "resample":
+            return min(max(tr, low), high)
+        trained = f"{low:g} s" if low == high else f"{low:g} to {high:g} s"
+        raise BadScan(
+            f"{name}: TR {tr:g} s, but the model was trained on {trained}; --other-tr resample brings the scan there, "
+            "--other-tr keep takes it as it is"
+        )
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How scans are brought to a contract.
+
+    Attributes:
+        tr: Seconds, for scans whose files do not say; wins over header and sidecar.
+        other_tr: refuse | resample | keep scans of another TR than the model was trained on.
+        mask: Brain mask of NIfTI scans, on their own grid; None: the one beside a scan, or a computed one.
+    """
+
+    tr: float | None = None
+    other_tr: str = "refuse"
+    mask: Path | None = None
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        if self.other_tr not in OTHER_TR:
+            raise UserError(f"--other-tr {self.other_tr}: legal are {', '.join(OTHER_TR)}")
+        Recipe(tr=self.tr).check()
+
+
+@dataclass(frozen=True)
+class StoredScan:
+    """A scan of a store, by its place there."""
+
+    store: Store
+    place: int
+
+    @property
+    def scan_id(self) -> str:
+        """Name of the scan."""
+        return self.store.scans[self.place].scan_id
+
+    @property
+    def subject(self) -> str:
+        """Whose scan it is."""
+        return self.store.scans[self.place].subject
+
+
+Scan = Source | StoredScan
+
+
+@dataclass(frozen=True)
+class FittedScan:
+    """A scan as a model takes it.
+
+    Attributes:
+        scan_id, subject: Names.
+        frames: Of the whole scan.
+        tr: Seconds between them.
+        affine: (4, 4) from the model's grid to world mm, RAS+.
+        mask: (X, Y, Z) bool.
+        notes: What was assumed or corrected.
+        origin: The file's own grid; None for a scan of a store.
+        contract: What it was brought to.
+    """
+
+    scan_id: str
+    subject: str
+    frames: int
+    tr: float
+    affine: np.ndarray
+    mask: np.ndarray
+    notes: tuple[str, ...]
+    origin: Volumes | FrameFolder | None
+    contract: Contract
+    _a: np.ndarray
+    _b: np.ndarray
+    _read: Callable[[int], np.ndarray]
+    """First frame -> codes (T, V) int16 of the clip that begins there."""
+
+    def starts(self) -> list[int]:
+        """First frames of its clips: one after the other without overlap, and one more that ends with the scan."""
+        index = ClipIndex([0], [0], [self.frames], self.contract.span, self.contract.span)
+        return [int(start) for start in index.locate(np.arange(len(index)))[1]]
+
+    def clips(self, starts: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Normalized clips.
+
+        Args:
+            starts: First frame of each, B of them.
+            device: Where to.
+
+        Returns:
+            bold (B, 1, X, Y, Z, T) float32, brain (B, X, Y, Z) bool, and what `swift.data.clips.scatter.to_dense` adds.
+        """
+        count = len(starts)
+        cells = np.flatnonzero(self.mask).astype(np.int32)
+        meta = np.stack([np.arange(count), np.zeros(count), np.asarray(starts), np.ones(count)], axis=1)
+        packed = {
+            "codes": np.concatenate([self._read(start).reshape(-1) for start in starts]),
+            "index": np.tile(cells, count),
+            "a": np.tile(self._a, count),
+            "b": np.tile(self._b, count),
+            "meta": meta.astype(np.int64),
+        }
+        tensors: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in packed.items()}
+        contract = self.contract
+        sizes = [len(cells)] * count
+        return to_dense(tensors | {"voxels": sizes}, contract.grid, contract.frames, contract.background)
+
+
+def find_scans(inputs: Sequence[str | Path], contract: Contract) -> list[Scan]:
+    """The scans of the named places.
+
+    Args:
+        inputs: NIfTI files, folders of them, BIDS derivatives, tables, SwiFT v1 folders, stores, or STORE:SCAN_ID.
+        contract: Stores must have its grid and spacing.
+
+    Raises:
+        UserError: no such place, no scan in it, a store of another grid, or two scans of one name.
+    """
+    from swift.data.ingest.bids import find_sources
+
+    found: list[Scan] = []
+    for place in inputs:
+        folder, _, wanted = str(place).rpartition(":")
+        if (Path(place) / "store.json").is_file():
+            found += _stored(Path(place), None, contract)
+        elif folder and (Path(folder) / "store.json").is_file():
+            found += _stored(Path(folder), wanted, contract)
+        else:
+            found += find_sources([Path(place)])
+    twice = duplicates([scan for scan in found if isinstance(scan, Source)])
+    for name, same in twice.items():
+        raise UserError(f"{len(same)} scans have the name {name}: {' and '.join(str(one.path) for one in same)}")
+    for name, count in Counter(scan.scan_id for scan in found).items():
+        if count > 1:
+            raise UserError(f"{count} scans have the name {name}: name each once")
+    return found
+
+
+def _stored(path: Path, wanted: str | None, contract: Contract) -> list[Scan]:
+    store = Store(path)
+    if store.grid != contract.grid or store.spacing != contract.spacing:
+        raise UserError(
+            f"{path} has grid {list(store.grid)} at {store.spacing:g} mm, the model takes {list(contract.grid)} at "
+            f"{contract.spacing:g} mm: name the NIfTI files, or ingest them again"
+        )
+    places = range(len(store.scans)) if wanted is None else [store.find(wanted)]
+    return [StoredScan(store, place) for place in places]
+
+
+def fit(scan: Scan, contract: Contract, fitting: Fitting) -> FittedScan:
+    """Bring a scan to a contract; one scan is in memory (of a store: one batch of clips).
+
+    Raises:
+        BadScan: with a one-line reason.
+    """
+    fitted = (
+        _fit_stored(scan, contract, fitting) if isinstance(scan, StoredScan) else _fit_source(scan, contract, fitting)
+    )
+    if fitted.frames < contract.span:
+        raise BadScan(
+            f"{fitted.scan_id}: {fitted.frames} frames, but the model takes clips over {contract.span} "
+            f"({contract.frames} frames, {contract.frame_stride} apart)"
+        )
+    return fitted
+
+
+def _fit_source(source: Source, contract: Contract, fitting: Fitting) -> FittedScan:
+    # What only ingestion keeps is not even looked at.
+    source = replace(source, events=None, confounds=None)
+    if fitting.mask is not None and not source.is_frames:
+        source = replace(source, mask=fitting.mask)
+    recipe = Recipe(contract.grid, contract.spacing, tr=fitting.tr, confounds=False)
+    origin = plan(source, recipe)
+    recipe = replace(recipe, tr_resample=contract.resampled_tr(origin.tr, source.path.name, fitting.other_tr))
+    scan = prepare(source, recipe)
+    head = scan.header
+    return _packed(scan.bold, scan.mask, head.affine, head.tr, source, tuple(head.notes), origin, contract)
+
+
+def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> FittedScan:
+    store, place = scan.store, scan.place
+    info, mask = store.scans[place], store.mask(place)
+    wanted = contract.resampled_tr(info.tr, info.scan_id, fitting.other_tr)
+    if wanted is not None:
+        bold = resample_tr(store.values(place), info.tr, wanted)
+        notes = (f"TR {info.tr:g} s resampled to {wanted:g} s: {info.frames} frames became {len(bold)}",)
+        return _packed(bold, mask, store.affine(place), wanted, scan, notes, None, contract)
+    a, b = store.normalizer(place, contract.normalization)
+
+    def read(start: int) -> np.ndarray:
+        return store.read(place, start, start + contract.span, contract.frame_stride, verify=True)
+
+    return FittedScan(
+        info.scan_id, info.subject, info.frames, info.tr, store.affine(place), mask, (), None, contract, a, b, read
+    )
+
+
+def _packed(
+    bold: np.ndarray,
+    mask: np.ndarray,
+    affine: np.ndarray,
+    tr: float,
+    scan: Scan,
+    notes: tuple[str, ...],
+    origin: Volumes | FrameFolder | None,
+    contract: Contract,
+) -> FittedScan:
+    """Values (T, V) float32 as a store would keep them: statistics, and int16 codes."""
+    summary = summarize(bold)
+    try:
+        a, b = fold(contract.normalization, summary.scale, summary.offset, summary.voxel, summary.brain)
+    except UserError as error:
+        raise BadScan(f"{scan.scan_id}: {error}") from error
+    codes = quantize(bold, summary.scale, summary.offset)
+
+    def read(start: int) -> np.ndarray:
+        return np.ascontiguousarray(codes[start : start + contract.span : contract.frame_stride])
+
+    return FittedScan(scan.scan_id, scan.subject, len(bold), tr, affine, mask, notes, origin, contract, a, b, read)

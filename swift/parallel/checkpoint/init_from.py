@@ -1,0 +1,151 @@
+"""The weights a task begins with: the encoder of another run or file, or the whole of one that did the same task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swift.config.schema import Config
+from swift.models.adapt import is_lora, plain_name
+from swift.models.encoder import SwinEncoder
+from swift.models.v1 import load_v1, read_weights
+from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.checkpoint.files import describe_differences
+from swift.parallel.checkpoint.read import (
+    CheckpointWeights,
+    FileWeights,
+    TensorWeights,
+    Weights,
+    check_attention,
+    find_checkpoint,
+    metadata_of,
+)
+
+ENCODER = "model.encoder."
+_TIME_TABLES = ("position.time", "position.t")
+_CONTRACT = ("grid", "spacing", "frames", "frame_stride", "normalization", "background")
+
+
+@dataclass
+class Start:
+    """Weights for a module, by the names of its parameters.
+
+    Attributes:
+        shapes: What there is to take; other parameters keep their initial values.
+        said: What was taken and what was not, a sentence each.
+        seen: Subjects the weights were trained on; None: not recorded.
+    """
+
+    source: Weights
+    names: dict[str, str]
+    shapes: dict[str, list[int]]
+    said: list[str]
+    seen: list[str] | None
+    merged: dict[str, float] = field(default_factory=dict)
+    """Names whose low-rank change is added, with its factor."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Flat elements start..stop of a parameter."""
+        there = self.names[name]
+        part = self.source.read(there, start, stop)
+        if name not in self.merged:
+            return part
+        stem = there.removesuffix("base_layer.weight")
+        whole = [self._matrix(f"{stem}lora_{side}.default.weight") for side in "BA"]
+        change = (whole[0] @ whole[1]).flatten() * self.merged[name]
+        return part + change[start:stop]
+
+    def _matrix(self, name: str) -> Tensor:
+        shape = self.source.shapes[name]
+        return self.source.read(name, 0, torch.Size(shape).numel()).float().view(shape)
+
+
+def open_weights(path: Path, cfg: Config) -> tuple[Weights, dict[str, Any], list[str]]:
+    """The weights of a run, a checkpoint, an exported file, or of SwiFT v1; what is known of them; remarks.
+
+    Raises:
+        ValueError: nothing readable there.
+    """
+    if not path.is_file():
+        if not (path / checkpoint.MANIFEST).is_file() and not checkpoint.exists(path / "checkpoints"):
+            raise ValueError("neither a file nor a run with a checkpoint")
+        found = CheckpointWeights(*find_checkpoint(path))
+        check_attention(found, cfg.model)
+        return found, metadata_of(found.manifest), []
+    if path.suffix == ".safetensors":
+        file = FileWeights(path)
+        check_attention(file, cfg.model)
+        return file, file.metadata, []
+    tensors = read_weights(path)
+    if any(key.startswith(ENCODER) for key in tensors):
+        return TensorWeights(tensors), {}, []
+    encoder = SwinEncoder(cfg.model, cfg.data.grid, cfg.data.frames)
+    report = load_v1(encoder, tensors)
+    kept = {name: value for name, value in encoder.state_dict().items() if name not in report.missing}
+    return TensorWeights({ENCODER + name: value for name, value in kept.items()}), {}, str(report).splitlines()
+
+
+def start_of(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Start:
+    """What a task takes from `path`.
+
+    A source that did the same task with the same adaptation gives everything; any other one its encoder, low-rank
+    changes added to it. A table of positions in time may be longer there: its first rows are taken.
+
+    Args:
+        path: Run, checkpoint or file.
+        cfg: Of the task.
+        here: Name -> shape of the parameters of the task's module.
+
+    Raises:
+        ValueError: nothing readable, or another architecture: names the first five tensors that differ.
+    """
+    source, told, said = open_weights(path, cfg)
+    there = source.shapes
+    seen = told.get("subjects")
+    before = told.get("config", {}).get("task", {}).get("name")
+    if before == cfg.task.name and dict(there) == dict(here):
+        said.append(f"the whole model of the same task: {len(here)} tensors taken")
+        return Start(source, {name: name for name in here}, dict(here), said, seen)
+    plain = {plain_name(name): name for name in there if name.startswith(ENCODER) and not is_lora(name)}
+    wanted = {name: plain_name(name) for name in here if name.startswith(ENCODER) and not is_lora(name)}
+    names = {name: plain[own] for name, own in wanted.items() if own in plain}
+    different = [
+        name for name, own in wanted.items() if own not in plain or not _fits(own, there[plain[own]], here[name])
+    ]
+    different += [name for own, name in plain.items() if own not in wanted.values()]
+    if said:  # of SwiFT v1, whose report has named what it does not give
+        different = [name for name in different if wanted.get(name, name) in plain]
+    if different:
+        known = {name: there[names.get(name, name)] for name in different if names.get(name, name) in there}
+        raise ValueError(f"another architecture: {describe_differences(different, known, here)}")
+    merged = {}
+    if any(is_lora(name) for name in there):
+        task = told["config"]["task"]
+        factor = task["lora_alpha"] / task["lora_rank"]
+        merged = {name: factor for name, own in names.items() if own.endswith(".base_layer.weight")}
+        said.append(f"low-rank changes of {len(merged)} tensors added to the encoder")
+    left = sorted({name.split(".")[1] for name in there if not name.startswith(ENCODER)})
+    new = sorted({name.split(".")[1] for name in here if not name.startswith(ENCODER)})
+    count = sum(torch.Size(here[name]).numel() for name in names)
+    said.append(f"encoder taken: {len(names)} tensors, {count:,} parameters")
+    said.append(f"left out there: {', '.join(left) or 'nothing'}; new here: {', '.join(new)}")
+    contract, data = told.get("contract", {}), cfg.data
+    changed = [
+        f"{name} {contract[name]} -> {getattr(data, name)}"
+        for name in _CONTRACT
+        if name in contract and contract[name] != getattr(data, name)
+    ]
+    if changed:
+        said.append(f"clips differ from those of its training: {', '.join(changed)}")
+    return Start(source, names, {name: here[name] for name in names}, said, seen, merged)
+
+
+def _fits(name: str, there: list[int], here: list[int]) -> bool:
+    if name.endswith(_TIME_TABLES) and len(there) == 2:
+        return there[1:] == here[1:] and there[0] >= here[0]
+    return list(there) == list(here)

@@ -1,0 +1,168 @@
+"""Leaving out one optimizer step under every strategy: after its gradient norm is known, before anything is changed.
+
+Weights, moments and Adam's count stay as they are; the schedule and the order of the data go on. Single, ddp and fsdp
+drop the gradients, and torch's optimizers pass over parameters that have none. DeepSpeed's ZeRO optimizers have a path
+of their own for steps that overflow in fp16, and take it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.checkpoint.files import Damaged, Manifest, Reader
+from swift.parallel.checkpoint.pieces import parameter_shapes
+from swift.parallel.checkpoint.saver import Saver
+from swift.utils.errors import UserError
+
+Judge = Callable[[Tensor], bool]
+"""Takes the gradient norm (NaN where it is not finite), says whether to leave the step out. All ranks call it."""
+
+
+def drop_gradients(parameters: Iterable[Tensor]) -> None:
+    """Leave an optimizer nothing to step on."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def combined(norms: Iterable[Any]) -> Tensor:
+    """Norm of several groups; NaN where one is not finite, which DeepSpeed writes as -1."""
+    stacked = torch.stack([torch.as_tensor(norm).detach().float().cpu() for norm in norms])
+    good = torch.isfinite(stacked).all() & (stacked >= 0).all()
+    return torch.linalg.vector_norm(stacked) if good else torch.tensor(torch.nan)
+
+
+def judge_zero(optimizer: Any, judge: Judge) -> None:
+    """Let `judge` decide over every step of a ZeRO optimizer; norms are computed once, as before."""
+    known: list[Any] = []
+    if hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
+        norm_of = optimizer.scaled_global_norm
+
+        def check(partition_gradients: bool = True) -> None:
+            known[:] = [norm_of()]
+            optimizer.overflow = judge(combined(known) / optimizer.loss_scale)
+
+        def norm(norm_type: int = 2) -> Any:
+            return known.pop() if known else norm_of(norm_type)
+
+        optimizer.check_grad_overflow, optimizer.check_overflow, optimizer.scaled_global_norm = True, check, norm
+        return
+    groups_of, original = optimizer._get_norm_groups, optimizer._overflow_check_and_loss_scale_update
+
+    def check_groups(*args: Any, **kwargs: Any) -> bool:
+        found = groups_of()
+        if judge(combined(found) / optimizer.loss_scale):
+            known.clear()
+            optimizer.overflow = True
+            if not args and kwargs.get("update_scale", True):  # before DeepSpeed 0.19 it also cleaned up
+                optimizer._overflow_clean_up(optimizer.loss_scale)
+            return True
+        known[:] = [found]
+        optimizer.overflow = False
+        return bool(original(*args, **kwargs))
+
+    optimizer._overflow_check_and_loss_scale_update = check_groups
+    optimizer._get_norm_groups = lambda: known.pop() if known else groups_of()
+
+
+class Judged:
+    """What a strategy adds for a guard: steps that are left out, weights that are looked at, put back or kept."""
+
+    saver: Saver
+    lightning_module: Any
+    precision_plugin: Any
+    pieces: Any
+    refresh: Any
+
+    def judge_by(self, judge: Judge) -> None:
+        """Let `judge` decide over every step from now on."""
+        self.precision_plugin.judge = judge
+
+    def discard(self) -> None:
+        """Forget the gradients of a micro-batch that was only looked at; the judge says no to all then."""
+        drop_gradients(self.lightning_module.parameters())
+
+    def bad_weights(self, moments: bool = False) -> dict[str, int]:
+        """Names of the weights of this rank that are not finite, and how many of their elements."""
+        found: dict[str, int] = {}
+        for piece in self.pieces(moments=moments):
+            for tensor in piece.tensors.values():
+                if bad := int((~torch.isfinite(tensor)).sum()):
+                    found[piece.name] = found.get(piece.name, 0) + bad
+        for name, parameter in self.lightning_module.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            # Of a frozen weight under ZeRO 3 the pieces hold what a checkpoint gets; what computes is this shard.
+            local = getattr(parameter, "ds_tensor", local)
+            if name not in found and (bad := int((~torch.isfinite(local.detach())).sum())):
+                found[name] = bad
+        return found
+
+    def save_weights(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        """Write the weights of all ranks as they are, as a checkpoint without moments; all ranks call it together."""
+        self.saver.finish()
+        shapes = {name: list(shape) for name, shape in parameter_shapes(self.lightning_module).items()}
+        draft = Manifest(step, None, state, shapes, {}, {}, self.saver.world, 0)
+        self.saver.save(folder, list(self.pieces(moments=False)), draft)
+        self.saver.finish()
+
+    def roll_back(self, folder: Path) -> Path:
+        """Weights and moments of the newest checkpoint that is whole and finite; all ranks call it together.
+
+        Raises:
+            UserError: there is none.
+        """
+        self.saver.finish()
+        names = self._agreed([path.name for path in checkpoint.candidates(folder)])[0]
+        for name in names:
+            path, good = folder / name, True
+            try:
+                manifest = Manifest.read(path)
+                checkpoint.verify(path, manifest, self.saver.rank, self.saver.world)
+            except (Damaged, UserError):
+                good = False
+            if not all(self._agreed(good)):
+                continue
+            Reader(path, manifest).fill(list(self.pieces(manifest.optimizer_steps)))
+            self.refresh()
+            if all(self._agreed(not self.bad_weights(moments=True))):
+                return path
+        raise UserError(f"{folder}: no checkpoint there is whole and finite, so there is nothing to go back to")
+
+    def _agreed(self, value: Any) -> list[Any]:
+        if self.saver.world == 1:
+            return [value]
+        said: list[Any] = [None] * self.saver.world
+        dist.all_gather_object(said, value)
+        return said
+
+
+class JudgedEngine(Judged):
+    """The same for DeepSpeed, whose engine steps by itself."""
+
+    deepspeed_engine: Any
+    _judged_norm: Tensor | None = None
+
+    def judge_by(self, judge: Judge) -> None:
+        """Let `judge` decide over every step from now on."""
+
+        def noted(norm: Tensor) -> bool:
+            self._judged_norm = norm
+            return judge(norm)
+
+        judge_zero(self.deepspeed_engine.optimizer, noted)
+
+    def discard(self) -> None:
+        """Take the engine past a micro-batch; its step is left out, as the judge says no."""
+        self.deepspeed_engine.step()
+
+    def gradient_norm(self) -> Tensor | None:
+        """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
+        norm = self._judged_norm if self._judged_norm is not None else self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)

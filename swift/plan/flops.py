@@ -1,0 +1,98 @@
+"""Floating-point operations of masked pre-training in closed form, by part of the model.
+
+A multiply-add counts as 2, and only matrix products count (linear maps, scores, weighted sums), as is usual for model
+FLOPs: norms, GELU, softmax and rotations are bound by memory traffic and left to `swift.plan.step_time`.
+
+For a block of the factorized variant, M tokens of width C and windows of n_space and n_time tokens, the forward pass is
+32 M C^2 + 4 M (n_space + n_time) C. A shifted or ragged layer has smaller windows at its ends, and these formulas count
+the windows that are really computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swift.plan.geometry import Block, Branch, Geometry, Stage
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one clip."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+def linear(rows: int, inputs: int, outputs: int, input_gradient: bool = True) -> Flops:
+    """A linear map of `rows` rows: backward is one product for the weights and, unless first, one for the input."""
+    forward = 2.0 * rows * inputs * outputs
+    return Flops(forward, forward * (2 if input_gradient else 1))
+
+
+def _sum(parts: list[Flops]) -> Flops:
+    return sum(parts, Flops(0.0, 0.0))
+
+
+def attention_scores(branch: Branch) -> Flops:
+    """Queries times keys, and weights times values; backward has two products for each."""
+    forward = 4.0 * branch.pairs * branch.width
+    return Flops(forward, 2 * forward)
+
+
+def branch_flops(branch: Branch) -> Flops:
+    """One residual branch."""
+    if branch.is_attention:
+        qkv = linear(branch.tokens, branch.width, 3 * branch.width)
+        return qkv + attention_scores(branch) + linear(branch.tokens, branch.width, branch.width)
+    up = linear(branch.tokens, branch.width, branch.hidden)
+    return up + linear(branch.tokens, branch.hidden, branch.width)
+
+
+def block_flops(block: Block) -> Flops:
+    """One block."""
+    return _sum([branch_flops(branch) for branch in block.branches])
+
+
+def merging_flops(stage: Stage) -> Flops:
+    """The map 8C -> 2C after a stage; nothing after the last."""
+    return linear(stage.merged_rows, 8 * stage.width, 2 * stage.width)
+
+
+def decoder_flops(geometry: Geometry) -> Flops:
+    """All linear maps of the decoder."""
+    last, patch = geometry.stages[-1], geometry.patch
+    if geometry.decoder == "local":
+        laterals = [linear(stage.tokens, stage.width, geometry.decoder_dim) for stage in geometry.stages]
+        return _sum([*laterals, linear(geometry.tokens, geometry.decoder_dim, geometry.patch_voxels)])
+    cell = patch[0] * patch[1] * patch[2] * 8 ** (len(geometry.stages) - 1)
+    expand = linear(last.tokens, last.width, patch[3] * last.width)
+    return expand + linear(last.tokens * patch[3], last.width, cell)
+
+
+def flops_by_part(geometry: Geometry) -> dict[str, Flops]:
+    """Of one clip: patch embedding, stage 1, merging 1, ..., decoder."""
+    # Voxels need no gradient.
+    parts = {
+        "patch embedding": linear(
+            geometry.tokens, geometry.patch_voxels, geometry.stages[0].width, input_gradient=False
+        )
+    }
+    for index, stage in enumerate(geometry.stages, start=1):
+        parts[f"stage {index}"] = _sum([block_flops(block) for block in stage.blocks])
+        if stage.merged_rows:
+            parts[f"merging {index}"] = merging_flops(stage)
+    parts["decoder"] = decoder_flops(geometry)
+    return parts
+
+
+def model_flops(geometry: Geometry) -> Flops:
+    """Of one clip: what MFU is measured by. Recomputation of activations is not part of it."""
+    return _sum(list(flops_by_part(geometry).values()))

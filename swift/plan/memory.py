@@ -1,0 +1,292 @@
+"""Bytes on one device, by kind, under every `parallel=`: known before a node-hour is spent.
+
+P parameters, N ranks, e bytes of a gradient element (4 in fp32, 2 in bf16). What DeepSpeed 0.19 and torch really hold
+was watched on running engines (every storage of every tensor, at its peak); tests/parallel holds the measurements.
+
+| parallel= | weights | optimizer (fp32 weights, two moments) | gradients | buffers |
+|---|---|---|---|---|
+| single | 4P | 8P | 4P | - |
+| ddp | 4P | 8P | 4P | reduction buckets 4P |
+| zero1 | eP | 12P/N | eP/N; eP if accumulated | two reduction buckets |
+| zero2 | eP | 12P/N | eP/N; twice if accumulated | two reduction buckets |
+| zero3 | eP/N | 12P/N | eP/N | gathered weights, two reduction buckets, one of gathering |
+| zero3_offload | host | host | host | as zero3 |
+| fsdp | 4P/N | 8P/N | 4P/N | gathered weights of two blocks, their gradients |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from swift.config.schema import Config
+from swift.plan.activations import Moment, Widths, moments
+from swift.plan.geometry import Geometry
+
+MB = 1_000_000
+BUCKET = 100 * MB
+"""Of gradients, where the settings leave it open."""
+# DeepSpeed's defaults: gathered weights kept for reuse, and parameters too small to shard.
+LIVE_PARAMETERS = 1_000_000_000
+PERSISTENT_PARAMETER = 100_000
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What of the settings decides about memory and traffic."""
+
+    strategy: str
+    ranks: int
+    bf16: bool
+    checkpointing: str
+    accumulate: int
+    reduce_bucket: float
+    """Bytes."""
+    gather_bucket: float
+    """Bytes."""
+    overlap: bool
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    loss: str
+    on_cpu: bool = False
+    """Steps of an optimizer on a CPU take two temporaries of one tensor, on others one of all."""
+
+    @property
+    def widths(self) -> Widths:
+        """Bytes of activations. DeepSpeed and fully_shard hold bf16 weights; the others compute in autocast."""
+        if not self.bf16:
+            return Widths("fp32")
+        return Widths("bf16" if self.zero_stage or self.strategy == "fsdp" else "autocast")
+
+    @property
+    def element(self) -> int:
+        """Bytes of a gradient element."""
+        return 2 if self.bf16 and self.zero_stage else 4
+
+
+def reduce_bucket(cfg: Config, largest: int, bf16: bool) -> float:
+    """Bytes of a bucket in which gradients are reduced.
+
+    Args:
+        cfg: Of the run.
+        largest: Elements of the largest parameter.
+        bf16: Whether products run in bf16.
+    """
+    parallel = cfg.parallel
+    if parallel.reduce_bucket_mb is not None:
+        return parallel.reduce_bucket_mb * MB
+    # Accumulated gradients are whole on every device anyway.
+    holds_largest = parallel.zero_stage == 1 and cfg.trainer.accumulate == 1
+    return max(BUCKET, largest * (2 if bf16 else 4) if holds_largest else 0)
+
+
+def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool) -> Sharding:
+    """The part of a run's settings that `memory` needs."""
+    parallel = cfg.parallel
+    return Sharding(
+        strategy=parallel.name,
+        ranks=ranks,
+        bf16=bf16,
+        checkpointing=parallel.activation_checkpointing,
+        accumulate=cfg.trainer.accumulate,
+        reduce_bucket=reduce_bucket(cfg, geometry.sizes[0], bf16),
+        gather_bucket=parallel.gather_bucket_mb * MB,
+        overlap=parallel.overlap,
+        zero_stage=parallel.zero_stage,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+        loss=cfg.task.loss,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the peak of a step, and what its rank keeps on the host."""
+
+    weights: float
+    optimizer: float
+    gradients: float
+    activations: float
+    buffers: float
+    moment: str
+    """When the peak is."""
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return self.weights + self.optimizer + self.gradients + self.activations + self.buffers
+
+    def kinds(self) -> dict[str, float]:
+        """Bytes by kind, the host left out."""
+        kept = ("moment", "host")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in kept}
+
+
+def small_parameters(geometry: Geometry) -> int:
+    """Parameters in tensors too small for ZeRO 3 to shard."""
+    return sum(size for size in geometry.sizes if size < PERSISTENT_PARAMETER)
+
+
+def largest_block(geometry: Geometry) -> int:
+    """Parameters of the largest block."""
+    return max(block.parameters for stage in geometry.stages for block in stage.blocks)
+
+
+def outside_blocks(geometry: Geometry) -> int:
+    """Parameters that belong to no block: embedding, merging, norms, decoder."""
+    return geometry.total_parameters - sum(block.parameters for stage in geometry.stages for block in stage.blocks)
+
+
+def gathers(sharding: Sharding) -> bool:
+    """ZeRO 3: whether weights are gathered; one rank without offload computes with its shard, which is all of them."""
+    return sharding.ranks > 1 or sharding.offload_parameters
+
+
+def weight_bytes(geometry: Geometry, sharding: Sharding) -> float:
+    """Weights on the device; with ZeRO 3 the shard and what is too small to be sharded."""
+    total = geometry.total_parameters
+    if sharding.zero_stage in (1, 2):
+        return total * sharding.element
+    if sharding.zero_stage == 3:
+        shard = 0.0 if sharding.offload_parameters else total * sharding.element / sharding.ranks
+        return shard + small_parameters(geometry) * sharding.element * gathers(sharding)
+    return 4 * total / (sharding.ranks if sharding.strategy == "fsdp" else 1)
+
+
+def optimizer_bytes(geometry: Geometry, sharding: Sharding) -> float:
+    """Two moments, and with ZeRO the fp32 weights that the optimizer steps on."""
+    total = geometry.total_parameters
+    if sharding.offload_optimizer:
+        return 0.0
+    if sharding.zero_stage:
+        return 12 * total / sharding.ranks
+    return 8 * total / (sharding.ranks if sharding.strategy == "fsdp" else 1)
+
+
+def buffer_bytes(geometry: Geometry, sharding: Sharding) -> float:
+    """Buckets, gathered weights and the largest gradient on its way into a bucket."""
+    total, largest, element = geometry.total_parameters, geometry.sizes[0], sharding.element
+    if sharding.strategy == "single":
+        return 0.0
+    if sharding.strategy == "ddp":
+        return 4.0 * total
+    if sharding.strategy == "fsdp":
+        width = 2 if sharding.bf16 else 4
+        block, rest = largest_block(geometry), outside_blocks(geometry)
+        # The next block is gathered while one computes; its gradients are reduced in fp32.
+        return (2 * block + rest) * width + block * (width + 4)
+    if sharding.zero_stage < 3:
+        return (2 if sharding.overlap else 1) * sharding.reduce_bucket + largest * element
+    if not gathers(sharding):
+        return 2 * sharding.reduce_bucket + largest * element
+    live = min(total, LIVE_PARAMETERS + largest_block(geometry))
+    # Parameters are gathered in one flat tensor and copied out of it; gradients are copied into the bucket, and from
+    # there, put in order for the ranks, into another of its size. A model that stays gathered is so before its backward
+    # pass begins, else both happen at once.
+    gathering, reducing = min(sharding.gather_bucket, total * element), sharding.reduce_bucket
+    extra = max(gathering, reducing) if live == total else gathering + reducing
+    # What is too small to be sharded is among the weights already.
+    return sharding.reduce_bucket + largest * element + extra + (live - small_parameters(geometry)) * element
+
+
+def gradient_bytes(geometry: Geometry, sharding: Sharding, made: int) -> float:
+    """Gradients when those of `made` parameters exist in this micro-batch."""
+    total, element, ranks = geometry.total_parameters, sharding.element, sharding.ranks
+    accumulated = sharding.accumulate > 1
+    if sharding.zero_stage == 3:
+        return 0.0 if sharding.offload_optimizer else total * element / ranks
+    if sharding.zero_stage == 2:
+        return total * element / ranks * (2 if accumulated else 1)
+    if sharding.zero_stage == 1:
+        # A gradient in a bucket lives there; one larger than a bucket stays where it is until the pass ends.
+        large = sum(size for size in geometry.sizes if size > sharding.reduce_bucket / element)
+        if accumulated:
+            return (total + large / ranks) * element
+        if not sharding.overlap:
+            return (made + total / ranks) * element
+        return (min(made, large) * (1 - 1 / ranks) + total / ranks) * element
+    if sharding.strategy == "fsdp":
+        return 4 * (total if accumulated else made) / ranks
+    return 4.0 * (total if accumulated else made)
+
+
+def host_bytes(geometry: Geometry, sharding: Sharding) -> float:
+    """What offload moves to the host for one rank: fp32 weights, moments and gradients, and their bf16 originals."""
+    total, ranks, element = geometry.total_parameters, sharding.ranks, sharding.element
+    moved = (16 + element) * total / ranks if sharding.offload_optimizer else 0.0
+    return moved + (total * element / ranks if sharding.offload_parameters else 0.0)
+
+
+def step_memory(geometry: Geometry, sharding: Sharding) -> Memory:
+    """The optimizer step: no activations, but temporaries as large as what is updated, in ZeRO fp32 gradients."""
+    total, share = geometry.total_parameters, sharding.ranks
+    gradients = temporary = 0.0
+    if sharding.zero_stage:
+        updated = total / share
+        if sharding.zero_stage == 3:
+            updated = min(updated, LIVE_PARAMETERS)
+            gradients += gradient_bytes(geometry, sharding, total)
+            temporary += sharding.reduce_bucket
+        if not sharding.offload_optimizer:
+            # The gradients of the shard in fp32 are a copy even where they were fp32; ZeRO 1 and 2 free those.
+            gradients += 4 * updated
+            temporary += 4 * updated * (2 if sharding.on_cpu else 1)
+    else:
+        share = share if sharding.strategy == "fsdp" else 1
+        gradients = 4 * total / share
+        temporary = 8 * geometry.sizes[0] / share if sharding.on_cpu else 4 * total / share
+        temporary += 4 * total if sharding.strategy == "ddp" else 0
+    weights, optimizer = weight_bytes(geometry, sharding), optimizer_bytes(geometry, sharding)
+    host = host_bytes(geometry, sharding)
+    return Memory(weights, optimizer, gradients, 0.0, temporary, "optimizer step", host)
+
+
+def batch_bytes(geometry: Geometry) -> int:
+    """One clip in fp32, and the next ones packed (a brain fills about a quarter of the box, two bytes a voxel)."""
+    return geometry.voxels * 4 + 2 * geometry.voxels // 2
+
+
+def backward_moments(geometry: Geometry, sharding: Sharding) -> list[Moment]:
+    """See `swift.plan.activations.moments`."""
+    return moments(geometry, sharding.widths, sharding.checkpointing, sharding.loss)
+
+
+def backward_memory(geometry: Geometry, sharding: Sharding, moment: Moment, micro_batch: int) -> Memory:
+    """One moment of the backward pass."""
+    casts = 2 * moment.casts if sharding.widths.name == "autocast" else 0
+    return Memory(
+        weight_bytes(geometry, sharding),
+        optimizer_bytes(geometry, sharding),
+        gradient_bytes(geometry, sharding, moment.gradients),
+        micro_batch * (moment.activations + batch_bytes(geometry)),
+        buffer_bytes(geometry, sharding) + casts,
+        f"backward pass of {moment.name}",
+        host_bytes(geometry, sharding),
+    )
+
+
+def memory(geometry: Geometry, sharding: Sharding, micro_batch: int) -> Memory:
+    """The peak of a training step.
+
+    Args:
+        geometry: The model and its clip.
+        sharding: How it is spread.
+        micro_batch: Clips a device in one forward and backward pass.
+    """
+    found = [
+        backward_memory(geometry, sharding, moment, micro_batch) for moment in backward_moments(geometry, sharding)
+    ]
+    return max([*found, step_memory(geometry, sharding)], key=lambda one: one.total)
+
+
+def largest_micro_batch(geometry: Geometry, sharding: Sharding, available: float) -> int:
+    """Most clips a device that fit into `available` bytes; 0 if none does."""
+    if step_memory(geometry, sharding).total > available:
+        return 0
+    most = math.inf
+    for moment in backward_moments(geometry, sharding):
+        free = available - backward_memory(geometry, sharding, moment, 0).total
+        most = min(most, free // (moment.activations + batch_bytes(geometry)))
+    return int(max(most, 0))

@@ -1,0 +1,279 @@
+"""A training run before it is started: what it holds, computes, sends and takes, and what would make it fit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from swift.config.schema import Config
+from swift.plan.activations import CHECKPOINTING
+from swift.plan.devices import GIB, Site
+from swift.plan.flops import flops_by_part, model_flops
+from swift.plan.geometry import Geometry, build_geometry
+from swift.plan.memory import MB, Memory, Sharding, largest_micro_batch, memory, sharding_of
+from swift.plan.step_time import StepTime, recomputed_flops, step_time, traffic
+from swift.utils.errors import UserError
+
+# Part of a node's host memory that training may fill; the rest is the system's, the loaders' and the page cache's.
+USABLE_HOST = 0.8
+MOST_SUGGESTIONS = 4
+_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A memory prediction for one way of checkpointing."""
+
+    memory: Memory
+    fits: bool
+    largest: int
+    """Largest micro-batch that fits."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `python -m swift.plan` prints."""
+
+    cfg: Config
+    site: Site
+    nodes: int
+    micro_batch: int
+    clips: float
+    geometry: Geometry
+    sharding: Sharding
+    options: dict[str, Option]
+    """By activation checkpointing."""
+    time: StepTime | None
+    """Of the run as it is set; None where the device's peak is not known."""
+    time_largest: StepTime | None
+    """With the largest micro-batch that fits."""
+    suggestions: list[str]
+
+    @property
+    def chosen(self) -> Option:
+        """The run as it is set."""
+        return self.options[self.sharding.checkpointing]
+
+    @property
+    def global_batch(self) -> int:
+        """Clips an optimizer step."""
+        return self.micro_batch * self.sharding.accumulate * self.sharding.ranks
+
+
+def available_bytes(site: Site) -> float:
+    """What a device has for training."""
+    return site.device_memory * site.usable_memory
+
+
+def host_fits(site: Site, sharding: Sharding, found: Memory) -> bool:
+    """Whether the ranks of a node find room on their host."""
+    return found.host * min(sharding.ranks, site.devices_per_node) <= site.host_memory * USABLE_HOST
+
+
+def option(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: int) -> Option:
+    """One way to run, judged."""
+    found, available = memory(geometry, sharding, micro_batch), available_bytes(site)
+    on_host = host_fits(site, sharding, found)
+    largest = largest_micro_batch(geometry, sharding, available) if on_host else 0
+    return Option(found, found.total <= available and on_host, largest)
+
+
+def ranks_of(cfg: Config, site: Site, nodes: int) -> int:
+    """Ranks of a run on some nodes of a machine.
+
+    Raises:
+        UserError: parallel=single on several nodes.
+    """
+    if cfg.parallel.name == "single":
+        if nodes > 1:
+            raise UserError(f"nodes={nodes}: parallel=single has one device; choose parallel=zero1 or another")
+        return 1
+    return nodes * (cfg.parallel.devices or site.devices_per_node)
+
+
+def uses_bf16(cfg: Config, site: Site) -> bool:
+    """Whether products run in bf16: all known devices have it, and a CPU is planned in float32 unless asked."""
+    return cfg.trainer.precision == "bf16" or (cfg.trainer.precision == "auto" and site.device is not None)
+
+
+def _candidates(geometry: Geometry, sharding: Sharding) -> Iterator[tuple[list[str], Sharding]]:
+    """Other ways to run on the same ranks, fewest changes first, milder ones before harsher ones."""
+    strategies = [sharding.strategy]
+    if sharding.ranks > 1:
+        strategies += [name for name in _STAGES if name != sharding.strategy and _harsher(name, sharding)]
+    elif sharding.strategy != "zero3_offload":
+        strategies.append("zero3_offload")
+    checkpointing = CHECKPOINTING[CHECKPOINTING.index(sharding.checkpointing) :]
+    # A bucket that holds the largest gradient: in ZeRO 1 larger ones stay whole on every device until the step.
+    bucket = math.ceil(geometry.sizes[0] * sharding.element / MB / 50) * 50 * MB
+    found = []
+    for strategy, kept, large in itertools.product(strategies, checkpointing, (False, True)):
+        changed, changes = sharding, []
+        if strategy != sharding.strategy:
+            offload = strategy == "zero3_offload"
+            stage = _STAGES[strategy]
+            changed = replace(
+                changed, strategy=strategy, zero_stage=stage, offload_optimizer=offload, offload_parameters=offload
+            )
+            changes.append(f"parallel={strategy}")
+        if kept != sharding.checkpointing:
+            changed = replace(changed, checkpointing=kept)
+            changes.append(f"parallel.activation_checkpointing={kept}")
+        if large:
+            if changed.zero_stage != 1 or changed.reduce_bucket >= bucket or changed.accumulate > 1:
+                continue
+            changed = replace(changed, reduce_bucket=bucket)
+            changes.append(f"parallel.reduce_bucket_mb={bucket / MB:.0f}")
+        if changes:
+            found.append((changes, changed))
+    yield from sorted(found, key=lambda pair: len(pair[0]))
+
+
+def _harsher(name: str, sharding: Sharding) -> bool:
+    order = ["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+    now = "zero3" if sharding.strategy == "fsdp" else sharding.strategy
+    return order.index(name) > order.index(now)
+
+
+def suggest(geometry: Geometry, sharding: Sharding, site: Site, nodes: int) -> list[str]:
+    """Settings that would make a run fit with micro-batch 1, fewest changes first; or how many nodes would."""
+    found: list[str] = []
+    fewest = None
+    for changes, changed in _candidates(geometry, sharding):
+        if fewest is not None and len(changes) > fewest:
+            break
+        judged = option(geometry, changed, site, 1)
+        if judged.fits:
+            fewest = len(changes)
+            found.append(f"{' '.join(changes)} (micro-batch up to {judged.largest})")
+    if found or sharding.strategy in ("single", "ddp"):
+        return found[:MOST_SUGGESTIONS]
+    for factor in (2, 4, 8, 16, 32, 64, 128):
+        more = replace(sharding, ranks=sharding.ranks * factor, checkpointing="block")
+        if option(geometry, more, site, 1).fits:
+            also = "" if sharding.checkpointing == "block" else " parallel.activation_checkpointing=block"
+            return [f"nodes={nodes * factor}{also}"]
+    return []
+
+
+def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: float) -> Plan:
+    """Plan a run.
+
+    Args:
+        cfg: Its settings.
+        site: The machine.
+        nodes: How many of its nodes.
+        micro_batch: Clips a device in one forward and backward pass.
+        clips: Clips that the node-hours are for.
+
+    Raises:
+        UserError: the model does not fit the clip, or there are more ranks than parameters to share out.
+    """
+    geometry = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
+    ranks, bf16 = ranks_of(cfg, site, nodes), uses_bf16(cfg, site)
+    if cfg.parallel.name not in ("single", "ddp") and ranks > geometry.total_parameters:
+        raise UserError(
+            f"nodes={nodes}: {ranks:,} ranks are more than the {geometry.total_parameters:,} parameters of "
+            f"model={cfg.model.name} that parallel={cfg.parallel.name} would share out among them"
+        )
+    sharding = replace(sharding_of(cfg, geometry, ranks, bf16), on_cpu=site.device_name == "CPU")
+    options = {
+        kept: option(geometry, replace(sharding, checkpointing=kept), site, micro_batch) for kept in CHECKPOINTING
+    }
+    chosen = options[sharding.checkpointing]
+    return Plan(
+        cfg=cfg,
+        site=site,
+        nodes=nodes,
+        micro_batch=micro_batch,
+        clips=clips,
+        geometry=geometry,
+        sharding=sharding,
+        options=options,
+        time=step_time(geometry, sharding, site, micro_batch),
+        time_largest=step_time(geometry, sharding, site, chosen.largest) if chosen.largest else None,
+        suggestions=[] if chosen.fits else suggest(geometry, sharding, site, nodes),
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values: bytes, FLOPs, seconds."""
+    sent = traffic(plan.geometry, plan.sharding)
+
+    def timing(time: StepTime | None) -> dict[str, Any] | None:
+        if time is None:
+            return None
+        return asdict(time) | {
+            "seconds": time.seconds,
+            "clips_per_second": time.clips_per_second,
+            "node_hours": time.node_hours(plan.clips, plan.nodes),
+        }
+
+    return {
+        "model": plan.cfg.model.name,
+        "parallel": plan.sharding.strategy,
+        "checkpointing": plan.sharding.checkpointing,
+        "precision": "bf16" if plan.sharding.bf16 else "32",
+        "site": plan.site.name,
+        "device": plan.site.device_name,
+        "nodes": plan.nodes,
+        "ranks": plan.sharding.ranks,
+        "micro_batch": plan.micro_batch,
+        "global_batch": plan.global_batch,
+        "clip": list(plan.geometry.volume),
+        "tokens": plan.geometry.tokens,
+        "parameters": plan.geometry.parameters | {"total": plan.geometry.total_parameters},
+        "flops_per_clip": {name: asdict(part) for name, part in flops_by_part(plan.geometry).items()}
+        | {
+            "total": model_flops(plan.geometry).total,
+            "recomputed": recomputed_flops(plan.geometry, plan.sharding.checkpointing),
+        },
+        "flops_per_step": model_flops(plan.geometry).total * plan.global_batch,
+        "device_memory": plan.site.device_memory,
+        "available": available_bytes(plan.site),
+        "memory": {
+            kept: judged.memory.kinds()
+            | {
+                "total": judged.memory.total,
+                "peak": judged.memory.moment,
+                "host": judged.memory.host,
+                "fits": judged.fits,
+                "largest_micro_batch": judged.largest,
+            }
+            for kept, judged in plan.options.items()
+        },
+        "sent_per_step": asdict(sent) | {"network": sent.network},
+        "step": timing(plan.time),
+        "step_at_largest_micro_batch": timing(plan.time_largest),
+        "clips": plan.clips,
+        "fits": plan.chosen.fits,
+        "suggestions": plan.suggestions,
+    }
+
+
+def why_not(plan: Plan) -> str:
+    """What does not fit, in one sentence."""
+    found, available = plan.chosen.memory, available_bytes(plan.site)
+    if not host_fits(plan.site, plan.sharding, found):
+        need = found.host * min(plan.sharding.ranks, plan.site.devices_per_node)
+        return (
+            f"offload keeps {need / GIB:,.0f} GiB on the host of each node, of which "
+            f"{plan.site.host_memory * USABLE_HOST / GIB:,.0f} GiB can be had"
+        )
+    kind, most = max(found.kinds().items(), key=lambda pair: pair[1])
+    return (
+        f"micro-batch {plan.micro_batch} needs {found.total / GIB:,.1f} GiB of {available / GIB:,.1f} GiB on a device "
+        f"({found.moment}; most of it {kind}, {most / GIB:,.1f} GiB)"
+    )
+
+
+def overrides_for(settings: Sequence[str]) -> list[str]:
+    """Hydra overrides of a command line, planned for 96x96x96 voxels x 20 frames where it names no data."""
+    chosen = [setting for setting in settings if setting.startswith("data=")]
+    added = [] if chosen else ["data=store"]
+    if chosen in ([], ["data=store"]) and not any(setting.startswith("data.path=") for setting in settings):
+        added.append("data.path=none")
+    return [*added, *settings]

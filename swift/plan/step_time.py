@@ -1,0 +1,184 @@
+"""How long a training step will take: arithmetic, memory traffic, communication, and what of it does not overlap.
+
+A model of four assumptions, all of them values of a site file: the part of the peak that matrix products reach, the
+part of the memory bandwidth that elementwise operations reach, the part of a link that collectives reach, and what a
+doubling of ranks adds to the latency of a collective. Rings carry all collectives: each rank sends (N - 1) / N of the
+volume, and between nodes all network cards of a node together carry one ring's traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from swift.plan.activations import Widths
+from swift.plan.devices import Site
+from swift.plan.flops import block_flops, model_flops
+from swift.plan.geometry import Geometry
+from swift.plan.memory import LIVE_PARAMETERS, Sharding
+
+# Of an AdamW step: fp32 weight, gradient and two moments read, weight and moments written.
+OPTIMIZER_TRAFFIC = 28
+# A CPU steps from memory, not from its caches: host bandwidth of a node, shared by its ranks.
+HOST_BANDWIDTH = 150e9
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in an optimizer step, by what they are."""
+
+    gradients: float
+    """Reduced; overlaps the backward pass where parallel.overlap says so."""
+    weights: float
+    """Gathered: after the step in ZeRO 1 and 2 (nothing overlaps that), during the passes in ZeRO 3 and fsdp."""
+    host: float
+    """Between device and host, offload only."""
+    collectives: int
+    """How many collectives these are."""
+
+    @property
+    def network(self) -> float:
+        """Bytes over links between devices."""
+        return self.gradients + self.weights
+
+
+def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
+    """Communication of one optimizer step of one rank."""
+    ranks, total = sharding.ranks, geometry.total_parameters
+    if ranks == 1 and not sharding.offload_optimizer:
+        return Traffic(0.0, 0.0, 0.0, 0)
+    ring, element = (ranks - 1) / ranks, sharding.element
+    micro = sharding.accumulate
+    buckets = math.ceil(total * element / sharding.reduce_bucket)
+    blocks = sum(len(stage.blocks) for stage in geometry.stages)
+    if sharding.strategy == "ddp":
+        # Lightning leaves out the reduction on all micro-batches but the last.
+        return Traffic(2 * ring * 4 * total, 0.0, 0.0, buckets)
+    if sharding.zero_stage in (1, 2):
+        times = micro if sharding.zero_stage == 2 else 1
+        gathers = math.ceil(total * element / sharding.gather_bucket)
+        return Traffic(times * ring * element * total, ring * element * total, 0.0, times * buckets + gathers)
+    host = 0.0
+    if sharding.offload_optimizer:
+        # Gradients go down in their own type, weights come up again as often as they are gathered.
+        host = micro * total * element / ranks * (3 if sharding.offload_parameters else 1) + total * element / ranks
+    width = element if sharding.zero_stage == 3 else (2 if sharding.bf16 else 4)
+    reduced = element if sharding.zero_stage == 3 else 4
+    # Gathered for the forward and again for the backward pass, except what stays gathered in between.
+    kept = min(total, LIVE_PARAMETERS) if sharding.zero_stage == 3 else 0
+    gathered = micro * ring * width * (2 * total - kept)
+    count = micro * (3 * blocks if sharding.strategy == "fsdp" else 2 * blocks + buckets)
+    return Traffic(micro * ring * reduced * total, gathered, host, count)
+
+
+def elementwise_bytes(geometry: Geometry, widths: Widths) -> float:
+    """Memory traffic of one clip's forward pass outside matrix products.
+
+    An attention branch reads or writes its stream about 14 times (norm, reorder and back, rotation, residual), an MLP 6
+    times and its hidden layer twice.
+    """
+    total = 0.0
+    for stage in geometry.stages:
+        for block in stage.blocks:
+            for branch in block.branches:
+                elements = branch.tokens * branch.width
+                if branch.is_attention:
+                    total += elements * (14 if branch.rotary else 10) * widths.stream
+                else:
+                    total += elements * 6 * widths.stream + 2 * branch.tokens * branch.hidden * widths.product
+        total += 4 * stage.merged_rows * 8 * stage.width * widths.stream
+    return total + 12 * geometry.voxels * 4
+
+
+def recomputed_flops(geometry: Geometry, checkpointing: str) -> float:
+    """FLOPs of one clip that activation checkpointing runs a second time."""
+    if checkpointing != "block":
+        return 0.0
+    return sum(block_flops(block).forward for stage in geometry.stages for block in stage.blocks)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, and what follows from them. `mfu` is None where the device's peak is not known."""
+
+    compute: float
+    """Arithmetic and memory traffic of all micro-batches."""
+    communication: float
+    """All communication, overlapped or not."""
+    exposed: float
+    """The part of it that the device waits for."""
+    optimizer: float
+    clips: int
+    """Of all ranks."""
+    mfu: float
+    hfu: float
+    """With recomputation counted as work."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.compute + self.exposed + self.optimizer
+
+    @property
+    def clips_per_second(self) -> float:
+        """Of all ranks."""
+        return self.clips / self.seconds
+
+    def node_hours(self, clips: float, nodes: int) -> float:
+        """For a number of clips."""
+        return clips / self.clips_per_second * nodes / 3600
+
+
+def link_seconds(sent: float, site: Site, ranks: int, collectives: int) -> float:
+    """Time of collectives in which each rank sends `sent` bytes along a ring."""
+    if ranks == 1:
+        return 0.0
+    rate = site.link if ranks <= site.devices_per_node else min(site.link, site.node_link)
+    return sent / (rate * site.link_fraction) + collectives * site.latency * math.log2(ranks)
+
+
+def step_time(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: int) -> StepTime | None:
+    """Predicted time of one optimizer step, or None where the device's peak is not known.
+
+    Args:
+        geometry: The model and its clip.
+        sharding: How it is spread.
+        site: The machine.
+        micro_batch: Clips a device in one forward and backward pass.
+    """
+    if site.device is None:
+        return None
+    peak = site.device.peak("bf16" if sharding.bf16 else "32")
+    flops, again = model_flops(geometry), recomputed_flops(geometry, sharding.checkpointing)
+    clips = micro_batch * sharding.accumulate
+    moved = elementwise_bytes(geometry, sharding.widths)
+    passes = 3 + (1 if again else 0)
+    rate, bandwidth = peak * site.matmul_fraction, site.device.bandwidth * site.bandwidth_fraction
+    compute = clips * ((flops.total + again) / rate + passes * moved / bandwidth)
+    # Two thirds of the arithmetic and more belong to the backward pass.
+    backward = compute * (flops.backward + again) / (flops.total + again) / sharding.accumulate
+    sent = traffic(geometry, sharding)
+    reduce_count = max(sent.collectives, 1)
+    gradients = link_seconds(sent.gradients, site, sharding.ranks, reduce_count)
+    weights = link_seconds(sent.weights, site, sharding.ranks, 0)
+    host = sent.host / (site.host_link * site.link_fraction)
+    if sharding.zero_stage == 3 or sharding.strategy == "fsdp":
+        exposed = max(0.0, gradients + weights + host - compute)
+    else:
+        hidden = backward * (sharding.accumulate if sharding.zero_stage == 2 else 1) if sharding.overlap else 0.0
+        exposed = max(0.0, gradients - hidden) + weights
+    share = geometry.total_parameters / (1 if sharding.strategy in ("single", "ddp") else sharding.ranks)
+    optimizer = share * OPTIMIZER_TRAFFIC / bandwidth
+    if sharding.offload_optimizer:
+        optimizer = share * OPTIMIZER_TRAFFIC * min(sharding.ranks, site.devices_per_node) / HOST_BANDWIDTH
+    seconds = compute + exposed + optimizer
+    useful = clips * flops.total / seconds / peak
+    return StepTime(
+        compute,
+        gradients + weights + host,
+        exposed,
+        optimizer,
+        clips * sharding.ranks,
+        useful,
+        useful * (flops.total + again) / flops.total,
+    )

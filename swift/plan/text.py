@@ -1,0 +1,121 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+from swift.plan.devices import GIB, TERA
+from swift.plan.flops import flops_by_part, model_flops
+from swift.plan.planning import Plan, available_bytes, why_not
+from swift.plan.step_time import StepTime, recomputed_flops, traffic
+
+GIGA = 1e9
+WIDTH = 26
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"  {name:<{WIDTH}}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def _head(plan: Plan) -> list[str]:
+    cfg, geometry, sharding = plan.cfg, plan.geometry, plan.sharding
+    x, y, z, t = geometry.volume
+    patch = ",".join(map(str, geometry.patch))
+    precision = "bf16" if sharding.bf16 else "float32"
+    return [
+        f"model {cfg.model.name} ({cfg.model.variant}), clip {x}x{y}x{z} voxels x {t} frames, "
+        f"patch {patch}: {geometry.tokens:,} tokens",
+        f"parallel={sharding.strategy}, {precision}, activation checkpointing {sharding.checkpointing}, "
+        f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''} of {plan.site.name} "
+        f"({plan.site.device_name}): {sharding.ranks:,} rank{'s' if sharding.ranks > 1 else ''}",
+        f"micro-batch {plan.micro_batch}, {sharding.accumulate} accumulated: {plan.global_batch:,} clips a step",
+    ]
+
+
+def _parts(plan: Plan) -> list[str]:
+    flops = flops_by_part(plan.geometry)
+    lines = ["", _row("by part", "parameters", "TFLOP forward", "and backward")]
+    for name, parameters in plan.geometry.parameters.items():
+        part = flops.get(name)
+        done = [f"{part.forward / TERA:.3f}", f"{part.total / TERA:.3f}"] if part else ["", ""]
+        lines.append(_row(name, f"{parameters:,}", *done))
+    total = model_flops(plan.geometry)
+    forward, both = f"{total.forward / TERA:.3f}", f"{total.total / TERA:.3f}"
+    lines.append(_row("total, one clip", f"{plan.geometry.total_parameters:,}", forward, both))
+    again = recomputed_flops(plan.geometry, plan.sharding.checkpointing)
+    step = f"one step: {total.total * plan.global_batch / TERA:,.1f} TFLOP"
+    lines.append(f"  {step}" + (f", and {again * plan.global_batch / TERA:,.1f} recomputed" if again else ""))
+    return lines
+
+
+def _memory(plan: Plan) -> list[str]:
+    names = list(plan.options)
+    title = [f"{name}{' *' if name == plan.sharding.checkpointing else ''}" for name in names]
+    lines = ["", _row("memory a device, GiB", *title) + "   activation checkpointing (* as set)"]
+    for kind in plan.chosen.memory.kinds():
+        lines.append(_row(kind, *(f"{plan.options[name].memory.kinds()[kind] / GIB:,.2f}" for name in names)))
+    lines.append(_row("total", *(f"{plan.options[name].memory.total / GIB:,.2f}" for name in names)))
+    have = f"fits in {available_bytes(plan.site) / GIB:,.1f}"
+    lines.append(_row(have, *("yes" if plan.options[name].fits else "NO" for name in names)))
+    lines.append(_row("largest micro-batch", *(f"{plan.options[name].largest}" for name in names)))
+    lines.append(f"  the peak is in the {plan.chosen.memory.moment}")
+    if plan.chosen.memory.host:
+        lines.append(f"  and {plan.chosen.memory.host / GIB:,.1f} GiB a rank on the host (offload)")
+    return lines
+
+
+def _traffic(plan: Plan) -> list[str]:
+    sent = traffic(plan.geometry, plan.sharding)
+    if not sent.network and not sent.host:
+        return ["", "communication: none"]
+    parts = [f"gradients {sent.gradients / GIGA:,.2f} GB"]
+    parts += [f"weights {sent.weights / GIGA:,.2f} GB"] if sent.weights else []
+    parts += [f"to and from the host {sent.host / GIGA:,.2f} GB"] if sent.host else []
+    return ["", f"sent by each rank in a step: {', '.join(parts)}"]
+
+
+def _timing(plan: Plan, time: StepTime, micro_batch: int) -> list[str]:
+    hours = time.node_hours(plan.clips, plan.nodes)
+    return [
+        f"predicted step at micro-batch {micro_batch}: {time.seconds:.3f} s = compute {time.compute:.3f} + exposed "
+        f"communication {time.exposed:.3f} (of {time.communication:.3f}) + optimizer {time.optimizer:.3f}",
+        f"  {time.clips_per_second:,.1f} clips/s, MFU {100 * time.mfu:.1f} % "
+        f"(with recomputation {100 * time.hfu:.1f} %), {hours:,.0f} node-hours for {plan.clips:,.0f} clips",
+    ]
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    site = plan.site
+    lines = ["", "Assumed, not measured:"]
+    if plan.time is not None:
+        lines += [
+            f"  matrix products reach {100 * site.matmul_fraction:.0f} % of peak, elementwise operations "
+            f"{100 * site.bandwidth_fraction:.0f} % of the memory bandwidth, collectives "
+            f"{100 * site.link_fraction:.0f} % of a link",
+            "  data arrive in time; no checkpoint is written; torch.compile is not counted",
+        ]
+    lines.append(
+        f"  {100 * site.usable_memory:.0f} % of the device's {site.device_memory / GIB:.1f} GiB can be used; attention "
+        "keeps no score matrix (flash or memory-efficient kernels)"
+    )
+    if plan.site.name != "local":
+        lines.append(f"  conf/sites/{plan.site.name}.yaml holds these values: measure there, then change them")
+    return lines
+
+
+def plan_text(plan: Plan) -> str:
+    """Everything of a plan, in lines of at most about 120 characters."""
+    lines = [*_head(plan), *_parts(plan), *_memory(plan), *_traffic(plan)]
+    largest = plan.chosen.largest
+    if plan.time is None:
+        lines.append(f"no step time and no MFU: the peak of {plan.site.device_name} is not known (swift.plan.devices)")
+    else:
+        lines += _timing(plan, plan.time, plan.micro_batch)
+        if plan.time_largest is not None and largest != plan.micro_batch:
+            lines += _timing(plan, plan.time_largest, largest)
+    lines.append("")
+    if plan.chosen.fits:
+        lines.append(f"FITS, with micro-batch up to {largest}")
+    else:
+        lines.append(f"DOES NOT FIT: {why_not(plan)}")
+        found = plan.suggestions or ["nothing tried: shard it (parallel=zero1 and on), on more nodes or larger devices"]
+        lines += [f"  would fit: {each}" if plan.suggestions else f"  {each}" for each in found]
+    return "\n".join([*lines, *_assumptions(plan)])

@@ -1,0 +1,216 @@
+"""Ablation of pre-training: settings ranked by the sum of z-scores of reconstruction and of a probe.
+
+Reconstruction is judged as skill, 1 - L1 of the model / L1 of the best baseline on the same hidden voxels, since the
+raw loss of different mask ratios, clips and patches measures problems of different difficulty. Probes are scores of
+frozen features (RUN/probe.json), where a run has them. Runs that were fine-tuned are ranked by `python -m swift.report
+ranking`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swift.report.points import Point, finished_points, say
+from swift.report.ranking import IGNORED, z_scores
+from swift.utils.errors import UserError
+
+PROBE = "probe.json"
+
+
+def flat(tree: Any, name: str = "") -> dict[str, str]:
+    """Nested settings -> dotted name: text of the value, without what makes no point of an ablation."""
+    if isinstance(tree, dict):
+        found: dict[str, str] = {}
+        for key, value in tree.items():
+            if name or key not in IGNORED:
+                found |= flat(value, f"{name}.{key}" if name else str(key))
+        return found
+    return {name: json.dumps(tree, separators=(",", ":")).strip('"')}
+
+
+def factors(points: Sequence[Point]) -> dict[str, list[str]]:
+    """Setting -> its value in each run, of the settings that differ.
+
+    Raises:
+        UserError: none does, or two runs have the same.
+    """
+    settings = [flat(p.run.settings) for p in points]
+    names = sorted({name for one in settings for name in one})
+    found = {name: [one.get(name, "-") for one in settings] for name in names}
+    found = {name: values for name, values in found.items() if len(set(values)) > 1}
+    if not found:
+        raise UserError(f"{len(points)} runs of the same settings: an ablation needs runs that differ in some")
+    # Of two settings that always change together one says it all.
+    kept: dict[str, list[str]] = {}
+    for name, values in found.items():
+        labels = [values.index(value) for value in values]
+        if not any(labels == [other.index(value) for value in other] for other in kept.values()):
+            kept[name] = values
+    return kept
+
+
+def skill(p: Point) -> float:
+    """1 - L1 / L1 of the best baseline; above 0 the model beats them all.
+
+    Raises:
+        UserError: the run's summary has no baselines.
+    """
+    baselines = [value for value in p.run.baselines.values() if np.isfinite(value)]
+    if not baselines:
+        raise UserError(f"{p.run.path}/summary.json: no baselines; the skill of a reconstruction is measured by them")
+    return 1 - p.loss / min(baselines)
+
+
+def probes(p: Point) -> dict[str, float]:
+    """Scores of RUN/probe.json, higher is better; {} where there is none."""
+    file = p.run.path / PROBE
+    if not file.is_file():
+        return {}
+    try:
+        return {str(name): float(value) for name, value in json.loads(file.read_text())["scores"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error})") from error
+
+
+def rank(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Rows, best first: "rank", "run", "settings", "val_l1", "scores", "z", "sum_z".
+
+    Raises:
+        UserError: fewer than two runs, or a probe that only some of them have.
+    """
+    if len(points) < 2:
+        raise UserError(f"{len(points)} finished run{'s' * (len(points) != 1)}: a ranking needs at least two")
+    differ = factors(points)
+    scores = [{"skill": skill(p), **probes(p)} for p in points]
+    for p, own in zip(points, scores, strict=True):
+        if own.keys() != scores[0].keys():
+            odd = sorted(own.keys() ^ scores[0].keys())[0]
+            raise UserError(f"{odd}: only one of {points[0].name} and {p.name} has it; every run needs every score")
+    names = list(scores[0])
+    z = z_scores(np.array([[own[name] for name in names] for own in scores]))
+    rows: list[dict[str, Any]] = []
+    for index in np.argsort(-z.sum(1), kind="stable").tolist():
+        rows.append(
+            {
+                "rank": len(rows) + 1,
+                "run": points[index].name,
+                "settings": {name: values[index] for name, values in differ.items()},
+                "val_l1": points[index].loss,
+                "scores": scores[index],
+                "z": dict(zip(names, z[index].tolist(), strict=True)),
+                "sum_z": float(z[index].sum()),
+            }
+        )
+    return rows
+
+
+def effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, int, float]]]:
+    """Setting -> value -> (mean sum of z over the runs that have it, how many, standard error: nan of a single one)."""
+    found: dict[str, dict[str, tuple[float, int, float]]] = {}
+    for name in rows[0]["settings"]:
+        values = sorted({row["settings"][name] for row in rows})
+        means = {v: [row["sum_z"] for row in rows if row["settings"][name] == v] for v in values}
+        found[name] = {
+            value: (
+                float(np.mean(z)),
+                len(z),
+                float(np.std(z, ddof=1) / np.sqrt(len(z))) if len(z) > 1 else float("nan"),
+            )
+            for value, z in means.items()
+        }
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """As text."""
+    names, scores = list(rows[0]["settings"]), list(rows[0]["scores"])
+    lines = [["rank", *names, "val L1", *scores, "sum of z"]]
+    for row in rows:
+        numbers = [f"{row['scores'][s]:+.3f} (z {row['z'][s]:+.2f})" for s in scores]
+        own = [row["settings"][name] for name in names]
+        lines.append([str(row["rank"]), *own, f"{row['val_l1']:.4f}", *numbers, f"{row['sum_z']:+.2f}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text.append("mean sum of z by value:")
+    for name, values in effects(rows).items():
+        text.append(f"  {name}: " + ", ".join(f"{v} {mean:+.2f} (se {se:.2f})" for v, (mean, _, se) in values.items()))
+    text.append("one run a row: neighbours in the ranking may be equal")
+    return "\n".join(text)
+
+
+def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Any:
+    """The ranking as stacked z-scores, and the mean of every value of every setting.
+
+    Args:
+        rows: Of `rank`.
+        out: PNG to write; None: only return the figure.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from swift.report.style import COLOURS, DPI, STYLE, WIDTH, save
+
+    shown = list(rows[:24])
+    found = effects(rows)
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 1.2 + 0.2 * max(len(shown), 12)), dpi=DPI, layout="constrained")
+        ranking, means = fig.subplots(1, 2, width_ratios=(1.5, 1))
+        places = np.arange(len(shown))
+        for i, name in enumerate(rows[0]["scores"]):
+            offset, height = (i - (len(rows[0]["scores"]) - 1) / 2) * 0.35, 0.35
+            own = [row["z"][name] for row in shown]
+            ranking.barh(places + offset, own, height, color=COLOURS[i % len(COLOURS)], label=name)
+        ranking.plot([row["sum_z"] for row in shown], places, "kD", ms=3.5, label="sum")
+        ranking.set_yticks(places, [" · ".join(row["settings"].values()) for row in shown], fontsize=7)
+        ranking.invert_yaxis()
+        ranking.axvline(0, color="#808080", lw=0.7)
+        ranking.set_xlabel(f"z-score over the {len(rows)} runs (higher is better)")
+        ranking.set_title(" · ".join(name.rpartition(".")[2] for name in found), loc="left", fontsize=8)
+        ranking.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3)
+        place, ticks = 0, []
+        for i, (name, values) in enumerate(found.items()):
+            for value, (mean, count, error) in values.items():
+                bar = error if np.isfinite(error) else 0.0
+                means.barh(place, mean, 0.7, xerr=bar, color=COLOURS[i % len(COLOURS)], ecolor="#404040", capsize=2)
+                ticks.append((place, f"{name.rpartition('.')[2]} {value} (n={count})"))
+                place += 1
+            place += 1
+        means.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=7)
+        means.invert_yaxis()
+        means.axvline(0, color="#808080", lw=0.7)
+        means.set_xlabel("mean sum of z, ± 1 SE")
+        if out is not None:
+            save(fig, out)
+    return fig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m swift.report ablation`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="pre-trainings, or folders of some")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and CSV (.)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rank, draw, print."""
+    points, left_out = finished_points(args.runs)
+    say(left_out)
+    rows = rank(points)
+    draw(rows, args.out / "ablation.png")
+    with (args.out / "ablation.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        scores = list(rows[0]["scores"])
+        writer.writerow(["rank", "run", *rows[0]["settings"], "val_l1", *scores, *(f"z {s}" for s in scores), "sum_z"])
+        for row in rows:
+            numbers = [row["val_l1"], *row["scores"].values(), *row["z"].values(), row["sum_z"]]
+            writer.writerow([row["rank"], row["run"], *row["settings"].values(), *(f"{v:.5f}" for v in numbers)])
+    print(json.dumps(rows, indent=2) if args.json else table(rows))
+    say([f"wrote {args.out / name}" for name in ("ablation.png", "ablation.csv")])
+    return 0

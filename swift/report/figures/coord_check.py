@@ -1,0 +1,94 @@
+"""The figure of a coordinate check: size of activations over widths, a line a step, with and without muP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
+
+from swift.report.style import DPI, STYLE, WIDTH, save
+
+TITLES = {"mup": "with muP", "standard": "without muP (AdamW, same rate at the base width)"}
+COLOURS = "viridis"
+
+
+def shown(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What is drawn: label of a row -> the places it averages (geometric mean)."""
+    names = list(report["slopes"]["mup"])
+    scores = [name for name in names if name.endswith(" scores")]
+    blocks = [name for name in names if " block " in name and name not in scores]
+    last_stage = blocks[-1].partition(" block ")[0]
+    return {
+        f"output of the blocks\nof {last_stage}": [name for name in blocks if name.startswith(last_stage)],
+        "readout": ["readout"],
+        "attention scores\nof all blocks": scores,
+    }
+
+
+def draw(report: Mapping[str, Any], out: str | Path | None) -> Figure:
+    """Draw a check.
+
+    Args:
+        report: what `coord_check.report` gives (or --json prints).
+        out: PNG to write; None: only return the figure.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows, widths = shown(report), np.array(report["plan"]["widths"])
+    steps = report["plan"]["steps"]
+    colours = ScalarMappable(Normalize(0, steps), COLOURS)
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 7.2), dpi=DPI, layout="constrained")
+        axes = fig.subplots(len(rows), 2, sharex=True, sharey="row")
+        fig.suptitle(
+            f"Coordinate check: {report['plan']['variant']} attention, depths {list(report['plan']['depths'])}, "
+            f"rate {report['plan']['lr']:g}, widths over a factor of {widths.max() / widths.min():g}",
+            x=0.01,
+            ha="left",
+            fontsize=9.5,
+        )
+        for row, (label, names) in zip(axes, rows.items(), strict=True):
+            for ax, mode in zip(row, TITLES, strict=True):
+                logs = np.mean([np.log(report["sizes"][mode][name]) for name in names], axis=0)
+                _panel(ax, widths, np.exp(logs), colours)
+                last = np.mean([report["slopes"][mode][name][-1] for name in names])
+                ax.set_title(f"slope after {steps} steps {last:+.2f}", loc="right", pad=3)
+            row[0].set_ylabel(label)
+        for ax, title in zip(axes[0], TITLES.values(), strict=True):
+            ax.annotate(title, (0, 1.16), xycoords="axes fraction", fontweight="bold")
+        for ax in axes[-1]:
+            ax.set_xlabel("width of stage 1 (embed_dim)")
+        fig.supylabel("root mean square", fontsize=8.5)
+        fig.colorbar(colours, ax=axes, label="optimizer steps done", shrink=0.5, aspect=30, pad=0.01)
+        if out is not None:
+            save(fig, out)
+    return fig
+
+
+def _panel(ax: Axes, widths: np.ndarray, sizes: np.ndarray, colours: ScalarMappable) -> None:
+    """One line a step; `sizes` is (widths, steps + 1)."""
+    for step in range(sizes.shape[1]):
+        ax.loglog(
+            widths,
+            sizes[:, step],
+            color=colours.to_rgba(np.array(step)),
+            lw=1.3,
+            marker="o",
+            ms=2.5,
+            gid=f"step {step}",
+        )
+    ax.xaxis.set_major_locator(FixedLocator(widths.tolist()))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(axis="y", color="#E6E6E6", lw=0.6)
+    ax.set_axisbelow(True)

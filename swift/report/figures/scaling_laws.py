@@ -1,0 +1,148 @@
+"""The figure of scaling laws: loss against size, data and compute, with the fitted laws and their 95 % bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+from swift.report.style import DPI, STYLE, VERMILION, WIDTH, gridded, plain_log, save
+
+if TYPE_CHECKING:
+    from swift.report.laws import JointLaw
+    from swift.report.scaling_laws import Fitted, Ladder
+
+Array = np.ndarray
+
+
+def short(value: float) -> str:
+    """1.2M, 34k, 5.6e+15."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if limit <= value < limit * 1000:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], out: str | Path | None) -> Figure:
+    """Draw the laws.
+
+    Args:
+        runs: The points.
+        fitted: Of `scaling_laws.fit_all`.
+        predict: (N, D) of runs that were not made, drawn as stars with their intervals.
+        out: PNG to write; None: only return the figure.
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
+        axes = fig.subplots(1, 3, sharey=True)
+        _against(axes[0], runs, fitted, runs.n, runs.d, swap=False)
+        _against(axes[1], runs, fitted, runs.d, runs.n, swap=True)
+        _compute(axes[2], runs, fitted)
+        if fitted.joint is not None:
+            for n, d in predict:
+                loss, (low, high) = fitted.joint.predict(n, d)
+                bar = [[max(loss - low, 0)], [max(high - loss, 0)]]
+                for ax, x in ((axes[0], n), (axes[1], d), (axes[2], fitted.cost[0] * n ** fitted.cost[1] * d)):
+                    ax.errorbar(x, loss, bar, color=VERMILION, marker="*", ms=9, capsize=3, lw=1, gid="predicted")
+            fig.suptitle(_title(fitted.joint, len(runs.names), bool(predict)), x=0.01, ha="left", fontsize=8.5)
+        axes[0].set_ylabel(f"held-out L1 of finished runs\n({runs.unit})")
+        axes[0].set_ylim(*_range(axes))
+        for ax in axes:
+            plain_log(ax, "y")
+            plain_log(ax, "x", short)
+            gridded(ax)
+        if out is not None:
+            save(fig, out)
+    return fig
+
+
+def _title(law: JointLaw, runs: int, predicted: bool) -> str:
+    """The fitted exponents with their intervals, and how the figure is to be read."""
+    intervals, unknown = law.intervals(), law.undetermined()
+    values = law.quantities(law.fit.theta)
+    parts = []
+    for name in "ab":
+        low, high = intervals[name]
+        parts.append(
+            f"{name} {'not determined' if name in unknown else f'= {float(values[name]):.2f}'} [{low:.2f}, {high:.2f}]"
+        )
+    star = "; star: predicted" if predicted else ""
+    return f"L = E + A/N$^a$ + B/D$^b$: {', '.join(parts)}\n{runs} runs; brackets, bands, bars: 95 % bootstrap{star}"
+
+
+def _range(axes: Sequence[Axes]) -> tuple[float, float]:
+    """Limits that hold every run, every prediction with its bar, and the fitted curves between the runs."""
+    heights = [np.asarray(line.get_ydata(), dtype=np.float64) for ax in axes for line in ax.lines]
+    heights += [
+        ends[:, 1]
+        for ax in axes
+        for bars in ax.collections
+        if isinstance(bars, LineCollection)
+        for ends in bars.get_segments()
+    ]
+    low, high = (float(end(np.concatenate(heights))) for end in (np.min, np.max))
+    room = (high / low) ** 0.06
+    return low / room, high * room
+
+
+def _between(values: Array) -> Array:
+    """Where laws are drawn: among the runs, not beyond, where only the marked predictions speak."""
+    return np.geomspace(values.min(), values.max(), 60)
+
+
+def _against(ax: Axes, runs: Ladder, fitted: Fitted, x: Array, other: Array, swap: bool) -> None:
+    """Loss against N, a colour for every D (or the other way round), with the joint law through each."""
+    levels = np.unique(other)
+    colours = colormaps["viridis"](np.linspace(0.0, 0.85, len(levels)))
+    letter = "N" if swap else "D"
+    for value, colour in zip(levels, colours, strict=True):
+        own = other == value
+        label = f"{letter} = {short(value)}" if len(levels) <= 8 or value in (levels[0], levels[-1]) else None
+        ax.loglog(x[own], runs.loss[own], "o", color=colour, ms=4, label=label, gid=f"{letter} {value:g}")
+        if fitted.joint is not None:
+            wide = _between(x)
+            n, d = (np.full_like(wide, value), wide) if swap else (wide, np.full_like(wide, value))
+            ax.loglog(wide, fitted.joint.loss(n, d), color=colour, lw=1.2)
+            many = fitted.joint.loss(n, d, fitted.joint.fit.draws[:, None, :])
+            ax.fill_between(wide, *np.quantile(many, [0.025, 0.975], axis=0), color=colour, alpha=0.15, lw=0)
+    ax.set_xlabel("patch tokens seen, D" if swap else "parameters, N")
+    _legend(ax, columns=2)
+
+
+def _compute(ax: Axes, runs: Ladder, fitted: Fitted) -> None:
+    """Loss against compute: all runs, the best ones, the single power law, and the best that the joint law allows."""
+    sizes = np.unique(runs.n)
+    for size, colour in zip(sizes, colormaps["viridis"](np.linspace(0.0, 0.85, len(sizes))), strict=True):
+        own = runs.n == size
+        order = np.argsort(runs.c[own])
+        ax.loglog(runs.c[own][order], runs.loss[own][order], "o-", color=colour, ms=3.5, lw=0.6)
+    wide = _between(runs.c)
+    if "C" in fitted.single:
+        law = fitted.single["C"]
+        own_range = _between(runs.c[runs.chosen("C")])
+        text = f"(c/C)$^a$, a = {law.exponent:.3f}"
+        ax.loglog(own_range, law.loss(own_range), color="black", lw=1.2, label=text, gid="L(C)")
+        many = law.loss(own_range, law.fit.draws[:, None, :])
+        ax.fill_between(own_range, *np.quantile(many, [0.025, 0.975], axis=0), color="black", alpha=0.12, lw=0)
+    if fitted.joint is not None:
+        best = np.array([fitted.joint.optimal(c, fitted.cost) for c in wide])
+        # A best size far from all that were run is an extrapolation that no reader should take for a measurement.
+        near = (best[:, 0] >= runs.n.min()) & (best[:, 0] <= runs.n.max())
+        if near.any():
+            least = fitted.joint.loss(best[near, 0], best[near, 1])
+            ax.loglog(wide[near], least, color="black", lw=1, ls="--", label="best N of those run", gid="best")
+    ax.set_xlabel("training compute, C (FLOP)")
+    _legend(ax, columns=1)
+
+
+def _legend(ax: Axes, columns: int) -> None:
+    """Above the panel: wherever the runs lie, they are not covered."""
+    style = {"handletextpad": 0.3, "columnspacing": 0.8, "borderaxespad": 0.2}
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, fontsize=6.5, **style)

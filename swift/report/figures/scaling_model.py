@@ -1,0 +1,125 @@
+"""The figure of strong scaling: rate beside the ideal line, efficiency, and where the node-seconds of a clip go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
+
+from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
+
+if TYPE_CHECKING:
+    from swift.report.scaling_model import Measured, StepModel
+
+PART_COLOURS = ("#9CC3DE", "#56B4E9", "#0072B2", "#D55E00", "#E69F00")
+
+
+def draw(
+    series: Sequence[Measured], models: Sequence[StepModel], predict: Sequence[int], out: str | Path | None
+) -> Figure:
+    """Draw measured and modelled scaling of one or more series.
+
+    Args:
+        series: Measured points.
+        models: The model fitted to (part of) each.
+        predict: Further node counts to extend the lines to.
+        out: PNG to write; None: only return the figure.
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 3.1 + 2.5), dpi=DPI, layout="constrained")
+        top, bottom = np.asarray(fig.subfigures(2, 1, height_ratios=(3.1, 2.5)))
+        rate, efficiency = top.subplots(1, 2)
+        for index, (points, model) in enumerate(zip(series, models, strict=True)):
+            colour = COLOURS[index % len(COLOURS)]
+            _rate(rate, points, model, predict, colour)
+            _efficiency(efficiency, points, model, predict, colour)
+        counts = sorted({*(int(n) for s in series for n in s.nodes), *predict})
+        for ax in (rate, efficiency):
+            _nodes_axis(ax, counts, series[0].name)
+        rate.set_ylabel("clips/s in all")
+        plain_log(rate, "y")
+        efficiency.set_ylabel("efficiency against the smallest count")
+        efficiency.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        efficiency.axhline(1.0, color="#808080", lw=0.9, ls="--", gid="ideal")
+        # Bands are held too, unless they say nothing any more.
+        efficiency.set_ylim(0, float(np.clip(1.05 * efficiency.dataLim.y1, 1.08, 2.0)))
+        labels = {"measured, fitted": {"marker": "o"}, "measured, predicted": {"marker": "o", "mfc": "white"}}
+        if all(len(model.fitted.nodes) == len(points.nodes) for points, model in zip(series, models, strict=True)):
+            del labels["measured, predicted"]
+        styles: dict[str, dict[str, Any]] = {**labels, "ideal": {"ls": "--", "lw": 0.9}}
+        for style in styles.values():
+            rate.plot([], [], color="#606060", **{"ls": "", "ms": 5, **style})
+        named = [f"{points.name}: model, 95 % band" for points in series]
+        lines = [next(line for line in rate.lines if line.get_gid() == f"model {points.name}") for points in series]
+        rate.legend([*lines, *rate.lines[-len(styles) :]], [*named, *styles], fontsize=7, loc="upper left")
+        axes = np.atleast_1d(bottom.subplots(1, len(series)))
+        for ax, points, model in zip(axes, series, models, strict=True):
+            _shares(ax, points, model, predict)
+        axes[0].set_ylabel(("rank" if series[0].name.startswith("ranks") else "node") + "-seconds a clip")
+        handles, labels = axes[0].get_legend_handles_labels()
+        bottom.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7.5)
+        if out is not None:
+            save(fig, out)
+    return fig
+
+
+def _nodes_axis(ax: Axes, counts: Sequence[int], name: str) -> None:
+    ax.xaxis.set_major_locator(FixedLocator(list(counts)))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+    if len(counts) > 6:
+        ax.tick_params("x", rotation=45)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(name if name.startswith("ranks") else "nodes")
+    gridded(ax)
+
+
+def _span(points: Measured, predict: Sequence[int]) -> np.ndarray:
+    # Whole counts: between one node and two there is nothing.
+    last = max([points.nodes[-1], *predict])
+    return np.unique(np.round(np.geomspace(points.nodes[0], last, 200)))
+
+
+def _rate(ax: Axes, points: Measured, model: StepModel, predict: Sequence[int], colour: str) -> None:
+    wide = _span(points, predict)
+    ideal = points.rate[0] * wide / points.nodes[0]
+    ax.loglog(wide, ideal, color=colour, lw=0.8, ls="--", alpha=0.7, gid=f"ideal {points.name}")
+    ax.loglog(wide, model.rate(wide), color=colour, lw=1.2, gid=f"model {points.name}")
+    ax.fill_between(wide, *model.interval(wide), color=colour, alpha=0.15, lw=0)
+    _points(ax, points, model, points.rate, colour)
+
+
+def _points(ax: Axes, points: Measured, model: StepModel, values: np.ndarray, colour: str) -> None:
+    used = np.isin(points.nodes, model.fitted.nodes)
+    ax.plot(points.nodes[used], values[used], "o", color=colour, ms=4.5)
+    if not used.all():
+        ax.plot(points.nodes[~used], values[~used], "o", color=colour, mfc="white", ms=5)
+
+
+def _efficiency(ax: Axes, points: Measured, model: StepModel, predict: Sequence[int], colour: str) -> None:
+    wide = _span(points, predict)
+    base = points.rate[0] / points.nodes[0]
+    ax.semilogx(wide, model.rate(wide) / wide / base, color=colour, lw=1.2)
+    low, high = model.interval(wide)
+    ax.fill_between(wide, low / wide / base, high / wide / base, color=colour, alpha=0.15, lw=0)
+    _points(ax, points, model, points.efficiency, colour)
+
+
+def _shares(ax: Axes, points: Measured, model: StepModel, predict: Sequence[int]) -> None:
+    """Stacked parts of the model at every count; the measured total as a line."""
+    counts = np.array(sorted({*points.nodes.tolist(), *predict}))
+    bottom = np.zeros(len(counts))
+    for (name, values), colour in zip(model.shares(counts).items(), PART_COLOURS, strict=False):
+        ax.bar(range(len(counts)), values, 0.7, bottom=bottom, color=colour, label=name)
+        bottom += values
+    places = np.searchsorted(counts, points.nodes)
+    ax.plot(places, points.nodes / points.rate, "k_", ms=11, mew=1.5, label="measured")
+    ax.set_xticks(range(len(counts)), [f"{count:g}" for count in counts])
+    ax.set_title(points.name, loc="left")
+    ax.set_xlabel(points.name if points.name.startswith("ranks") else "nodes")

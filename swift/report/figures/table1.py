@@ -1,0 +1,106 @@
+"""Figures of downstream tasks: means with intervals (forest plot), and learning curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from swift.evaluate.downstream import CHANCE, Cell, place
+from swift.report.style import BLUE, COLOURS, DPI, GREEN, HIDDEN, ORANGE, STYLE, VERMILION, WIDTH, save
+
+NAMES = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "average_precision": "average precision",
+         "r2": "R²", "f1": "F1", "mae": "MAE", "rmse": "RMSE"}  # fmt: skip
+FAMILIES = {0: ("baselines", HIDDEN), 1: ("random weights", ORANGE), 2: ("from scratch", VERMILION),
+            3: ("pre-trained", BLUE), 4: ("other", GREEN)}  # fmt: skip
+ACROSS = 3
+ROW = 0.19
+
+
+def forest(columns: dict[str, tuple[str, dict[str, Cell]]], out: str | Path) -> None:
+    """A panel a task: a dot and its 95 % interval for every method; a ring where the best is really the best.
+
+    Args:
+        columns: Task -> score, method -> cell.
+        out: PNG.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    methods = sorted({m for _, cells in columns.values() for m in cells}, key=place)
+    across = min(ACROSS, len(columns))
+    down = -(-len(columns) // across)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, down * (ROW * len(methods) + 0.8) + 0.3), dpi=DPI, layout="constrained")
+        axes = figure.subplots(down, across, sharey=True, squeeze=False)
+        for number, (task, (score, cells)) in enumerate(columns.items()):
+            axis = axes[number // across][number % across]
+            if score in CHANCE:
+                axis.axvline(CHANCE[score], color="0.7", linewidth=0.8, zorder=0)
+            for row, method in enumerate(methods):
+                one = cells.get(method)
+                if one is None or not math.isfinite(one.mean):
+                    continue
+                colour = FAMILIES[place(method)[0]][1]
+                if math.isfinite(one.low):
+                    axis.plot([one.low, one.high], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
+                axis.plot(one.mean, row, "o", color=colour, markersize=4.5)
+                if one.best:
+                    axis.plot(one.mean, row, "o", markersize=9, markerfacecolor="none", markeredgecolor="0.2")
+            axis.set_title(task)
+            axis.set_xlabel(NAMES.get(score, score))
+            axis.set_yticks(range(len(methods)), methods)
+            axis.set_ylim(len(methods) - 0.4, -0.6)
+            axis.tick_params(axis="y", length=0)
+        for number in range(len(columns), down * across):
+            axes[number // across][number % across].set_axis_off()
+        used = sorted({place(method)[0] for method in methods})
+        handles = [Line2D([], [], color=FAMILIES[f][1], marker="o", markersize=4.5, label=FAMILIES[f][0]) for f in used]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        save(figure, out)
+
+
+def learning_curve(
+    curves: dict[str, Sequence[tuple[int, Cell]]], score: str, out: str | Path, planted: float | None = None
+) -> None:
+    """Score against the number of training subjects, with intervals.
+
+    Args:
+        curves: Method -> (subjects, cell), in order of subjects.
+        score: Of the cells.
+        out: PNG.
+        planted: What the planted effect allows; drawn as a line.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH * 0.72, 3.4), dpi=DPI, layout="constrained")
+        axis = figure.subplots()
+        if score in CHANCE:
+            axis.axhline(CHANCE[score], color="0.7", linewidth=0.8)
+            axis.annotate("chance", (1, CHANCE[score]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                          color="0.45", fontsize=7.5)  # fmt: skip
+        if planted is not None:
+            axis.axhline(planted, color="0.45", linewidth=0.8, linestyle=(0, (4, 3)))
+            axis.annotate("the planted truth", (1, planted), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom", color="0.45", fontsize=7.5)  # fmt: skip
+        for number, (method, points) in enumerate(sorted(curves.items(), key=lambda item: place(item[0]))):
+            colour = COLOURS[number % len(COLOURS)]
+            shift = 1.02 ** (number - (len(curves) - 1) / 2)
+            counts = [count * shift for count, _ in points]
+            axis.plot(counts, [one.mean for _, one in points], "o-", color=colour, markersize=4, label=method)
+            for count, (_, one) in zip(counts, points):
+                axis.plot([count, count], [one.low, one.high], color=colour, linewidth=1, alpha=0.7)
+        ticks = sorted({count for points in curves.values() for count, _ in points})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("training subjects")
+        axis.set_ylabel(NAMES.get(score, score))
+        figure.legend(loc="outside upper center", ncols=3)
+        save(figure, out)

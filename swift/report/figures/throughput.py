@@ -1,0 +1,76 @@
+"""The figure of throughput: step time against FLOPs, and peak memory beside the plan's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
+
+MARKERS = "osD^vP"
+
+
+def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
+    """Draw measured points: a colour a variant, a marker a clip length.
+
+    Args:
+        rows: Of `throughput.rows`.
+        out: PNG to write; None: only return the figure.
+    """
+    variants, lengths = sorted({r["variant"] for r in rows}), sorted({r["frames"] for r in rows})
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
+        speed, memory = fig.subplots(1, 2)
+        for i, variant in enumerate(variants):
+            for j, frames in enumerate(lengths):
+                own = [r for r in rows if (r["variant"], r["frames"]) == (variant, frames)]
+                if not own:
+                    continue
+                style: dict[str, Any] = {
+                    "color": COLOURS[i % len(COLOURS)],
+                    "marker": MARKERS[j % len(MARKERS)],
+                    "ms": 5,
+                }
+                work = [r["gflop_a_clip"] * r["batch"] for r in own]
+                name = f"{variant}, {frames} frames"
+                speed.loglog(work, [r["step_s"] for r in own], lw=0.7, label=name, gid="measured", **style)
+                spread = [[r["step_low_s"] for r in own], [r["step_high_s"] for r in own]]
+                speed.vlines(work, *spread, color=style["color"], lw=1.2, gid="rounds")
+                planned = [r["planned_step_s"] for r in own]
+                if None not in planned:
+                    speed.loglog(work, planned, ls="", mfc="white", gid="planned", **style)
+                memory.loglog([r["planned_mib"] for r in own], [r["peak_mib"] for r in own], ls="", **style)
+        everything = np.array([r["gflop_a_clip"] * r["batch"] for r in rows])
+        rate = float(np.median([r["gflop_a_s"] for r in rows]))
+        ends = np.array([everything.min() / 1.2, everything.max() * 1.2])
+        speed.loglog(ends, ends / rate, color="#808080", lw=0.9, ls="--", label=f"median rate: {rate:.3g} GFLOP/s")
+        known = any(r["planned_step_s"] is not None for r in rows)
+        speed.set_xlabel("model FLOPs of a step (GFLOP)" + ("; open: planned" if known else ""))
+        speed.set_ylabel("seconds a step (forward, backward, AdamW)")
+        speed.set_title(f"on {', '.join(sorted({r['device'] for r in rows}))}", loc="left")
+        speed.legend(fontsize=7)
+        both = [r[key] for r in rows for key in ("planned_mib", "peak_mib") if r[key] > 0]
+        line = [min(both) / 1.2, max(both) * 1.2]
+        memory.loglog(line, line, color="#808080", lw=0.9, ls="--", label="measured = planned")
+        memory.set_xlabel("planned peak memory (MiB)")
+        memory.set_ylabel("measured peak memory (MiB)")
+        memory.legend(fontsize=7)
+        for ax, x, y in ((speed, "gflop_a_clip", "step_s"), (memory, "planned_mib", "peak_mib")):
+            for r in (r for r in rows if (r["variant"], r["frames"]) == (variants[0], lengths[-1])):
+                place = (r[x] * (r["batch"] if ax is speed else 1), r[y])
+                ax.annotate(r["model"], place, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            plain_log(ax, "x")
+            plain_log(ax, "y")
+            gridded(ax)
+        fig.supxlabel(
+            "points: median of the measured rounds; bars: fastest to slowest round; lines join one kind of model",
+            fontsize=8,
+        )
+        if out is not None:
+            save(fig, out)
+    return fig

@@ -1,0 +1,251 @@
+"""One self-contained page of runs and studies: figures, tables, settings and provenance, to be sent to a colleague.
+
+Everything is in the one file: figures as embedded images, no script, nothing fetched. A run directory gives its
+summary, figures, settings and provenance; any other folder (of a study) its figures (*.png) and tables (*.csv).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from swift.report.points import point, say
+from swift.report.runs import Run, describe, load_run
+from swift.utils.errors import UserError
+
+MOST_ROWS = 60
+LARGEST = 5 << 20
+"""Bytes of a figure that is still embedded."""
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --soft: #5b6675; --line: #d9dee5; --card: #f6f8fa;
+  --accent: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181e; --ink: #e6eaf0; --soft: #9aa6b5; --line: #313a46;
+  --card: #1d232b; --accent: #56b4e9; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+p, figcaption { color: var(--soft); margin: .25rem 0 1rem; }
+figcaption { font-size: .875rem; margin: .4rem 0 0; }
+a { color: var(--accent); }
+nav ul { list-style: none; padding: 0; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .25rem 1rem; }
+figure { margin: 1rem 0 1.5rem; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
+  border-radius: 6px; padding: .35rem; }
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: .75rem 0 1.25rem; }
+table { border-collapse: collapse; font-size: .8125rem; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .65rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
+tr:last-child td { border-bottom: 0; }
+th { background: var(--card); font-weight: 600; }
+td.number { text-align: right; }
+details { margin: .5rem 0; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
+summary { cursor: pointer; padding: .5rem .75rem; font-weight: 600; }
+pre { margin: 0; padding: .75rem; overflow-x: auto; font: .8125rem/1.45 ui-monospace, Menlo, Consolas, monospace;
+  border-top: 1px solid var(--line); }
+@media (max-width: 40rem) { body { padding: 1rem .75rem 3rem; } h1 { font-size: 1.3rem; } }
+@media print { details { display: none; } }
+"""
+
+CAPTIONS = {
+    "loss": "Training and held-out error over optimizer steps; dashed: baselines on the same held-out clips.",
+    "reconstruction": "A held-out clip, what was hidden of it, and the reconstruction.",
+    "performance": "Speed and load over the run.",
+    "pretraining": "Error against what was seen and computed; thin: training, dots: held out, dotted: restarts.",
+    "scaling_laws": "Loss against size, data and compute; lines: fitted laws, bands: 95 % bootstrap intervals.",
+    "scaling_model": "Rates beside the ideal line (dashed) and the fitted model of step time; open: predicted points.",
+    "temporal": "Autocorrelation of BOLD and of every layer; bands: 95 % over scans; right: frames shuffled.",
+    "ablation": "Runs ranked by the sum of z-scores, and the mean of every value of every setting.",
+    "throughput": "Step time against model FLOPs, and peak memory beside the plan's.",
+    "mu_transfer": "Held-out loss against the learning rate at several widths, with muP and without.",
+    "coord_check": "Size of activations against width, a line a step.",
+}
+
+
+def embedded(path: Path) -> str:
+    """An image as a figure with its caption.
+
+    Raises:
+        UserError: it is no PNG, or too large to send.
+    """
+    content = path.read_bytes()
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
+        raise UserError(f"{path}: is no PNG")
+    if len(content) > LARGEST:
+        raise UserError(f"{path}: {len(content) >> 20} MiB; figures of a page may have {LARGEST >> 20} MiB")
+    data = base64.b64encode(content).decode()
+    caption = CAPTIONS.get(path.stem, path.stem.replace("_", " "))
+    picture = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as a table that scrolls by itself on a narrow screen."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            value = "–"
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        if isinstance(value, float):
+            value = f"{value:.5g}"
+        if isinstance(value, int):
+            value = f"{value:,}"
+        text = str(value)
+        number = text.replace(",", "").replace(".", "").replace("e", "").replace("-", "").replace("+", "").isdigit()
+        return f"<td{' class=number' if number else ''}>{escape(text)}</td>"
+
+    lines = ["<tr>" + "".join(f"<th scope=col>{escape(name)}</th>" for name in head) + "</tr>"]
+    lines += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
+    return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
+
+
+def folded(title: str, text: str) -> str:
+    """Text that is shown on demand."""
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def overview(runs: Sequence[Run]) -> str:
+    """Table of all runs, and their curves in one figure where they are at most twelve."""
+    head = ("run", "model", "parameters", "steps", "train loss", "best val L1", "last val L1", "unit", "beats")
+    rows = []
+    for run in runs:
+        d = describe(run)
+        beats = None if d["beats"] is None else f"{len(d['beats'])} of {len(d['baselines'])}"
+        keys = ("run", "model", "parameters", "steps", "train_loss", "val_l1", "val_l1_last", "unit")
+        rows.append([*(d[key] for key in keys), beats])
+    text = table(head, rows)
+    if not 2 <= len(runs) <= 12:
+        return text
+    from swift.report.figures.pretraining import draw, notes
+
+    try:
+        points = [point(run.path) for run in runs]
+        with tempfile.TemporaryDirectory() as folder:
+            draw(points, ("steps", "flops"), Path(folder) / "pretraining.png")
+            text += embedded(Path(folder) / "pretraining.png")
+    except UserError as error:
+        # A run of before perf/* was logged, or a fine-tuning: the table stands alone.
+        return text + f"<p>No common curves: {escape(str(error))}</p>"
+    return text + "".join(f"<p>{escape(note)}</p>" for note in notes(points))
+
+
+def run_section(run: Run) -> str:
+    """Figures, scores, settings and provenance of one run."""
+    parts = []
+    if run.summary:
+        plain = {k: v for k, v in run.summary.items() if not isinstance(v, (dict, list))}
+        parts.append(table(list(plain), [list(plain.values())]))
+    else:
+        parts.append("<p>Not finished: no summary yet.</p>")
+    if run.baselines:
+        rows = sorted([*run.baselines.items(), ("this run", run.summary.get("val_l1"))], key=lambda row: str(row[1]))
+        parts += ["<h3>Held-out error beside the baselines</h3>", table(["", f"L1 ({run.unit})"], rows)]
+    parts += [embedded(path) for path in sorted((run.path / "figures").glob("*.png"))]
+    for name, title in (
+        ("summary.json", "Summary"),
+        ("config.yaml", "Settings"),
+        ("overrides.json", "Overrides"),
+        ("provenance.json", "Provenance: code, packages, machine, restarts"),
+    ):
+        file = run.path / name
+        if file.is_file():
+            parts.append(folded(f"{title} ({name})", file.read_text(encoding="utf-8", errors="replace")))
+    return "".join(parts)
+
+
+def study_section(folder: Path) -> str:
+    """Figures and tables of a folder that is no run."""
+    parts = [embedded(path) for path in sorted(folder.glob("*.png"))]
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+            rows = list(csv.reader(stream))
+        if rows:
+            parts += [f"<h3>{escape(path.name)}</h3>", table(rows[0], rows[1 : MOST_ROWS + 1])]
+        if len(rows) > MOST_ROWS + 1:
+            parts.append(f"<p>{len(rows) - 1 - MOST_ROWS} further rows are left out.</p>")
+    for path in sorted(folder.glob("*.json")):
+        if path.stat().st_size < 200_000:
+            parts.append(folded(path.name, path.read_text(encoding="utf-8", errors="replace")))
+    return "".join(parts)
+
+
+def sort_places(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Run directories (also those one level below a folder of runs), and study folders.
+
+    Raises:
+        UserError: a place that is neither.
+    """
+    runs: list[Path] = []
+    studies: list[Path] = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
+        if (path / "metrics.jsonl").is_file():
+            runs.append(path)
+        elif any(path.glob("*.png")) or any(path.glob("*.csv")):
+            studies.append(path)
+        elif inside:
+            runs += inside
+        else:
+            raise UserError(f"{path}: neither a run directory nor a folder with figures (*.png) or tables (*.csv)")
+    return list(dict.fromkeys(runs)), list(dict.fromkeys(studies))
+
+
+def page(paths: Sequence[Path], title: str) -> str:
+    """The page.
+
+    Raises:
+        UserError: a place without anything to show, or a damaged run.
+    """
+    run_paths, studies = sort_places(paths)
+    runs = [load_run(path) for path in run_paths]
+    sections: list[tuple[str, str, str]] = []
+    if runs:
+        sections.append(("runs", "Runs", overview(runs)))
+    sections += [(f"study-{i}", folder.resolve().name, study_section(folder)) for i, folder in enumerate(studies)]
+    sections += [(f"run-{i}", f"Run {run.name}", run_section(run)) for i, run in enumerate(runs)]
+    links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name, _ in sections)
+    body = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{text}</section>' for key, name, text in sections)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(studies)} stud{'ies' if len(studies) != 1 else 'y'}"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>"
+        f"<p>{counts}; made by swift.report on {made}.</p></header><nav><ul>{links}</ul></nav><main>{body}</main>"
+        "</body></html>\n"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m swift.report html`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, folders of some, or folders of studies"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page")
+    parser.add_argument("--title", default="swift: runs and studies", help="of the page")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page."""
+    if args.out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: must end in .html")
+    text = page(args.runs, args.title)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error})") from error
+    say([f"wrote {args.out} ({len(text.encode()) / 2**20:.1f} MiB)"])
+    return 0

@@ -1,0 +1,115 @@
+"""What every training of swift has in common, as a LightningModule: weights, optimizer, logging, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swift.config.schema import Config, ModelConfig
+from swift.models import mup
+from swift.models.init import Init, initial_values, initialize
+from swift.train.optim import build_optimizer, build_schedule
+
+Batch = dict[str, Tensor]
+
+
+class TrainingModule(pl.LightningModule):
+    """A model with its initial values and its optimizer. Those that inherit say which model, and what a step is.
+
+    Args:
+        cfg: Of the run.
+        empty: Leave the model on the meta device: whoever trains it gives it memory and its initial values.
+    """
+
+    def __init__(self, cfg: Config, empty: bool = False):
+        super().__init__()
+        self.cfg = cfg
+        # muP: every parameter's scale, by name; made here because an engine may hold the parameters in shards later.
+        self.widths = self.width_table()
+        with torch.device("meta"):
+            self.model: Any = self.build_model(cfg.model)
+        if not empty:
+            self.model.to_empty(device="cpu")
+            initialize(self, self.initial_values(), cfg.seed)
+        if not cfg.model.final_norm:
+            # It exists for v1's checkpoints only: no loss reaches it, and an engine would wait for its gradient.
+            encoder: Any = self.model.encoder
+            encoder.norm.requires_grad_(False)
+        self.first_weights: Any = None
+        """Weights to begin with in place of the initial values, for a module that is still empty."""
+        self.seen_before: list[str] | None = []
+        """Subjects that the weights of init= were trained on; None: not recorded."""
+        self._step_loss = torch.zeros(())
+        self._rate = 0.0
+
+    def build_model(self, cfg: ModelConfig) -> nn.Module:
+        """The model of an architecture, on the grid of this run."""
+        raise NotImplementedError
+
+    def rates(self) -> dict[str, float] | None:
+        """Factors on the learning rate of the parameters of `model` by name; None: 1 for all."""
+        return None
+
+    def initial_values(self) -> dict[str, Init]:
+        """How every parameter begins, by name; with muP scaled for its width."""
+        scales = {name: scale.init for name, scale in self.widths.items()} if self.widths else {}
+        return {f"model.{name}": value for name, value in initial_values(self.model, scales).items()}
+
+    def width_table(self) -> mup.Table | None:
+        """muP: the scale of every parameter of `model` by name; None without muP."""
+        base = self.cfg.optimizer.base_width
+        return None if base is None else mup.width_table(self.build_model, self.cfg.model, base)
+
+    def seed_dropout(self, batch_idx: int) -> None:
+        """Dropout and drop path of a micro-batch draw from a stream of its own: a resumed run draws the same."""
+        model = self.cfg.model
+        if model.dropout or model.attention_dropout or model.drop_path:
+            place = (self.cfg.seed, self.global_step, batch_idx % self.cfg.trainer.accumulate, self.global_rank)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
+    def begin_step(self, batch_idx: int) -> None:
+        """At the start of a training step: note the rate, seed what is dropped."""
+        self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        self.seed_dropout(batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log loss, rate and gradient norm (before clipping) of an optimizer step, over its micro-batches and ranks."""
+        # Lightning has divided the loss of a micro-batch by their number.
+        self._step_loss = self._step_loss + outputs["loss"]
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        if self.global_step % self.cfg.trainer.log_every == 0:
+            self.log("train/loss", self._step_loss, sync_dist=True)
+            self.log("train/lr", self._rate)
+            strategy: Any = self.trainer.strategy
+            norm = strategy.gradient_norm()
+            if norm is not None:
+                self.log("train/grad_norm", norm)
+            # Lightning numbers a step from 0; everything swift writes counts optimizer steps done.
+            self.log("step", float(self.global_step))
+        self._step_loss = torch.zeros((), device=self.device)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.cfg.optimizer, self.widths, rates=self.rates())
+        schedule = build_schedule(optimizer, self.cfg.optimizer, self.cfg.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint carries its configuration, and with it the input contract of the weights."""
+        checkpoint["config"] = asdict(self.cfg)
+        if self.widths is not None:
+            checkpoint["base_shapes"] = mup.record(self.widths)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With muP, go on only with weights of the same base shapes.
+
+        Raises:
+            UserError: the checkpoint has no record of them, or another one.
+        """
+        if self.widths is not None:
+            mup.check_record(checkpoint.get("base_shapes"), self.widths)

@@ -1,0 +1,376 @@
+"""Steps whose numbers are bad: left out on all ranks alike, with a record of what and where it was.
+
+The decision is made when the gradient norm of an optimizer step is known and nothing has been changed yet
+(`swift.parallel.step_gate`), from the mean loss and the norm over all ranks: one all-reduce of four numbers. A step
+that is left out changes no weight, no moment and no count of Adam; the number of the step, the learning rate and the next
+batch are what they would have been. The bad step is looked at when it is over: the weights still are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from swift.config.schema import Config
+from swift.train.callbacks import incident
+from swift.train.callbacks.log import JsonlLogger
+from swift.train.callbacks.nonfinite import Trace, describe
+from swift.train.callbacks.spike import GRADIENT, LEVEL, Verdict, Watch
+from swift.train.callbacks.suspects import clips_of, read_again
+from swift.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+HELD_BYTES = 2 << 30
+"""Batches of an optimizer step that are held on the device until it is over; those beyond are read again."""
+ROWS, CLIPS = ("sample_id", "scan", "start", "valid"), ("bold", "brain")
+"""What says where the clips of a batch come from, and the clips themselves."""
+RANKS = 2
+"""Ranks whose batches are kept of one step."""
+
+
+@dataclass
+class Micro:
+    """A micro-batch of the step under way.
+
+    Attributes:
+        number: Of the batch, as Lightning counts.
+        batch: As the training step gets it; without its clips where too much would be held.
+        whole: Whether it has them.
+        loss: Divided by the micro-batches of a step.
+    """
+
+    number: int
+    batch: dict[str, Any]
+    whole: bool
+    loss: Tensor | None = None
+
+
+class Guard(pl.Callback):
+    """Leaves out bad optimizer steps, or ends or rolls back the run there; see `swift.config.schema.GuardConfig`.
+
+    Must come before the callback that saves checkpoints. Its state is in them.
+
+    Args:
+        cfg: Of the run.
+        run_dir: Folder of the run.
+        checkpoints: Folder to roll back from.
+    """
+
+    def __init__(self, cfg: Config, run_dir: Path, checkpoints: Path) -> None:
+        self.cfg, self.guard, self.run_dir, self.checkpoints = cfg, cfg.guard, run_dir, checkpoints
+        self.watch = Watch(self.guard.window, self.guard.spike, self.guard.patience)
+        self.records = self.batches = 0
+        """Written so far."""
+        self._micros: list[Micro] = []
+        self._verdict: Verdict | None = None
+        self._looking = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything later decisions depend on."""
+        return {"watch": self.watch.state_dict(), "records": self.records, "batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Decide as the run that was saved."""
+        self.watch.load_state_dict(state_dict["watch"])
+        self.records, self.batches = state_dict["records"], state_dict["batches"]
+
+    # ------------------------------------------------------------------------------------------ in every step
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Be asked at every step from now on."""
+        strategy: Any = trainer.strategy
+        strategy.judge_by(lambda norm: self._judge(trainer, norm))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold the batch until the step is over."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._micros.clear()
+        held = sum(_bytes(micro.batch) for micro in self._micros)
+        whole = not self._micros or held + _bytes(batch) <= HELD_BYTES or not all(name in batch for name in ROWS)
+        kept = batch if whole else {name: value for name, value in batch.items() if name not in CLIPS}
+        self._micros.append(Micro(batch_idx, kept, whole))
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Note the loss; nothing waits for it."""
+        if not self._looking:
+            self._micros[-1].loss = loss.detach()
+
+    def _judge(self, trainer: pl.Trainer, norm: Tensor) -> bool:
+        """Whether to leave the step out; all ranks come to the same."""
+        if self._looking:
+            return True
+        device = trainer.strategy.root_device
+        losses = [micro.loss for micro in self._micros if micro.loss is not None]
+        values = torch.stack([torch.stack(losses).float().sum().to(device), norm.detach().float().to(device)])
+        good = torch.isfinite(values)
+        said = torch.cat([torch.where(good, values, 0.0), (~good).float()])
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(said)
+        loss, size, bad_losses, bad_norms = said.tolist()
+        world = trainer.world_size
+        self._verdict = self.watch.decide(
+            float("nan") if bad_losses else loss / world,
+            float("nan") if bad_norms else size / world,
+            trainer.global_step >= self.cfg.optimizer.warmup_steps,
+        )
+        return self._verdict.bad
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last micro-batch of a bad step: record it, then do what was chosen."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and verdict.kind == LEVEL and trainer.is_global_zero:
+            log.warning(
+                "step %d: loss %.4g, gradient norm %.4g, after %d spikes in a row: taken for the new level",
+                *(trainer.global_step, verdict.loss, verdict.norm, self.guard.patience),
+            )
+        if verdict is not None and verdict.bad:
+            self._answer(trainer, pl_module, verdict)
+        self._micros.clear()
+
+    # ------------------------------------------------------------------------------------------ after a bad step
+    def _answer(self, trainer: pl.Trainer, module: pl.LightningModule, verdict: Verdict) -> None:
+        strategy: Any = trainer.strategy
+        step = trainer.global_step
+        weights = strategy.bad_weights()
+        keep = self.records < self.guard.records and self.batches < self.guard.batches
+        found = {} if verdict.spike or not keep else self._look_again(trainer, module, verdict.kind == GRADIENT)
+        losses = [float("nan") if micro.loss is None else float(micro.loss) for micro in self._micros]
+        mine = {"rank": trainer.global_rank, "losses": losses, "found": found, "bad_weights": weights}
+        ranks = _agreed(trainer, mine)
+        chosen = suspects(ranks, verdict)
+        details = None
+        if trainer.global_rank in chosen and self.records < self.guard.records:
+            details = self._details(trainer, chosen[trainer.global_rank], found)
+        said = [one for one in _agreed(trainer, details) if one is not None]
+        bad_weights = {name: count for rank in ranks for name, count in rank["bad_weights"].items()}
+        place = incident.step_folder(self.run_dir, step)
+        reason = self._keep(trainer, place, chosen, found) if keep else None
+        if self.records < self.guard.records:
+            self.records += 1
+            if trainer.is_global_zero:
+                record = self._record(step, verdict, ranks, said, bad_weights) | {"batch_kept": reason}
+                incident.write_record(place / incident.RECORD, record)
+        self._say(trainer, step, verdict, said, bad_weights, place)
+        self._act(trainer, step, verdict, bad_weights)
+
+    def _look_again(self, trainer: pl.Trainer, module: pl.LightningModule, backward: bool) -> dict[int, Any]:
+        """Run the micro-batches of the step again, with hooks: micro-batch -> what came first. All ranks together."""
+        strategy: Any = trainer.strategy
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        found: dict[int, Any] = {}
+        self._looking = True
+        progress.completed -= 1  # the step is over, but dropout was drawn by the number it had
+        before = dict(vars(module))  # a training step may note something in its module
+        vars(module).update({name: lambda *args, **kwargs: None for name in ("log", "log_dict")})
+        devices = [strategy.root_device] if strategy.root_device.type == "cuda" else []
+        try:
+            for place, micro in enumerate(self._micros):
+                batch = self._batch(trainer, micro)
+                grad, eager = torch.set_grad_enabled(backward), torch.compiler.set_stance("force_eager")
+                with torch.random.fork_rng(devices), grad, eager, Trace(module) as trace:
+                    output = strategy.training_step(batch, micro.number)
+                    loss = output["loss"] if isinstance(output, Mapping) else output
+                    if backward:
+                        strategy.backward(loss / trainer.accumulate_grad_batches, None)
+                if backward:
+                    strategy.discard()
+                if trace.first is not None:
+                    found[place] = trace.first
+                elif not bool(torch.isfinite(loss.detach())):
+                    found[place] = {"pass": "forward", "layer": "loss", "what": "output", **describe(loss)}
+        finally:
+            self._looking = False
+            progress.completed += 1
+            vars(module).clear()
+            vars(module).update(before)
+        return found
+
+    def _batch(self, trainer: pl.Trainer, micro: Micro) -> dict[str, Any]:
+        """The batch of a micro-batch, its clips read again where they were not held."""
+        if micro.whole:
+            return micro.batch
+        rows = list(zip(*(micro.batch[name].long().tolist() for name in ROWS)))
+        dense = read_again(trainer.datamodule, rows)  # type: ignore[attr-defined]
+        return micro.batch | {name: dense[name].to(trainer.strategy.root_device) for name in CLIPS}
+
+    def _details(self, trainer: pl.Trainer, place: int, found: dict[int, Any]) -> dict[str, Any]:
+        """What this rank has to say about its micro-batch `place`."""
+        micro = self._micros[place]
+        batch = self._batch(trainer, micro)
+        data = getattr(trainer, "datamodule", None)
+        return {
+            "rank": trainer.global_rank,
+            "micro_batch": place,
+            "loss": float("nan") if micro.loss is None else float(micro.loss) * trainer.accumulate_grad_batches,
+            "first": found.get(place),
+            "input": describe(batch["bold"]) if "bold" in batch else None,
+            "clips": clips_of(data, batch) if data is not None else [],
+            "batch": incident.batch_name(trainer.global_rank),
+            "read_again": not micro.whole,
+        }
+
+    def _keep(self, trainer: pl.Trainer, place: Path, chosen: dict[int, int], found: dict[int, Any]) -> str:
+        """Write the batches of the ranks in question and, where small, the weights; says which weights belong to it."""
+        self.batches += 1
+        strategy: Any = trainer.strategy
+        module = trainer.lightning_module
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()) * 4 / 1e6
+        saved = sorted(path.name for path in self.checkpoints.glob("step-*"))
+        weights = f"{incident.WEIGHTS}" if size <= self.guard.weights_mb else None
+        if weights:
+            strategy.save_weights(place / weights, trainer.global_step, {"config": asdict(self.cfg)})
+        rank = trainer.global_rank
+        if rank in chosen:
+            micro = self._micros[chosen[rank]]
+            before = str(Path("..") / ".." / self.checkpoints.name / saved[-1]) if saved else None
+            facts = self._facts(trainer, micro) | {"weights": weights, "checkpoint": before}
+            facts["first"] = found.get(chosen[rank])
+            loss = micro.loss if micro.loss is not None else torch.tensor(float("nan"))
+            incident.write_batch(place / incident.batch_name(rank), self._batch(trainer, micro), loss, facts)
+        return "with the weights of the step" if weights else f"without weights; the checkpoint before: {saved[-1:]}"
+
+    def _facts(self, trainer: pl.Trainer, micro: Micro) -> dict[str, Any]:
+        """All that a micro-batch's forward pass depends on beside weights and batch."""
+        groups = trainer.optimizers[0].param_groups
+        state: dict[str, Any] = {}
+        trainer.lightning_module.on_save_checkpoint(state)
+        return {
+            "step": trainer.global_step,
+            "rank": trainer.global_rank,
+            "world": trainer.world_size,
+            "batch_idx": micro.number,
+            "accumulate": trainer.accumulate_grad_batches,
+            "frames": self.cfg.data.frames,
+            "rate": max(float(group["lr"]) for group in groups),
+            "precision": trainer.precision,
+            "device": trainer.strategy.root_device.type,
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "torch": torch.__version__,
+            "seed": self.cfg.seed,
+            "run": str(self.run_dir),
+            "config": asdict(self.cfg),
+            # Of a task: the scale of its labels.
+            "target": state.get("target"),
+        }
+
+    def _record(
+        self, step: int, verdict: Verdict, ranks: list[Any], said: list[Any], bad_weights: dict[str, int]
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "what": verdict.kind,
+            "action": self.guard.action,
+            "loss": verdict.loss,
+            "gradient_norm": verdict.norm,
+            "window": verdict.limits,
+            "bad_steps_in_a_row": self.watch.in_row,
+            "losses_of_ranks": {rank["rank"]: rank["losses"] for rank in ranks},
+            "bad_weights": bad_weights,
+            "ranks": said,
+        }
+
+    def _say(
+        self,
+        trainer: pl.Trainer,
+        step: int,
+        verdict: Verdict,
+        said: list[Any],
+        bad_weights: dict[str, int],
+        place: Path,
+    ) -> None:
+        """One line in the log, one in the metrics."""
+        if not trainer.is_global_zero:
+            return
+        numbers = {"guard/left_out": self.watch.bad, "guard/loss": verdict.loss, "guard/grad_norm": verdict.norm}
+        where = "; ".join(map(_where, said)) or "no rank stands out"
+        for logger in trainer.loggers:
+            words = {"guard/what": verdict.kind, "guard/where": where} if isinstance(logger, JsonlLogger) else {}
+            logger.log_metrics(numbers | words, step=step)  # type: ignore[arg-type]
+        limit = verdict.limits["loss" if verdict.kind.startswith("loss") else "norm"].get("limit")
+        size = f"loss {verdict.loss:.4g}, gradient norm {verdict.norm:.4g}"
+        size += f", limit {limit:.4g}" if verdict.spike and limit else ""
+        kept = f"; see {place / incident.RECORD}" if (place / incident.RECORD).exists() else ""
+        weights = f"; {len(bad_weights)} weights are not finite" if bad_weights else ""
+        log.warning("step %d left out: %s (%s): %s%s%s", step, verdict.kind, size, where, weights, kept)
+
+    def _act(self, trainer: pl.Trainer, step: int, verdict: Verdict, bad_weights: dict[str, int]) -> None:
+        """Go on, go back, or end the run."""
+        action, strategy = self.guard.action, trainer.strategy
+        ends = None
+        if action == "stop":
+            ends = f"{verdict.kind}, and guard.action=stop"
+        elif self.watch.in_row >= self.guard.limit:
+            ends = f"{self.watch.in_row} bad steps in a row (guard.limit={self.guard.limit}), the last: {verdict.kind}"
+        elif bad_weights and action != "rollback":
+            name, count = next(iter(bad_weights.items()))
+            ends = f"weight {name} has {count} values that are not finite: leaving out steps cannot help"
+        if ends is None and action == "rollback":
+            back = strategy.roll_back(self.checkpoints)  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                log.warning("step %d: weights and moments are those of %s again; the run goes on", step, back.name)
+        if ends is not None:
+            strategy.saver.finish()  # type: ignore[attr-defined]
+            raise UserError(
+                f"step {step}: {ends}; resume={self.run_dir} goes on from the last checkpoint "
+                "(with guard.action=rollback the run goes back by itself)"
+            )
+
+
+def suspects(ranks: list[dict[str, Any]], verdict: Verdict) -> dict[int, int]:
+    """Ranks to look at closely, each with its micro-batch.
+
+    Those with a loss that is not finite; else those where something not finite was found when the step was run again;
+    else the one with the largest loss.
+    """
+    bad = {}
+    for rank in ranks:
+        places = [place for place, loss in enumerate(rank["losses"]) if not abs(loss) < float("inf")]
+        if places:
+            bad[rank["rank"]] = places[0]
+    if not bad:
+        bad = {rank["rank"]: min(rank["found"]) for rank in ranks if rank["found"]}
+    if not bad and verdict.spike:
+        top = max(ranks, key=lambda rank: max(rank["losses"]))
+        bad = {top["rank"]: top["losses"].index(max(top["losses"]))}
+    return dict(sorted(bad.items())[:RANKS])
+
+
+def _where(said: dict[str, Any]) -> str:
+    clips, first = said["clips"], said["first"]
+    odd = [clip for clip in clips if clip["values"]["nan"] or clip["values"]["inf"]] or clips
+    text = f"rank {said['rank']}"
+    if odd:
+        clip = odd[0]
+        frames = clip["frames"]
+        text += f", shard {clip['shard']}, scan {clip['scan']}, frames {frames['first']} to {frames['last']}"
+    if first:
+        text += f", first in {first['layer']} ({first['what']})"
+    return text
+
+
+def _bytes(batch: Mapping[str, Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in batch.values() if isinstance(value, Tensor))
+
+
+def _agreed(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """What all ranks say, in order."""
+    if trainer.world_size == 1:
+        return [value]
+    said: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(said, value)
+    return said

@@ -1,0 +1,172 @@
+"""provenance.json: with which code, packages and machine a run was made, and how often it was started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from swift.utils.errors import UserError
+from swift.utils.git import git_state
+
+FILE = "provenance.json"
+DISTRIBUTION = "swift-fmri"
+
+
+def collect(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What is known about this process.
+
+    Args:
+        overrides: The settings given on the command line, as typed.
+
+    Returns:
+        JSON-ready: "time" (UTC, ISO 8601), "overrides", "git" (see `swift.utils.git`), "packages" (name -> version),
+        "python", "host" (see `host`).
+    """
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "overrides": list(overrides),
+        "git": git_state(Path(__file__).resolve().parents[2]),
+        "packages": packages(),
+        "python": platform.python_version(),
+        "host": host(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of swift and of everything it depends on; "not installed" where a package is missing.
+
+    Run from a bare source tree, swift's own list is not at hand: then the versions of what is imported.
+    """
+    try:
+        names = [DISTRIBUTION, *(_requirement(line) for line in metadata.requires(DISTRIBUTION) or [] if _plain(line))]
+    except metadata.PackageNotFoundError:
+        loaded = {module.partition(".")[0] for module in sys.modules}
+        by_module = metadata.packages_distributions()
+        names = sorted({name for module in loaded for name in by_module.get(module, [])})
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _plain(requirement: str) -> bool:
+    return "extra ==" not in requirement
+
+
+def _requirement(line: str) -> str:
+    found = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line)
+    assert found is not None, line
+    return found.group()
+
+
+def host() -> dict[str, Any]:
+    """Kind of machine, without its name.
+
+    Returns:
+        "system", "cpu" (model), "cores" (this process may use), "gpus" (names), "accelerator" (CUDA or ROCm version
+        torch was built for, or None), "slurm_job" (id or None).
+    """
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else None
+    built = f"ROCm {torch.version.hip}" if torch.version.hip else built
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "gpus": gpus,
+        "accelerator": built,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def record(run_dir: str | Path, now: dict[str, Any], step: int = 0) -> dict[str, Any]:
+    """Write or continue RUN/provenance.json.
+
+    The first start is kept as it was; each later one is added to "restarts" with its time, its step and whatever
+    differs from the first start.
+
+    Args:
+        run_dir: Folder of the run.
+        now: From `collect`.
+        step: Optimizer steps done.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    path = Path(run_dir) / FILE
+    try:
+        content = _previous(path)
+        if content is None:
+            content = {"started": now["time"], **{k: v for k, v in now.items() if k != "time"}, "restarts": []}
+        else:
+            changed = {k: v for k, v in now.items() if k != "time" and v != content.get(k)}
+            content["restarts"].append({"time": now["time"], "step": step, "changed": changed})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another run_dir=") from error
+    return content
+
+
+def _previous(path: Path) -> dict[str, Any] | None:
+    """Content of an earlier start, or None. A damaged file is set aside: it must not keep a run from going on."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and isinstance(content.get("restarts"), list):
+        return content
+    aside = path.with_name(path.name + ".damaged")
+    path.replace(aside)
+    rank_zero_warn(f"{path} is damaged; kept as {aside.name}, a new one is begun")
+    return None
+
+
+class Provenance(pl.Callback):
+    """Writes RUN/provenance.json when training starts, on rank zero.
+
+    Args:
+        run_dir: Folder of the run.
+        overrides: The settings given on the command line, as typed.
+    """
+
+    def __init__(self, run_dir: str | Path, overrides: Sequence[str] = ()) -> None:
+        self.run_dir = Path(run_dir)
+        self.overrides = list(overrides)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Runs after a checkpoint is restored, so that a restart knows its step."""
+        if trainer.is_global_zero:
+            record(self.run_dir, collect(self.overrides), trainer.global_step)

@@ -1,0 +1,197 @@
+"""Training towards a target, and what is said of each clip in validation and test, as a LightningModule.
+
+Shapes: B batch, X Y Z T voxels and frames, K classes (1 for a regression), R clips of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swift.config.schema import Config, ModelConfig
+from swift.models.adapt import depth_rates, lora_initial_values
+from swift.models.autoencoder import LOSSES
+from swift.models.heads import TargetModel
+from swift.models.init import Init
+from swift.train.base import Batch, TrainingModule
+from swift.train.pretrain import PretrainModule
+from swift.utils.errors import UserError
+
+LOWER_IS_BETTER = ("loss", "mae")
+
+
+@dataclass(frozen=True)
+class ClipRows:
+    """What was said of R clips, in order of their numbers.
+
+    Attributes:
+        clip: (R,) number in the part.
+        scan: (R,) scan of the store.
+        start: (R,) first frame.
+        scores: (R, K) probabilities or values in the label's unit, float64; (R, T, K) per frame.
+        target: (R,) or (R, T) labels, NaN: none.
+    """
+
+    clip: np.ndarray
+    scan: np.ndarray
+    start: np.ndarray
+    scores: np.ndarray
+    target: np.ndarray
+
+    @staticmethod
+    def joined(parts: list[dict[str, np.ndarray]]) -> ClipRows:
+        """Rows of batches or ranks together; every clip once, in an order that the ranks do not change."""
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        _, first = np.unique(whole["clip"], return_index=True)
+        return ClipRows(**{name: value[first] for name, value in whole.items()})
+
+
+def gathered(parts: list[dict[str, np.ndarray]]) -> ClipRows:
+    """The rows of all ranks, on every rank; all ranks call it together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        said: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(said, parts)
+        parts = [part for rank in said for part in rank]
+    return ClipRows.joined(parts)
+
+
+class FinetuneModule(TrainingModule):
+    """An encoder with a head, trained as far as task.adapt says.
+
+    A batch has bold (B, 1, X, Y, Z, T), brain bool (B, X, Y, Z), target (B,) or (B, T) with NaN for "no label",
+    sample_id, scan, start (B,) int64, valid bool (B,).
+
+    Args:
+        cfg: Of the run, with a target.
+        empty: As in TrainingModule.
+
+    Attributes:
+        target_info: mean and std of a regression's labels, weights of the classes: of the training subjects. It is
+            saved in checkpoints.
+        figures: Makes figures of a validation's rows by name, "loss" among them; all are logged as val/NAME.
+    """
+
+    def __init__(self, cfg: Config, empty: bool = False):
+        super().__init__(cfg, empty)
+        assert cfg.task.target is not None
+        self.regression = cfg.task.target.kind == "regression"
+        self.target_info: dict[str, Any] = {}
+        self.figures: Callable[[ClipRows], dict[str, float]] | None = None
+        self._rows: list[dict[str, np.ndarray]] = []
+        self._best: float | None = None
+        self._waited = 0
+
+    def build_model(self, cfg: ModelConfig) -> TargetModel:
+        """Encoder and head of an architecture."""
+        return TargetModel(cfg, self.cfg.task, self.cfg.data.grid, self.cfg.data.frames)
+
+    def initial_values(self) -> dict[str, Init]:
+        """How every parameter begins; low-rank changes change nothing at first.
+
+        muP: A is an output matrix, 1/m of the base model's values. Those of torch's linear maps fall with the root of
+        the width by themselves.
+        """
+        lora = {
+            f"model.{name}": value.scaled(self.widths[name].mult ** -0.5 if self.widths else 1.0)
+            for name, value in lora_initial_values(self.model).items()
+        }
+        return super().initial_values() | lora
+
+    def rates(self) -> dict[str, float] | None:
+        """task.adapt=full: slower from block to block downwards."""
+        if self.cfg.task.adapt != "full":
+            return None
+        names = [name for name, _ in self.model.named_parameters()]
+        return depth_rates(names, self.model.encoder, self.cfg.task.layer_decay)
+
+    # ---------------------------------------------------------------------------------------------------- the loss
+    def loss(self, out: Tensor, target: Tensor) -> Tensor:
+        """Mean over the clips of a batch of the mean over each one's labels; clips without one are left out.
+
+        Args:
+            out: (B, K) or (B, T, K).
+            target: (B,) or (B, T), NaN: no label.
+
+        Returns:
+            A scalar, float32.
+        """
+        known = torch.isfinite(target)
+        filled = torch.where(known, target, 0.0)
+        if self.regression:
+            wanted = (filled - self.target_info["mean"]) / self.target_info["std"]
+            each = LOSSES[self.cfg.task.loss](out.squeeze(-1), wanted, reduction="none")
+        else:
+            weight = torch.tensor(self.target_info["class_weights"], dtype=out.dtype, device=out.device)
+            place = filled.long()
+            each = F.cross_entropy(out.flatten(0, -2), place.flatten(), reduction="none").view_as(filled)
+            each = each * weight[place]
+        each = torch.where(known, each, 0.0).view(len(out), -1)
+        counts = known.view(len(out), -1).sum(1)
+        return (each.sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.begin_step(batch_idx)
+        return self.loss(self.model(batch["bold"], batch["brain"]), batch["target"])
+
+    # --------------------------------------------------------------------------------------------------- judgement
+    def predict(self, batch: Batch) -> dict[str, np.ndarray]:
+        """What the model says of the real clips of a batch, as `ClipRows` has it; one softmax, in float64."""
+        out = self.model(batch["bold"], batch["brain"]).double()
+        scores = out * self.target_info["std"] + self.target_info["mean"] if self.regression else out.softmax(-1)
+        rows = {"clip": batch["sample_id"], "scan": batch["scan"], "start": batch["start"]}
+        rows |= {"scores": scores, "target": batch["target"].double()}
+        return {name: value[batch["valid"]].cpu().numpy() for name, value in rows.items()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._rows.append(self.predict(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Figures over all subjects of all ranks, the choice of the best, and the end of patience."""
+        rows, self._rows = gathered(self._rows), []
+        assert self.figures is not None
+        found = self.figures(rows)
+        for name, value in found.items():
+            self.log(f"val/{name}", value)
+        select = self.cfg.task.select
+        value = found[select] if select in LOWER_IS_BETTER else -found[select]
+        # Undefined (the correlation of constant predictions) is worse than anything.
+        value = value if math.isfinite(value) else math.inf
+        self.log("val/select", value)
+        self.log("step", float(self.global_step))
+        if self._best is None or value < self._best:
+            self._best, self._waited = value, 0
+        else:
+            self._waited += 1
+        if self.cfg.task.patience and self._waited >= self.cfg.task.patience:
+            self.trainer.should_stop = True
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the scale of the labels: predictions need it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["target"] = self.target_info
+        checkpoint["patience"] = {"best": self._best, "waited": self._waited}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the same labels only.
+
+        Raises:
+            UserError: their scale or weights are others.
+        """
+        super().on_load_checkpoint(checkpoint)
+        there = checkpoint.get("target")
+        if self.target_info and there != self.target_info:
+            raise UserError(f"cannot go on exactly: the run had labels with {there}, now {self.target_info}")
+        self._best, self._waited = checkpoint["patience"]["best"], checkpoint["patience"]["waited"]
+
+
+def make_module(cfg: Config, empty: bool = False) -> TrainingModule:
+    """The module of a run: pre-training, or a task with a target."""
+    return PretrainModule(cfg, empty) if cfg.task.target is None else FinetuneModule(cfg, empty)

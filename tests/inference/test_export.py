@@ -1,0 +1,155 @@
+"""One file with weights, settings and contract: what is in it, what reads it, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from swift.inference.export import export, load, load_into, main
+from swift.models.autoencoder import MaskedAutoencoder
+from swift.train.wiring import build_module, start_from
+from swift.utils.errors import UserError
+from tests.runs import environment, weights
+from tests.small import settings
+
+
+@pytest.fixture(scope="module")
+def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    export(finished, out)
+    return out
+
+
+def test_the_file_holds_weights_settings_and_contract(exported: Path, finished: Path) -> None:
+    found = load(exported)
+    expected = {name.removeprefix("model."): value for name, value in weights(finished).items()}
+    state = found.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert found.step == 6
+    assert found.config.model.embed_dim == 12
+    assert found.contract["grid"] == [12, 12, 12]
+    assert found.contract["normalization"] == "zscore_voxel"
+    assert not found.model.training
+
+
+def test_bf16_is_the_rounded_value_in_half_the_bytes(finished: Path, exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half.safetensors"
+    export(finished, out, "bf16")
+    whole, half = load(exported).model.state_dict(), load(out).model.state_dict()
+    assert all(torch.equal(half[name], value.bfloat16().float()) for name, value in whole.items())
+    with safe_open(out, framework="pt") as file:
+        assert file.get_tensor("mask_token").dtype == torch.bfloat16
+
+
+READ = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "lightning", "mup"):
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from swift.inference.export import load
+found = load(sys.argv[1])
+mask = torch.zeros(1, *found.model.encoder.grids[0], dtype=torch.bool)
+mask[..., 0] = True
+out = found.model(torch.ones(1, 1, 12, 12, 12, 8), mask)
+print(found.step, found.contract["frames"], tuple(out.shape), repr(float(out.detach().double().sum())))
+"""
+
+
+def test_it_is_read_where_deepspeed_and_lightning_are_missing(exported: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(exported)], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load(exported)
+    mask = torch.zeros(1, *found.model.encoder.grids[0], dtype=torch.bool)
+    mask[..., 0] = True
+    expected = float(found.model(torch.ones(1, 1, 12, 12, 12, 8), mask).detach().double().sum())
+    *said, total = done.stdout.split()
+    assert " ".join(said) == "6 8 (1, 1, 12, 12, 12, 8)"
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+class Bomb:
+    """Would write a file when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path, name: str) -> None:
+    mark, path = tmp_path / "exploded", tmp_path / name
+    torch.save({"state_dict": {"model.mask_token": torch.ones(3)}, "extra": Bomb(mark)}, path)
+    with pytest.raises(UserError) as caught:
+        start_from(build_module(settings()), str(path))
+    assert str(caught.value).startswith(f"init={path}: ")
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+    if path.suffix == ".safetensors":
+        for read in (load, lambda path: load_into(torch.nn.Linear(1, 1), path)):
+            with pytest.raises(UserError, match=r"pickled weights are refused, as they can run code; .* swift.export"):
+                read(path)
+        assert not mark.exists()
+
+
+def test_what_it_is_not(exported: Path, tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match=r"was not written by swift.export: its format is None, not swift-weights-1"):
+        load(tmp_path / "foreign.safetensors")
+    cfg = settings("model.depths=[1,1]")
+    other = MaskedAutoencoder(cfg.model, cfg.data.grid, cfg.data.frames)
+    with pytest.raises(UserError) as caught:
+        load_into(other, exported)
+    assert f"{exported} is of another model: 21 tensors differ" in str(caught.value)
+    assert str(caught.value).count(" there, nothing here") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{run}", "--out", "{tmp}/a.pt"], "must end in .safetensors"),
+        (["{run}", "--out", "{file}"], "exists already"),
+        (["{tmp}", "--out", "{tmp}/a.safetensors"], "holds no checkpoint of swift"),
+        (["{run}", "--out", "{tmp}/a.safetensors", "--which", "step-7"], "no checkpoint can be read"),
+        (["{run}", "--out", "{tmp}/gone/a.safetensors"], "{tmp}/gone"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    finished: Path,
+    exported: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = {"run": finished, "file": exported, "tmp": tmp_path}
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(**names) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert says.format(**names) in err
+
+
+def test_the_command_prints_what_it_wrote(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "best.safetensors"
+    main([str(finished), "--out", str(out), "--which", "best", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["file"] == str(out)
+    assert said["bytes"] == out.stat().st_size
+    assert said["parameters"] == sum(value.numel() for value in load(out).model.state_dict().values())

@@ -1,0 +1,260 @@
+"""The pre-training module: what is counted, what is logged, and that a step does not depend on how it is cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from swift.config.compose import typed
+from swift.config.schema import Config
+from swift.parallel.checkpoint.files import Manifest, candidates
+from swift.train.pretrain import PretrainModule
+from swift.train.wiring import build_data, build_module, build_trainer
+from tests.small import GRID, command, composed, metrics, settings
+
+FRAMES = 8
+Batch = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_batch(samples: list[int], seed: int = 0) -> Batch:
+    """A dense batch; a negative sample is a padding row. Each sample has its own brain, clip and values."""
+    rows = []
+    for sample in samples:
+        generator = torch.Generator().manual_seed(seed * 1000 + max(sample, 0))
+        brain = torch.rand(GRID, generator=generator) < 0.2 + 0.1 * (sample % 5)
+        rows.append((torch.randn(1, *GRID, FRAMES, generator=generator), brain & (sample >= 0)))
+    identity = torch.tensor([sample if sample >= 0 else 900 - sample for sample in samples])
+    return {
+        "bold": torch.stack([bold for bold, _ in rows]),
+        "brain": torch.stack([brain for _, brain in rows]),
+        "sample_id": identity,
+        "scan": identity,
+        "start": identity,
+        "valid": torch.tensor([sample >= 0 for sample in samples]),
+    }
+
+
+def validate(cfg: Config, batches: list[Batch]) -> tuple[PretrainModule, dict[str, float]]:
+    module = build_module(cfg)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=len(batches),
+    )
+    found = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    return module, dict(found[0])
+
+
+def error(kind: str, difference: np.ndarray) -> np.ndarray:
+    size = np.abs(difference)
+    return {"l1": size, "l2": size**2, "smooth_l1": np.where(size < 1, size**2 / 2, size - 0.5)}[kind]
+
+
+def brute_force(module: PretrainModule, samples: list[int], kind: str, background: bool) -> tuple[float, float]:
+    """val/loss and val/l1 sample by sample, in float64, from the module's predictions."""
+    patch = module.cfg.model.patch_size
+    clip_means, sizes = [], []
+    for sample in samples:
+        batch = make_batch([sample])
+        with torch.no_grad():
+            prediction, mask = module.eval().reconstruct(batch)
+        hidden = mask[0].numpy()
+        for axis, size in enumerate(patch):
+            hidden = hidden.repeat(size, axis)
+        difference = (prediction - batch["bold"])[0, 0].double().numpy()
+        brain = np.broadcast_to(batch["brain"][0].numpy()[..., None], hidden.shape)
+        clip_means.append(error(kind, difference)[hidden if background else hidden & brain].mean())
+        sizes.append(np.abs(difference)[hidden & brain])
+    return float(np.mean(clip_means)), float(np.concatenate(sizes).mean())
+
+
+# --- validation ---------------------------------------------------------------------------------------------------
+SAMPLES = [3, 11, 4, 7, 8]
+CUTS = {
+    "one by one": [[3], [11], [4], [7], [8]],
+    "ragged": [[3, 11], [4, 7], [8, -1]],
+    "padded": [[3, 11, 4], [7, -1, 8], [-2, -3, -4]],
+    "at once": [SAMPLES],
+}
+
+
+@pytest.mark.parametrize(("kind", "background"), [("l1", False), ("smooth_l1", False), ("l2", True)])
+def test_validation_equals_brute_force_however_the_clips_are_batched(kind: str, background: bool) -> None:
+    cfg = settings(f"task.loss={kind}", f"task.loss_background={str(background).lower()}")
+    for name, cut in CUTS.items():
+        module, found = validate(cfg, [make_batch(samples) for samples in cut])
+        loss, l1 = brute_force(module, SAMPLES, kind, background)
+        assert found["val/loss"] == pytest.approx(loss, rel=1e-5), name
+        assert found["val/l1"] == pytest.approx(l1, rel=1e-5), name
+        if kind == "l1":
+            # Clips weigh the same in the loss, voxels in the L1.
+            assert abs(found["val/loss"] - found["val/l1"]) > 1e-5
+
+
+def test_a_nan_in_one_clip_is_not_left_out_of_the_mean() -> None:
+    batches = [make_batch([1]), make_batch([2])]
+    batches[0]["bold"][:] = math.nan
+    _, found = validate(settings(), batches)
+    assert math.isnan(found["val/loss"])
+    assert math.isnan(found["val/l1"])
+
+
+def test_padding_alone_gives_nan_not_zero() -> None:
+    _, found = validate(settings(), [make_batch([-1, -2])])
+    assert math.isnan(found["val/l1"])
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+def test_counted_voxels() -> None:
+    for background in (False, True):
+        module = build_module(settings(f"task.loss_background={str(background).lower()}"))
+        batch = make_batch([3, -1, 8])
+        mask = module.draw_mask(batch)
+        counted = module.counted_voxels(batch, mask)
+        hidden = mask.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3).repeat_interleave(2, 4)
+        assert not counted[1].any()
+        for row in (0, 2):
+            brain = torch.ones(GRID, dtype=torch.bool) if background else batch["brain"][row]
+            assert torch.equal(counted[row], hidden[row] & brain[..., None])
+
+
+def test_masks_follow_the_settings() -> None:
+    batch = make_batch([5, 6])
+    module = build_module(settings("task.mask_ratio=0.5"))
+    mask = module.draw_mask(batch)
+    assert mask.shape == (2, 3, 3, 3, 4)
+    assert mask.flatten(1).sum(1).tolist() == [54, 54]
+    assert torch.equal(module.draw_mask(make_batch([6]))[0], mask[1])
+    assert not torch.equal(build_module(settings("task.mask_ratio=0.5", "seed=1")).draw_mask(batch), mask)
+    tube = build_module(settings("task.mask_kind=tube", "task.mask_unit=[4,4,4,4]")).draw_mask(batch)
+    assert torch.equal(tube, tube[..., :1].expand_as(tube))
+    last = build_module(settings("task.mask_kind=temporal", "task.mask_ratio=0.25")).draw_mask(batch)
+    assert last.flatten(1, 3).any(1).tolist() == [[False, False, False, True]] * 2
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+def fit(store: Path, run_dir: Path, *overrides: str) -> tuple[pl.Trainer, PretrainModule, list[dict[str, Any]]]:
+    cfg = typed(composed(*command(store, run_dir, "trainer.figures=false", "trainer.val_every=100", *overrides)))
+    module, data = build_module(cfg), build_data(cfg)
+    trainer = build_trainer(cfg, run_dir, [])
+    trainer.fit(module, datamodule=data)
+    return trainer, module, metrics(run_dir)
+
+
+def test_micro_batches_make_the_same_step(store: Path, tmp_path: Path) -> None:
+    """One batch of two clips, or two of one: the same clips, masks, losses, norms and weights, though brains differ."""
+    # A large eps: with the usual one Adam's first steps divide noise by noise where a gradient is zero.
+    same = ["optimizer.eps=1e-3", "trainer.max_steps=4", "trainer.clip_norm=0.05"]
+    _, whole, whole_log = fit(store, tmp_path / "whole", "data.batch_size=2", *same)
+    _, parts, parts_log = fit(store, tmp_path / "parts", "data.batch_size=1", "trainer.accumulate=2", *same)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+    assert [record["step"] for record in parts_log] == [1, 2, 3, 4]
+    for a, b in zip(whole_log, parts_log, strict=True):
+        for key in ("train/loss", "train/grad_norm", "train/lr"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_the_logged_numbers_are_those_of_their_step(store: Path, tmp_path: Path) -> None:
+    """Logged every second step: rates of steps 2, 4 and 6, the norm before clipping, the loss of that step's clips."""
+    _, _, every = fit(store, tmp_path / "every", "trainer.clip_norm=0.01")
+    _, _, second = fit(store, tmp_path / "second", "trainer.clip_norm=0.01", "trainer.log_every=2")
+    assert [record["step"] for record in every] == [1, 2, 3, 4, 5, 6]
+    assert second == every[1::2]
+    # Warm-up of 2 steps to 1e-3, then a cosine of 4 steps to a twentieth.
+    cosine = [1e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * k / 4)) / 2) for k in range(4)]
+    assert [record["train/lr"] for record in every] == pytest.approx([0.5e-3, 1e-3, *cosine], rel=1e-6)
+    assert min(record["train/grad_norm"] for record in every) > 0.01
+
+
+def test_loss_and_norm_of_the_first_step_equal_plain_torch(store: Path, tmp_path: Path) -> None:
+    _, _, log = fit(store, tmp_path / "run", "data.batch_size=2", "trainer.max_steps=1")
+    cfg = typed(composed(*command(store, tmp_path / "run", "data.batch_size=2")))
+    module, data = build_module(cfg), build_data(cfg)
+    batch = data.dense(next(iter(data.train_dataloader())))
+    prediction, mask = module.reconstruct(batch)
+    counted = module.counted_voxels(batch, mask)
+    difference = (prediction - batch["bold"])[:, 0].abs()
+    loss = torch.stack([difference[row][counted[row]].mean() for row in range(2)]).mean()
+    loss.backward()
+    squares = sum(
+        float(parameter.grad.square().sum()) for parameter in module.parameters() if parameter.grad is not None
+    )
+    assert log[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert log[0]["train/grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-4)
+
+
+def test_no_clipping_still_logs_the_norm(store: Path, tmp_path: Path) -> None:
+    _, free, log = fit(store, tmp_path / "free", "trainer.clip_norm=0", "trainer.max_steps=2")
+    assert all(record["train/grad_norm"] > 0 for record in log)
+    _, wide, _ = fit(store, tmp_path / "wide", "trainer.clip_norm=1e9", "trainer.max_steps=2")
+    for (name, a), b in zip(free.state_dict().items(), wide.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_dropout_is_drawn_from_the_step_alone(store: Path, tmp_path: Path) -> None:
+    rates = ["model.dropout=0.1", "model.drop_path=0.2", "model.attention_dropout=0.1", "trainer.max_steps=3"]
+    _, first, log = fit(store, tmp_path / "a", *rates)
+    torch.manual_seed(12345)
+    _, second, again = fit(store, tmp_path / "b", *rates)
+    assert again == log
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_steps_and_micro_batches_drop_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = set()
+    for seed in (0, 1):
+        module = build_module(settings("model.dropout=0.1", "trainer.accumulate=2", f"seed={seed}"))
+        for step in (0, 1):
+            monkeypatch.setattr(PretrainModule, "global_step", step)
+            for batch_idx in (2 * step, 2 * step + 1):
+                module.seed_dropout(batch_idx)
+                drawn.add(float(torch.rand(())))
+    assert len(drawn) == 8
+    # Without dropout nobody's generator is touched.
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    module = build_module(settings())
+    torch.set_rng_state(state)
+    module.seed_dropout(0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_bf16_trains_on_a_cpu(store: Path, tmp_path: Path) -> None:
+    _, module, log = fit(store, tmp_path / "bf16", "trainer.precision=bf16", "trainer.max_steps=2")
+    _, _, exact = fit(store, tmp_path / "fp32", "trainer.precision=32", "trainer.max_steps=2")
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    for a, b in zip(log, exact, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=0.02)
+        assert a["train/loss"] != b["train/loss"]
+
+
+def test_a_checkpoint_carries_its_settings(store: Path, tmp_path: Path) -> None:
+    _, module, _ = fit(store, tmp_path / "run", "trainer.max_steps=1")
+    content = Manifest.read(candidates(tmp_path / "run" / "checkpoints")[0]).state
+    assert content["config"]["model"]["patch_size"] == [4, 4, 4, 2]
+    assert content["config"]["data"]["normalization"] == module.cfg.data.normalization
+    assert content["config"]["task"]["mask_ratio"] == 0.8

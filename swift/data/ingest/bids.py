@@ -149,6 +149,7 @@ def _source(root: Path, path: Path, name: Name, people: dict[str, dict[str, str]
         or _inherited(root, path, "regressors", (".tsv",), desc="confounds"),
         events=_inherited(root, path, "events", (".tsv",), desc=None),
         phenotypes=phenotypes(person),
+        space=name.entities.get("space"),
     )
 
 

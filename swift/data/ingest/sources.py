@@ -40,6 +40,12 @@ class Source:
     """Tab-separated, with onset and duration in seconds (BIDS)."""
     tr: float | None = None
     """Seconds; of the table, wins over header and sidecar."""
+    space: str | None = None
+    """Template or space that the scan lies in (BIDS entity space-, such as MNI152NLin2009cAsym); None: not known."""
+    tool: str | None = None
+    """Name of the program that made the files, where it is known."""
+    start_time: float | None = None
+    """Seconds from the start of the run to the time that frame 0 stands for (BIDS StartTime); None: not known."""
     phenotypes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -96,7 +102,15 @@ def one_file(path: Path, relative: Path | None = None) -> Source:
     name = legal_name("_".join(parts))
     entity = re.match(r"(?:.*_)?(sub-[A-Za-z0-9]+)(?:_|$)", parts[-1])
     subject = entity.group(1) if entity else legal_name(parts[0])
-    return Source(name, path, subject, mask=mask_beside(path), sidecar=sidecar_beside(path))
+    space = re.search(r"(?:^|_)space-([A-Za-z0-9+]+)(?:_|$)", parts[-1])
+    return Source(
+        name,
+        path,
+        subject,
+        mask=mask_beside(path),
+        sidecar=sidecar_beside(path),
+        space=space.group(1) if space else None,
+    )
 
 
 def find_frames(root: Path) -> list[Source]:

@@ -21,79 +21,19 @@ if TYPE_CHECKING:
     import torch
 
     from swift.inference.attribution import Score
-    from swift.inference.fit_scan import FittedScan, Scan
+    from swift.inference.fit_scan import FittedScan
     from swift.inference.model import Trained
 
 log = logging.getLogger("swift.attribute")
-
-
-def choose_target(trained: Trained, wanted: str | None) -> int | None:
-    """The place of the class to explain; None: the model predicts a number.
-
-    Args:
-        trained: A fine-tuned model.
-        wanted: Name of a class; None: the positive one of two.
-
-    Raises:
-        UserError: a pre-trained model, or no such class.
-    """
-    target = trained.config.task.target
-    if target is None:
-        raise UserError(
-            f"{trained.source} was pre-trained and predicts nothing: attribution needs a fine-tuned model "
-            "(python -m swift.train task=... init=RUN)"
-        )
-    if target.kind == "regression":
-        if wanted is not None:
-            raise UserError(f"--target {wanted}: this model predicts a number (task={trained.config.task.name})")
-        return None
-    names = [entry.split("|")[0] for entry in target.classes]
-    if wanted is None:
-        if len(names) != 2:
-            raise UserError(f"--target is missing: this model has the classes {', '.join(names)}")
-        return 1
-    if wanted not in names:
-        raise UserError(f"--target {wanted}: this model has the classes {', '.join(names)}")
-    return names.index(wanted)
-
-
-def score_of(trained: Trained, place: int | None) -> Score:
-    """The number to explain, from clips: log odds of a class, or a value in the label's own unit.
-
-    Of a model that predicts every frame it is the prediction for the middle frame of the clip.
-    """
-    import torch
-
-    model, scale = trained.model, trained.target
-
-    def score(bold: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = model(bold, brain)
-        if out.ndim == 3:
-            out = out[:, out.shape[1] // 2]
-        if place is None:
-            return out[:, 0] * scale["std"] + scale["mean"]
-        others = torch.cat([out[:, :place], out[:, place + 1 :]], 1)
-        return out[:, place] - others.logsumexp(1)
-
-    return score
-
-
-def explains(trained: Trained, place: int | None) -> str:
-    """What the number is, in words."""
-    task = trained.config.task
-    assert task.target is not None
-    when = ", in the middle frame of each clip" if task.target.per == "frame" else ""
-    if place is None:
-        return f"{task.name}: the predicted {task.target.column}, in its own unit{when}"
-    return f"{task.name}: log odds of {task.target.classes[place].split('|')[0]}{when}"
 
 
 def run(options: argparse.Namespace) -> None:
     """Everything the command does."""
     _check(options)
 
+    from swift.inference.attribution import choose_target, explains, score_of
     from swift.inference.embedding import choose_device
-    from swift.inference.fit_scan import Fitting, find_scans, fit
+    from swift.inference.fit_scan import Fitting, find_scans, fit, mean_image
     from swift.inference.model import load_trained
 
     trained = load_trained(options.model, options.which, options.config)
@@ -126,7 +66,7 @@ def _maps(
     """The maps by name; what else there is to tell goes into `said`."""
     from tqdm import tqdm
 
-    from swift.inference.attribution import attribute, rank_correlation, shuffle_weights
+    from swift.inference.attribution import attribute, rank_correlation, shuffle_weights, some
 
     starts = some(scan.starts(), options.clips)
     trained.model.to(device).requires_grad_(False)
@@ -149,32 +89,6 @@ def _maps(
             found |= {"ig_size_random": lost.size, "ig_share_random": lost.share}
             said["rank_correlation_with_random_weights"] = rank_correlation(maps.share, lost.share, scan.mask)
     return found
-
-
-def some(starts: list[int], count: int) -> list[int]:
-    """At most `count` of the clips, evenly spaced over the scan; 0: all."""
-    if not count or count >= len(starts):
-        return starts
-    return [starts[place * len(starts) // count] for place in range(count)]
-
-
-def mean_image(scan: Scan, fitted: FittedScan) -> nib.Nifti1Image:
-    """The scan's mean over time, to draw maps on."""
-    import nibabel as nib
-    import numpy as np
-
-    from swift.inference.fit_scan import StoredScan
-
-    if isinstance(scan, StoredScan):
-        mean = np.zeros(fitted.mask.shape, np.float32)
-        mean[fitted.mask] = scan.store.array(scan.place, "stats/mean")
-        return nib.Nifti1Image(mean, fitted.affine)
-    assert fitted.origin is not None
-    total, count = np.zeros(fitted.origin.shape), 0
-    for frame in fitted.origin.read():
-        total += np.nan_to_num(frame)
-        count += 1
-    return nib.Nifti1Image((total / count).astype(np.float32), fitted.origin.affine)
 
 
 def _write(

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from swift.data.ingest.nifti import Volumes
 from swift.inference.fit_scan import FittedScan
+from swift.inference.model import Trained
+from swift.utils.errors import UserError
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """bold (B, 1, X, Y, Z, T), brain (B, X, Y, Z) -> (B,): the number to explain."""
@@ -34,6 +36,72 @@ POINTS = 6
 """Of the Gauss-Legendre rule on one piece of the way from the baseline to the clip."""
 TOLERANCE = 0.01
 """Largest error of a whole integral, as a part of the difference of the outputs."""
+
+
+def choose_target(trained: Trained, wanted: str | None) -> int | None:
+    """The place of the class to explain; None: the model predicts a number.
+
+    Args:
+        trained: A fine-tuned model.
+        wanted: Name of a class; None: the positive one of two.
+
+    Raises:
+        UserError: a pre-trained model, or no such class.
+    """
+    target = trained.config.task.target
+    if target is None:
+        raise UserError(
+            f"{trained.source} was pre-trained and predicts nothing: attribution needs a fine-tuned model "
+            "(python -m swift.train task=... init=RUN)"
+        )
+    if target.kind == "regression":
+        if wanted is not None:
+            raise UserError(f"--target {wanted}: this model predicts a number (task={trained.config.task.name})")
+        return None
+    names = [entry.split("|")[0] for entry in target.classes]
+    if wanted is None:
+        if len(names) != 2:
+            raise UserError(f"--target is missing: this model has the classes {', '.join(names)}")
+        return 1
+    if wanted not in names:
+        raise UserError(f"--target {wanted}: this model has the classes {', '.join(names)}")
+    return names.index(wanted)
+
+
+def score_of(trained: Trained, place: int | None) -> Score:
+    """The number to explain, from clips: log odds of a class, or a value in the label's own unit.
+
+    Of a model that predicts every frame it is the prediction for the middle frame of the clip.
+    """
+    model, scale = trained.model, trained.target
+
+    def score(bold: Tensor, brain: Tensor) -> Tensor:
+        out: Tensor = model(bold, brain)
+        if out.ndim == 3:
+            out = out[:, out.shape[1] // 2]
+        if place is None:
+            return out[:, 0] * scale["std"] + scale["mean"]
+        others = torch.cat([out[:, :place], out[:, place + 1 :]], 1)
+        return out[:, place] - others.logsumexp(1)
+
+    return score
+
+
+def explains(trained: Trained, place: int | None) -> str:
+    """What the number is, in words."""
+    task = trained.config.task
+    assert task.target is not None
+    when = ", in the middle frame of each clip" if task.target.per == "frame" else ""
+    if place is None:
+        return f"{task.name}: the predicted {task.target.column}, in its own unit{when}"
+    return f"{task.name}: log odds of {task.target.classes[place].split('|')[0]}{when}"
+
+
+def some(starts: list[int], count: int) -> list[int]:
+    """At most `count` of the clips, evenly spaced over the scan; 0: all."""
+    if not count or count >= len(starts):
+        return starts
+    return [starts[place * len(starts) // count] for place in range(count)]
 
 
 @dataclass(frozen=True)

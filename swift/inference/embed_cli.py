@@ -12,150 +12,18 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from swift.inference.embedding_table import PLACE, NpzWriter, ParquetWriter, SubjectMeans, Writer, check_out
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 from swift.utils.options import add_model_options
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from swift.inference.embedding import Embedded, Embedding
     from swift.inference.fit_scan import Scan
 
 log = logging.getLogger("swift.embed")
-
-SUFFIXES = (".npz", ".parquet")
-PLACE = {"frame": "frame", "clip": "start", "scan": None, "subject": "scans"}
-"""What tells the rows of a scan apart: the frame, or the first frame of a clip; of a subject, how many scans it has."""
-
-
-class Writer(Protocol):
-    """Takes rows and leaves one file, or none."""
-
-    rows: int
-
-    def add(self, ids: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
-        """Take N rows: identity columns (N,) and layer -> (N, E) float32."""
-
-    def close(self) -> None:
-        """Put the file in its place."""
-
-    def abandon(self) -> None:
-        """Leave no file."""
-
-
-class NpzWriter:
-    """Arrays by name: the identity columns, `embedding` (or one array a layer, by its name) and `info` (JSON text)."""
-
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path, self.info, self.rows = path, info, 0
-        self._parts: dict[str, list[np.ndarray]] = {}
-
-    def add(self, ids: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
-        """See `Writer`."""
-        named = values if len(values) > 1 else {"embedding": next(iter(values.values()))}
-        for name, array in (ids | named).items():
-            self._parts.setdefault(name, []).append(array)
-        self.rows += len(next(iter(values.values())))
-
-    def close(self) -> None:
-        """See `Writer`."""
-        import numpy as np
-
-        arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
-        partial = _partial(self.path)
-        try:
-            with partial.open("wb") as stream:
-                # Text has a fixed width, never type object: the file opens with allow_pickle=False.
-                np.savez(stream, allow_pickle=False, info=np.asarray(json.dumps(self.info)), **arrays)
-            partial.replace(self.path)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-    def abandon(self) -> None:
-        """See `Writer`."""
-        _partial(self.path).unlink(missing_ok=True)
-
-
-class ParquetWriter:
-    """A table: the identity columns, then LAYER_0, LAYER_1, ...; written scan by scan; JSON `swift` in its metadata."""
-
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path, self.info, self.rows = path, info, 0
-        self._writer: Any = None
-
-    def add(self, ids: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> None:
-        """See `Writer`."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns: dict[str, Any] = dict(ids)
-        for name, value in values.items():
-            columns |= {f"{name}_{place}": value[:, place] for place in range(value.shape[1])}
-        table = pa.table(columns)
-        try:
-            if self._writer is None:
-                schema = table.schema.with_metadata({"swift": json.dumps(self.info)})
-                self._writer = pq.ParquetWriter(_partial(self.path), schema)
-            self._writer.write_table(table.cast(self._writer.schema))
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-        self.rows += len(table)
-
-    def close(self) -> None:
-        """See `Writer`."""
-        self._writer.close()
-        _partial(self.path).replace(self.path)
-
-    def abandon(self) -> None:
-        """See `Writer`."""
-        if self._writer is not None:
-            self._writer.close()
-        _partial(self.path).unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"--out {path}: cannot be written ({error.strerror or error})")
-
-
-def check_out(path: Path) -> None:
-    """Raise UserError for a file that could not be written at the end."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--out {path}: must end in {' or '.join(SUFFIXES)}")
-    if path.exists():
-        raise UserError(f"--out {path}: exists already")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(path).open("wb"):
-            pass
-        _partial(path).unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-class _Subjects:
-    """Mean over the scans of each subject: sums only, whatever order the scans come in."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
-
-    def add(self, subject: str, values: dict[str, np.ndarray]) -> None:
-        count, sums = self._sums.get(subject, (0, {}))
-        added = {name: sums.get(name, 0.0) + value.astype("f8") for name, value in values.items()}
-        self._sums[subject] = count + 1, added
-
-    def write(self, writer: Writer) -> None:
-        import numpy as np
-
-        for subject, (count, sums) in self._sums.items():
-            ids = {"subject": np.array([subject]), "scans": np.array([count], np.int64)}
-            writer.add(ids, {name: (total / count).astype(np.float32) for name, total in sums.items()})
 
 
 def run(options: argparse.Namespace) -> int:
@@ -196,7 +64,7 @@ def _embed_all(scans: Any, embedding: Embedding, per: str, writer: Writer, faile
     """One scan in memory at a time; a bad one is named and the rest goes on."""
     import numpy as np
 
-    subjects = _Subjects()
+    subjects = SubjectMeans()
     for scan in scans:
         done = _one(scan, embedding, failed)
         if done is None:

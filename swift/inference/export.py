@@ -6,14 +6,11 @@ without DeepSpeed, Lightning or the run directory.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     from swift.config.schema import Config
     from swift.models.autoencoder import MaskedAutoencoder
     from swift.models.heads import TargetModel
-
-log = logging.getLogger(__name__)
 
 DTYPES = ("fp32", "bf16")
 
@@ -139,28 +134,3 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights.tensor(name))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m swift.export", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32, the masters)")
-    parser.add_argument("--which", default="latest", help="latest (default), best, or the name of a checkpoint")
-    parser.add_argument("--json", action="store_true", help="print figures as JSON")
-    options = parser.parse_args(arguments)
-    set_up_logging()
-
-    def work() -> None:
-        done = export(options.run, options.out, options.dtype, options.which)
-        if options.json:
-            print(json.dumps(done, indent=2))
-        else:
-            print(f"{done['file']}: {done['parameters']:,} parameters of step {done['step']}, {done['bytes']:,} bytes")
-
-    reported(work)
-
-
-if __name__ == "__main__":
-    main()

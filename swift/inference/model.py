@@ -11,7 +11,7 @@ from torch import nn
 
 from swift.config.compose import FROZEN, load_frozen, typed
 from swift.config.schema import Config
-from swift.inference.fit_scan import Contract
+from swift.inference.contract import Contract
 from swift.models.encoder import SwinEncoder
 from swift.models.heads import build_model
 from swift.parallel.checkpoint import files as checkpoint

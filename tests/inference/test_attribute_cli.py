@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from swift.config.schema import Config
-from swift.inference.attribute_cli import choose_target, main, score_of, some
-from swift.inference.attribution import attribute, on_own_grid
+from swift.inference.attribute_cli import main
+from swift.inference.attribution import attribute, choose_target, on_own_grid, score_of, some
 from swift.inference.fit_scan import Fitting, find_scans, fit
 from swift.inference.model import Trained, load_trained
 from swift.models.heads import build_model

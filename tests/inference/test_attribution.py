@@ -20,7 +20,8 @@ from swift.inference.attribution import (
     rank_correlation,
     shuffle_weights,
 )
-from swift.inference.fit_scan import Contract, FittedScan, Fitting, fit
+from swift.inference.contract import Contract
+from swift.inference.fit_scan import FittedScan, Fitting, fit
 from swift.models.encoder import SwinEncoder
 from swift.models.pooling import brain_tokens, pool
 from tests.data import scans

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from swift.inference.export import export, load, load_into, main
+from swift.inference.export import export, load, load_into
+from swift.inference.export_cli import main
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.train.wiring import build_module, start_from
 from swift.utils.errors import UserError

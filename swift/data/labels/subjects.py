@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from swift.data.labels.columns import NOT_KNOWN
 from swift.data.labels.splits import Person, bin_labels
 from swift.data.store.format import ScanInfo
 from swift.utils.errors import UserError
-
-NOT_KNOWN = ("", "n/a", "N/A", "nan", "NaN")
 
 
 def people_of(

@@ -28,13 +28,16 @@ NUMBER = TargetConfig("regression", column="score")
 ON = TargetConfig("binary", "frame", "events", classes=["rest", "task"])
 
 
-def build(path: Path, phenotypes: list[dict[str, str]], subjects: list[str] | None = None, events: str = "") -> Stores:
-    """A store of scans with these phenotypes; TR 0.72 s, 24 frames."""
+def build(
+    path: Path, phenotypes: list[dict[str, str]], subjects: list[str] | None = None, events: str | list[str] = ""
+) -> Stores:
+    """A store of scans with these phenotypes; TR 0.72 s, 24 frames. events: one text for all, or one a scan."""
     with StoreWriter(path, GRID, 2.0) as writer:
         for number, columns in enumerate(phenotypes):
             header, mask, bold = scan(number)
             own = subjects[number] if subjects else header.subject
-            writer.add(dataclasses.replace(header, phenotypes=columns, subject=own, events=events), mask, bold)
+            text = events if isinstance(events, str) else events[number]
+            writer.add(dataclasses.replace(header, phenotypes=columns, subject=own, events=text), mask, bold)
     return Stores([path])
 
 
@@ -154,7 +157,7 @@ def test_events_of_a_bids_dataset_are_kept_in_the_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["1\t2\tx\t1", "18\t1\tx\t1"], r"outside the scan, which ends at 17\.28 s .*line 3 at 18 s"),
+        (["18000\t1\tx\t1"], r"all 1 lie outside the scan, which ends at 17\.28 s .*line 2 at 18000 s; onsets are sec"),
         (["-5\t2\tx\t1"], r"outside the scan.*line 2 at -5 s"),
         (["soon\t2\tx\t1"], "onset or duration is no number of seconds in line 2"),
         (["1\t-2\tx\t1"], "onset or duration is no number of seconds in line 2"),

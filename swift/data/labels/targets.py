@@ -116,8 +116,8 @@ def _from_events(store: Stores, target: TargetConfig) -> list[np.ndarray]:
         values.append(found)
     if len(failed) == len(values):
         raise next(iter(failed.values()))
-    for error in failed.values():
-        log.warning("left out, as its frames cannot be labelled: %s", error)
+    for reason in failed.values():
+        log.warning("left out, as its frames cannot be labelled: %s", reason)
     if failed:
         log.warning("%d of %d scans are left out for their events", len(failed), len(values))
     for what, lines in (

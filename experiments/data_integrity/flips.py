@@ -24,7 +24,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from swift.data.store.check import repair, verify
+from swift.data.ingest.repair import repair
+from swift.data.store.check import verify
 from swift.data.store.format import decode_manifest
 from swift.data.store.reader import ScanHeader, StoreWriter
 from swift.utils.errors import UserError

@@ -32,9 +32,10 @@ import nibabel as nib
 import numpy as np
 
 from swift.data.ingest.bids import find_sources
-from swift.data.ingest.pipeline import REPORT, ingest
+from swift.data.ingest.pipeline import ingest
 from swift.data.ingest.prepare import Recipe
 from swift.data.store.check import verify
+from swift.data.store.tables import REPORT
 
 RECIPE = Recipe(grid=(32, 32, 32), spacing=3.0)
 SHARD_BYTES = 1 << 20

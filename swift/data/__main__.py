@@ -135,7 +135,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _repair(options: argparse.Namespace) -> int:
     from swift.data.ingest.bids import find_sources
-    from swift.data.store.check import describe, repair
+    from swift.data.ingest.repair import repair
+    from swift.data.store.check import describe
 
     sources = find_sources(options.source, layout=options.layout, space=options.space) if options.source else []
     outcome = repair(options.store, replica=options.replica, sources=sources)

@@ -27,11 +27,11 @@ from swift.data.ingest.nifti import sha256_file
 from swift.data.ingest.prepare import Recipe, prepare
 from swift.data.ingest.sources import Source, duplicates
 from swift.data.store import format as fmt
+from swift.data.store.tables import REPORT, read_report
 from swift.data.store.writer import StoreWriter, tool_version
 from swift.utils.errors import BadScan, UserError
 
 log = logging.getLogger("swift.data")
-REPORT = "ingest_report"
 SHARD_BYTES = 4 << 30
 _KEPT = ("frames", "voxels", "tr", "notes", "source_bytes", "source_modified", "source_sha256")
 _FIELDS = ("scan_id", "status", "reason", "source", "frames", "voxels", "tr", "seconds", "notes")
@@ -270,19 +270,6 @@ def _say(result: Result) -> None:
         log.warning("%s: %s: %s", result.scan_id, result.status, result.reason)
     for note in result.notes:
         log.info("%s: %s", result.scan_id, note)
-
-
-def read_report(store: Path) -> dict[str, Any]:
-    """ingest_report.json of a store, or an empty dict."""
-    path = store / f"{REPORT}.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        log.warning("%s is not readable and will be written anew", path)
-        return {}
 
 
 def _earlier(out: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -14,10 +14,10 @@ import numpy as np
 
 from swift.data.ingest.mask import Survey, compute_mask, read_mask, survey
 from swift.data.ingest.nifti import Volumes, plan_scan, sha256_file
-from swift.data.ingest.v1_frames import FrameFolder, plan_frames
 from swift.data.ingest.place import GridPlan, Sampler, plan_grid
 from swift.data.ingest.sources import Source
 from swift.data.ingest.tr import resample_tr
+from swift.data.ingest.v1_frames import FrameFolder, plan_frames
 from swift.data.store.format import MAX_ATTRIBUTE, ScanHeader
 from swift.utils.errors import BadScan, UserError
 

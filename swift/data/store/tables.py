@@ -1,8 +1,9 @@
-"""store.json and manifest.csv, the two files that say what the shards hold: is one damaged, can a replica mend it."""
+"""store.json and manifest.csv, which say what the shards hold: is one damaged, does a replica mend it; the report."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from swift.data.store import format as fmt
 from swift.data.store.format import ScanInfo
 from swift.utils.errors import UserError
 
+log = logging.getLogger("swift.data")
+REPORT = "ingest_report"
+"""Name of the two files that tell what became of every source, without their endings."""
 NAMES = ("store.json", "manifest.csv")
 
 
@@ -69,3 +73,16 @@ def _same_shards(path: Path, theirs: dict[str, Any]) -> bool:
     if ours != {name: entry["bytes"] for name, entry in theirs.items()}:
         return False
     return any(fmt.file_hash(path / "shards" / name) == theirs[name]["xxh3_64"] for name in sorted(ours))
+
+
+def read_report(store: Path) -> dict[str, Any]:
+    """ingest_report.json of a store, or an empty dict."""
+    path = store / f"{REPORT}.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        log.warning("%s is not readable and will be written anew", path)
+        return {}

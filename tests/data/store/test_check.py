@@ -14,8 +14,9 @@ import pytest
 from swift.data.ingest.bids import find_sources
 from swift.data.ingest.pipeline import ingest
 from swift.data.ingest.prepare import Recipe, prepare
+from swift.data.ingest.repair import repair
 from swift.data.ingest.sources import Source
-from swift.data.store.check import copy, describe, repair, verify
+from swift.data.store.check import copy, describe, verify
 from swift.data.store.export import export_scan, quality_picture
 from swift.data.store.reader import Damage, Store
 from swift.utils.errors import UserError

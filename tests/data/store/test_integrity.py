@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from swift.data.store.check import describe, repair, verify
+from swift.data.ingest.repair import repair
+from swift.data.store.check import describe, verify
 from swift.data.store.reader import Damage
 from swift.utils.errors import UserError
 from tests.data.stores import build, content

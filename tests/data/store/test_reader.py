@@ -358,5 +358,6 @@ def test_foreign_files_are_refused_by_name(own: Path, name: str, how: str, messa
 
 
 def test_the_store_needs_neither_torch_nor_a_trainer() -> None:
-    code = "import sys, swift.data.store.reader\nprint({'torch', 'lightning', 'hydra', 'omegaconf', 'pandas'} & set(sys.modules))"
+    code = "import sys, swift.data.store.reader\n"
+    code += "print({'torch', 'lightning', 'hydra', 'omegaconf', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -174,7 +174,7 @@ def null_baselines(out: Path) -> None:
     from swift.config.compose import composed
     from swift.data.labels.targets import read_labels
     from swift.data.task_module import TargetDataModule
-    from swift.evaluate.__main__ import SAID, Baselines, leave, summary_of
+    from swift.evaluate.baselines import SAID, Baselines, leave, summary_of
 
     todo = [n for n in range(NULLS) if not (out / f"null/{n:02d}/baselines/{list(SAID)[4]}/summary.json").is_file()]
     if not todo:
@@ -248,7 +248,7 @@ def do(job: tuple[Point, Path]) -> tuple[str, float, str]:
         cfg, _ = composed([*point.settings, f"run_dir={folder}"])
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             if point.baselines:
-                from swift.evaluate.__main__ import run_baselines
+                from swift.evaluate.baselines import run_baselines
 
                 run_baselines(cfg)
                 (folder / "done").write_text("")

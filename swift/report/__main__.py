@@ -18,13 +18,13 @@ from swift.report.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 
 COMMANDS: dict[str, str] = {
-    "ablation": "swift.report.figures.ablation",
-    "html": "swift.report.html",
+    "ablation": "swift.report.ablation",
+    "html": "swift.report.figures.html",
     "pretraining": "swift.report.figures.pretraining",
     "ranking": "swift.report.ranking",
     "scaling_laws": "swift.report.scaling_laws",
     "scaling_model": "swift.report.scaling_model",
-    "strong_scaling": "swift.report.figures.strong_scaling",
+    "strong_scaling": "swift.report.strong_scaling",
     "table1": "swift.report.table1",
     "temporal": "swift.report.temporal",
     "throughput": "swift.report.throughput",

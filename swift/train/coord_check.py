@@ -1,29 +1,24 @@
 """Coordinate check of muP: the size of activations must not depend on the width while a model trains.
 
-`python -m swift.train.coord_check` trains models of the same depth and 16-fold different width for ten steps on one
-batch, with and without muP, through the code that trains real models (`PretrainModule`, its optimizer groups). The
-size of an activation is its root mean square; its slope is that of log size against log width, 0 where the size does
-not depend on the width. Yang et al. 2022 (arXiv:2203.03466), appendix D.
+It trains models of the same depth and 16-fold different width for ten steps on one batch, with and without muP, through
+the code that trains real models (`PretrainModule`, its optimizer groups). The size of an activation is its root mean
+square. Its slope is that of log size against log width: 0 where the size does not depend on the width. Yang et al. 2022
+(arXiv:2203.03466), appendix D. The command and its figure: experiments/mu_transfer/coord_check.py.
 
 Shapes: B clips, X Y Z T voxels and frames, W windows, N tokens of a window.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swift.config.check import CHOICES
 from swift.config.compose import composed
 from swift.config.schema import Config
 from swift.models.attention import WindowAttention
@@ -31,9 +26,7 @@ from swift.models.autoencoder import reconstruction_loss
 from swift.models.decoders import LocalDecoder
 from swift.models.encoder import SwinBlock
 from swift.models.window_layout import partition, plan_groups, slabs
-from swift.report.figures.coord_check import draw
 from swift.train.pretrain import Batch, PretrainModule
-from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 
 WIDTHS = (16, 32, 64, 128, 256)
@@ -313,51 +306,3 @@ def text(result: Result) -> str:
         lines.append(f"  {name:<{width}}  {slopes['mup'][name][-1]:>+8.2f} {slopes['standard'][name][-1]:>+8.2f}")
     lines.append("passed" if not result.failures else "failed: " + "; ".join(result.failures))
     return "\n".join(lines)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    plan = Plan()
-    made = argparse.ArgumentParser(
-        prog="python -m swift.train.coord_check",
-        description="Coordinate check of muP: sizes of activations over widths and steps, with and without muP. "
-        "Ends with status 1 if it fails.",
-    )
-    made.add_argument("--widths", type=int, nargs="+", default=list(plan.widths), metavar="E", help="base width first")
-    made.add_argument("--steps", type=int, default=plan.steps, metavar="N")
-    made.add_argument("--lr", type=float, default=plan.lr, help=f"constant rate at the base width ({plan.lr})")
-    made.add_argument("--seeds", type=int, default=plan.seeds, metavar="N", help="initial weights to average over")
-    made.add_argument("--variant", choices=VARIANTS, default=plan.variant)
-    made.add_argument("--decoder", choices=CHOICES["model.decoder"], default=plan.decoder)
-    made.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    made.add_argument("--out", type=Path, metavar="FIG", help="draw the figure into this PNG")
-    return made
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the check; exit status 0 passed, 1 failed, 2 a mistake of the user."""
-    options = parser().parse_args(arguments)
-    set_up_logging()
-
-    def work() -> None:
-        widths = tuple(options.widths)
-        if len(set(widths)) < 2:
-            raise UserError(f"--widths {' '.join(map(str, widths))}: give at least two different ones")
-        for name in ("steps", "seeds"):
-            if getattr(options, name) < 1:
-                raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
-        if not options.lr > 0:
-            raise UserError(f"--lr {options.lr}: must be above 0")
-        plan = Plan(widths, options.steps, options.lr, options.seeds, options.variant, options.decoder)
-        result = run(plan, lambda line: print(line, file=sys.stderr))
-        if options.out:
-            draw(report(result), options.out)
-        print(json.dumps(report(result), indent=2) if options.json else text(result))
-        if result.failures:
-            sys.exit(1)
-
-    reported(work)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,8 @@ from swift.data.store.reader import Store
 from swift.data.synthetic import CohortSpec, write_store
 from swift.data.task_module import TargetDataModule
 from swift.evaluate import classical as models
-from swift.evaluate.__main__ import PER_FRAME, PER_SUBJECT, Baselines, main, run_baselines
+from swift.evaluate.__main__ import main
+from swift.evaluate.baselines import PER_FRAME, PER_SUBJECT, Baselines, run_baselines
 from swift.evaluate.compare import against_labels
 from swift.evaluate.predictions import Predictions
 from swift.evaluate.scores import choose_threshold, scores

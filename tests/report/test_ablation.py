@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import zscore
 
 from swift.report import __main__ as report
-from swift.report.figures.ablation import effects, rank, skill
+from swift.report.ablation import effects, rank, skill
 from swift.report.points import point
 from tests.report.studies import write_point
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from swift.report import style
 from swift.report.__main__ import main
-from swift.report.figures.strong_scaling import draw, interval, medians, rows
+from swift.report.strong_scaling import draw, interval, medians, rows
 
 PHASES = {"data": 0.1, "compute": 0.5, "communication": 0.3, "other": 0.1}
 

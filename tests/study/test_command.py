@@ -18,9 +18,10 @@ from swift.data.synthetic import CohortSpec
 from swift.plan.__main__ import composed
 from swift.report import __main__ as report
 from swift.report.temporal import FILE
-from swift.study import __main__ as module
-from swift.study.__main__ import main, run_study
+from swift.study import runner as module
+from swift.study.__main__ import main
 from swift.study.file import cohort_store, load_study, point_name
+from swift.study.runner import run_study
 from swift.utils import jsonl
 from swift.utils.errors import UserError
 from tests.runs import QUIET, restarts

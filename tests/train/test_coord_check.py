@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,15 @@ import pytest
 import torch
 
 from swift.models.attention import WindowAttention
-from swift.report.figures.coord_check import draw
 from swift.train import coord_check
 from swift.train.coord_check import Plan, Result, judge, logits_size, measure, one_batch, report, settings, slope
+
+FILE = Path(__file__).parents[2] / "experiments" / "mu_transfer" / "coord_check.py"
+spec = importlib.util.spec_from_file_location("coord_check_command", FILE)
+assert spec is not None
+assert spec.loader is not None
+command = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(command)
 
 SMALL = Plan(widths=(16, 128), steps=3, seeds=1, depths=(1, 1), clips=1, lr=0.02)
 
@@ -124,7 +131,7 @@ def test_judgement(change: dict[str, float], standard: dict[str, float], message
 
 def test_figure_draws_the_sizes(small: Result, tmp_path: Path) -> None:
     plain = json.loads(json.dumps(report(small)))
-    fig = draw(plain, tmp_path / "figure.png")
+    fig = command.draw(plain, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     panels = [ax for ax in fig.axes if ax.lines]
     assert len(panels) == 6
@@ -147,7 +154,7 @@ def test_command_prints_json_and_fails_with_status_1(
     monkeypatch.setattr(coord_check, "run", run)
     arguments = ["--json", "--widths", "16", "128", "--steps", "3", "--lr", "0.02", "--out", str(tmp_path / "f.png")]
     with pytest.raises(SystemExit) as stop:
-        coord_check.main(arguments)
+        command.main(arguments)
     assert stop.value.code == 1
     printed = json.loads(capsys.readouterr().out)
     assert (printed["passed"], printed["failures"]) == (False, ["too steep"])
@@ -167,7 +174,7 @@ def test_command_prints_json_and_fails_with_status_1(
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        coord_check.main([*arguments] if "--steps" in arguments else [*arguments, "--steps", "1", "--seeds", "1"])
+        command.main([*arguments] if "--steps" in arguments else [*arguments, "--steps", "1", "--seeds", "1"])
     assert stop.value.code == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("error: ")

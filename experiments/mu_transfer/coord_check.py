@@ -1,8 +1,11 @@
-"""The figure of a coordinate check: size of activations over widths, a line a step, with and without muP."""
+"""The coordinate check of muP as a command, and its figure: size of activations against width, a line a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
+from swift.config.check import CHOICES
 from swift.report.style import DPI, STYLE, WIDTH, save
+from swift.train import coord_check
+from swift.train.coord_check import Plan
+from swift.utils.entry import reported, set_up_logging
+from swift.utils.errors import UserError
 
 TITLES = {"mup": "with muP", "standard": "without muP (AdamW, same rate at the base width)"}
 COLOURS = "viridis"
@@ -92,3 +100,51 @@ def _panel(ax: Axes, widths: np.ndarray, sizes: np.ndarray, colours: ScalarMappa
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(axis="y", color="#E6E6E6", lw=0.6)
     ax.set_axisbelow(True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    plan = Plan()
+    made = argparse.ArgumentParser(
+        prog="python experiments/mu_transfer/coord_check.py",
+        description="Coordinate check of muP: sizes of activations over widths and steps, with and without muP. "
+        "Ends with status 1 if it fails.",
+    )
+    made.add_argument("--widths", type=int, nargs="+", default=list(plan.widths), metavar="E", help="base width first")
+    made.add_argument("--steps", type=int, default=plan.steps, metavar="N")
+    made.add_argument("--lr", type=float, default=plan.lr, help=f"constant rate at the base width ({plan.lr})")
+    made.add_argument("--seeds", type=int, default=plan.seeds, metavar="N", help="initial weights to average over")
+    made.add_argument("--variant", choices=coord_check.VARIANTS, default=plan.variant)
+    made.add_argument("--decoder", choices=CHOICES["model.decoder"], default=plan.decoder)
+    made.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    made.add_argument("--out", type=Path, metavar="FIG", help="draw the figure into this PNG")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the check; exit status 0 passed, 1 failed, 2 a mistake of the user."""
+    options = parser().parse_args(arguments)
+    set_up_logging()
+
+    def work() -> None:
+        widths = tuple(options.widths)
+        if len(set(widths)) < 2:
+            raise UserError(f"--widths {' '.join(map(str, widths))}: give at least two different ones")
+        for name in ("steps", "seeds"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+        if not options.lr > 0:
+            raise UserError(f"--lr {options.lr}: must be above 0")
+        plan = Plan(widths, options.steps, options.lr, options.seeds, options.variant, options.decoder)
+        result = coord_check.run(plan, lambda line: print(line, file=sys.stderr))
+        if options.out:
+            draw(coord_check.report(result), options.out)
+        print(json.dumps(coord_check.report(result), indent=2) if options.json else coord_check.text(result))
+        if result.failures:
+            sys.exit(1)
+
+    reported(work)
+
+
+if __name__ == "__main__":
+    main()

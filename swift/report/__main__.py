@@ -1,6 +1,6 @@
 """`python -m swift.report RUN_DIR...`: redraw the figures of runs and print a table of them, from their files only.
 
-`python -m swift.report NAME ...` makes one figure or table of the report; each NAME is a module of swift.analysis.
+`python -m swift.report NAME ...` makes one figure or table of the report. NAME: a module of swift.report.figures.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from typing import Any
 from swift.report.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 
-COMMANDS: dict[str, str] = {
-    "ablation": "swift.report.ablation",
-    "html": "swift.report.figures.html",
-    "pretraining": "swift.report.figures.pretraining",
-    "ranking": "swift.report.ranking",
-    "scaling_laws": "swift.report.scaling_laws",
-    "scaling_model": "swift.report.scaling_model",
-    "strong_scaling": "swift.report.strong_scaling",
-    "table1": "swift.report.table1",
-    "temporal": "swift.report.temporal",
-    "throughput": "swift.report.throughput",
+COMMANDS = {
+    name: f"swift.report.figures.{name}"
+    for name in (
+        "ablation",
+        "html",
+        "pretraining",
+        "ranking",
+        "scaling_laws",
+        "scaling_model",
+        "strong_scaling",
+        "table1",
+        "temporal",
+        "throughput",
+    )
 }
 """Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is the
 help."""
@@ -62,8 +65,9 @@ def draw(run: Run) -> list[Path]:
         The files written.
     """
     # matplotlib takes a second that --no-figures need not wait
-    from swift.report.figures.loss import loss_curve, reconstruction
+    from swift.report.figures.loss import loss_curve
     from swift.report.figures.performance import has_performance, performance
+    from swift.report.figures.reconstruction import reconstruction
 
     folder = run.path / "figures"
     loss_curve([run.path], folder / "loss.png")

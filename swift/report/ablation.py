@@ -8,31 +8,17 @@ ranking`.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swift.report.points import Point, finished_points, say
-from swift.report.ranking import IGNORED, z_scores
+from swift.report.points import Point
+from swift.report.ranking import flat, z_scores
 from swift.utils.errors import UserError
 
 PROBE = "probe.json"
-
-
-def flat(tree: Any, name: str = "") -> dict[str, str]:
-    """Nested settings -> dotted name: text of the value, without what makes no point of an ablation."""
-    if isinstance(tree, dict):
-        found: dict[str, str] = {}
-        for key, value in tree.items():
-            if name or key not in IGNORED:
-                found |= flat(value, f"{name}.{key}" if name else str(key))
-        return found
-    return {name: json.dumps(tree, separators=(",", ":")).strip('"')}
 
 
 def factors(points: Sequence[Point]) -> dict[str, list[str]]:
@@ -143,74 +129,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         text.append(f"  {name}: " + ", ".join(f"{v} {mean:+.2f} (se {se:.2f})" for v, (mean, _, se) in values.items()))
     text.append("one run a row: neighbours in the ranking may be equal")
     return "\n".join(text)
-
-
-def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Any:
-    """The ranking as stacked z-scores, and the mean of every value of every setting.
-
-    Args:
-        rows: Of `rank`.
-        out: PNG to write; None: only return the figure.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    from swift.report.style import COLOURS, DPI, STYLE, WIDTH, save
-
-    shown = list(rows[:24])
-    found = effects(rows)
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 1.2 + 0.2 * max(len(shown), 12)), dpi=DPI, layout="constrained")
-        ranking, means = fig.subplots(1, 2, width_ratios=(1.5, 1))
-        places = np.arange(len(shown))
-        for i, name in enumerate(rows[0]["scores"]):
-            offset, height = (i - (len(rows[0]["scores"]) - 1) / 2) * 0.35, 0.35
-            own = [row["z"][name] for row in shown]
-            ranking.barh(places + offset, own, height, color=COLOURS[i % len(COLOURS)], label=name)
-        ranking.plot([row["sum_z"] for row in shown], places, "kD", ms=3.5, label="sum")
-        ranking.set_yticks(places, [" · ".join(row["settings"].values()) for row in shown], fontsize=7)
-        ranking.invert_yaxis()
-        ranking.axvline(0, color="#808080", lw=0.7)
-        ranking.set_xlabel(f"z-score over the {len(rows)} runs (higher is better)")
-        ranking.set_title(" · ".join(name.rpartition(".")[2] for name in found), loc="left", fontsize=8)
-        ranking.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3)
-        place, ticks = 0, []
-        for i, (name, values) in enumerate(found.items()):
-            for value, (mean, count, error) in values.items():
-                bar = error if np.isfinite(error) else 0.0
-                means.barh(place, mean, 0.7, xerr=bar, color=COLOURS[i % len(COLOURS)], ecolor="#404040", capsize=2)
-                ticks.append((place, f"{name.rpartition('.')[2]} {value} (n={count})"))
-                place += 1
-            place += 1
-        means.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=7)
-        means.invert_yaxis()
-        means.axvline(0, color="#808080", lw=0.7)
-        means.set_xlabel("mean sum of z, ± 1 SE")
-        if out is not None:
-            save(fig, out)
-    return fig
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report ablation`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="pre-trainings, or folders of some")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and CSV (.)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Rank, draw, print."""
-    points, left_out = finished_points(args.runs)
-    say(left_out)
-    rows = rank(points)
-    draw(rows, args.out / "ablation.png")
-    with (args.out / "ablation.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        scores = list(rows[0]["scores"])
-        writer.writerow(["rank", "run", *rows[0]["settings"], "val_l1", *scores, *(f"z {s}" for s in scores), "sum_z"])
-        for row in rows:
-            numbers = [row["val_l1"], *row["scores"].values(), *row["z"].values(), row["sum_z"]]
-            writer.writerow([row["rank"], row["run"], *row["settings"].values(), *(f"{v:.5f}" for v in numbers)])
-    print(json.dumps(rows, indent=2) if args.json else table(rows))
-    say([f"wrote {args.out / name}" for name in ("ablation.png", "ablation.csv")])
-    return 0

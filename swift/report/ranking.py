@@ -7,8 +7,6 @@ ranked by their sum. Losses of the pre-trainings themselves are not compared: a 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from swift.evaluate.downstream import Result, find, load, score_name
+from swift.evaluate.downstream import Result, score_name
 from swift.evaluate.scores import LOWER_IS_BETTER
 from swift.utils.errors import UserError
 
@@ -25,20 +23,13 @@ IGNORED = ("run_dir", "seed", "init", "resume", "launcher", "trainer", "parallel
 """Settings that make no point of an ablation."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m swift.report ranking`."""
-    parser.add_argument("runs", nargs="+", metavar="RUNS", type=Path, help="fine-tuned runs, or folders of them")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write ranking.{md,csv,json} there")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def _flat(tree: Any, name: str = "") -> dict[str, str]:
-    """Nested settings -> dotted name: text of the value."""
+def flat(tree: Any, name: str = "") -> dict[str, str]:
+    """Nested settings -> dotted name: text of the value, without those that make no point of an ablation."""
     if isinstance(tree, dict):
         found: dict[str, str] = {}
         for key, value in tree.items():
             if not (name == "" and key in IGNORED):
-                found |= _flat(value, f"{name}.{key}" if name else str(key))
+                found |= flat(value, f"{name}.{key}" if name else str(key))
         return found
     return {name: json.dumps(tree, separators=(",", ":")).strip('"')}
 
@@ -80,7 +71,7 @@ def points_of(found: Sequence[Result]) -> tuple[list[str], dict[tuple[str, ...],
     homes = [pretraining_of(result).resolve() for result in found]
     for home in homes:
         if home not in settings:
-            settings[home] = _flat(_settings(home))
+            settings[home] = flat(_settings(home))
     names = sorted({name for one in settings.values() for name in one})
     differ = [name for name in names if len({one.get(name, "-") for one in settings.values()}) > 1]
     points: dict[tuple[str, ...], list[Result]] = {}
@@ -146,34 +137,3 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         )
     note = "z: over the points of a task, higher is better. A ranking is no test: points one run apart may be equal."
     return "\n".join([*lines, "", note]) + "\n"
-
-
-def run(args: argparse.Namespace) -> int:
-    """Rank.
-
-    Returns:
-        0.
-
-    Raises:
-        UserError: see `rank`.
-    """
-    found = [result for result in (load(path) for path in find(args.runs)) if not result.summary.get("baseline")]
-    if not found:
-        raise UserError("only baselines here: give runs that were fine-tuned from several pre-trainings")
-    rows = rank(found)
-    if args.out is not None:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "ranking.md").write_text(markdown(rows), encoding="utf-8")
-            (args.out / "ranking.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-            with (args.out / "ranking.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                head = [*(f"z {task}" for task in rows[0]["z"]), "sum_z", "runs"]
-                writer.writerow(["rank", *rows[0]["settings"], *rows[0]["scores"], *head])
-                for row in rows:
-                    numbers = [*row["scores"].values(), *row["z"].values(), row["sum_z"], row["runs"]]
-                    writer.writerow([row["rank"], *row["settings"].values(), *numbers])
-        except OSError as error:
-            raise UserError(f"{args.out}: cannot be written ({error.strerror})") from error
-    print(json.dumps(rows, indent=2) if args.json else markdown(rows), end="" if not args.json else "\n")
-    return 0

@@ -7,18 +7,14 @@ tokens seen (repeats counted), L: held-out L1 of the finished run.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from swift.report.laws import JointLaw, PowerLaw, cost_law, fit_joint, fit_power
-from swift.report.points import Point, finished_points, one_loss, say
+from swift.report.points import Point, one_loss
 from swift.utils.errors import UserError
 
 Array = np.ndarray
@@ -187,61 +183,3 @@ def table(found: dict[str, Any]) -> str:
         )
     lines += [f"not fitted: {name}: {why}" for name, why in found["refused"].items()]
     return "\n".join(lines)
-
-
-def write_points(runs: Ladder, path: Path) -> None:
-    """The runs behind the fit as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["run", "parameters", "tokens", "flops", "loss"])
-        for row in zip(runs.names, runs.n, runs.d, runs.c, runs.loss, strict=True):
-            writer.writerow([row[0], f"{row[1]:.0f}", f"{row[2]:.0f}", f"{row[3]:.6g}", f"{row[4]:.6f}"])
-
-
-def _pair(text: str) -> tuple[float, float]:
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: wants N,D such as 3e9,1e11")
-    return _amount(parts[0]), _amount(parts[1])
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number above 0")
-    return value
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report scaling_laws`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure, JSON and CSV (.)")
-    parser.add_argument("--predict", type=_pair, nargs="+", default=[], metavar="N,D", help="loss of runs not made")
-    parser.add_argument(
-        "--compute", type=_amount, nargs="+", default=[], metavar="C", help="best size for so many FLOPs"
-    )
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Fit, draw, print."""
-    points, left_out = finished_points(args.runs)
-    say(left_out)
-    if args.draws < 100:
-        raise UserError(f"--draws {args.draws}: intervals need at least 100")
-    runs = ladder(points)
-    fitted = fit_all(runs, args.draws, args.seed)
-    found = as_json(runs, fitted, args.predict, args.compute)
-    from swift.report.figures.scaling_laws import draw
-
-    draw(runs, fitted, args.predict, args.out / "scaling_laws.png")
-    (args.out / "scaling_laws.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    write_points(runs, args.out / "points.csv")
-    print(json.dumps(found, indent=2) if args.json else table(found))
-    say([f"wrote {args.out / name}" for name in ("scaling_laws.png", "scaling_laws.json", "points.csv")])
-    return 0

@@ -1,4 +1,4 @@
-"""A model of step time over nodes, fitted to measured rates, and the figure of strong scaling (figure 3).
+"""A model of step time over nodes, fitted to measured rates.
 
 The device time that a clip costs on n nodes (n / rate) is written as four parts, none of them negative:
 
@@ -13,9 +13,7 @@ batch / rate(n); in weak scaling (fixed batch a node) n / rate(n) is the step ti
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -266,56 +264,3 @@ def table(found: dict[str, Any]) -> str:
             f"{row['nodes']:>6} {seen:>10} {part:>11} {row['model']:>10.2f}  [{low:.1f}, {high:.1f}] {error}{use}"
         )
     return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report scaling_model`."""
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", type=Path, help="runs of a sweep over nodes or ranks")
-    parser.add_argument(
-        "--table", type=Path, metavar="CSV", help="columns nodes, clips_per_second[, machine, data_wait]"
-    )
-    parser.add_argument(
-        "--fit-up-to",
-        nargs="+",
-        default=[],
-        metavar="[SERIES=]N",
-        help="fit only points of at most N nodes (of one series: Aurora=64), predict the others",
-    )
-    parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N", help="further node counts")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and JSON (.)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def limits(texts: Sequence[str]) -> dict[str, float]:
-    """Series -> largest node count to fit; "" for every series."""
-    found = {}
-    for text in texts:
-        name, _, number = text.rpartition("=")
-        if not number.isdigit() or int(number) < 1:
-            raise UserError(f"--fit-up-to {text}: must be N or SERIES=N, N at least 1")
-        found[name] = float(number)
-    return found
-
-
-def run(args: argparse.Namespace) -> int:
-    """Fit, draw, print."""
-    series = ([read_runs(args.runs)] if args.runs else []) + (read_table(args.table) if args.table else [])
-    if not series:
-        raise UserError("give run directories or --table CSV")
-    upto = limits(args.fit_up_to)
-    unknown = [name for name in upto if name and name not in {s.name for s in series}]
-    if unknown:
-        raise UserError(f"--fit-up-to {unknown[0]}=...: no such series; there are {', '.join(s.name for s in series)}")
-    models = []
-    for points in series:
-        points.check()
-        limit = upto.get(points.name, upto.get("", math.inf))
-        models.append(fit_model(points.part(points.nodes <= limit)))
-    found = [findings(points, model, args.predict) for points, model in zip(series, models, strict=True)]
-    from swift.report.figures.scaling_model import draw
-
-    draw(series, models, args.predict, args.out / "scaling_model.png")
-    (args.out / "scaling_model.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2) if args.json else "\n\n".join(table(entry) for entry in found))
-    say([f"wrote {args.out / name}" for name in ("scaling_model.png", "scaling_model.json")])
-    return 0

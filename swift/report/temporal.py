@@ -6,7 +6,6 @@ tokens x channels), L lags.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,7 +16,6 @@ import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import welch
 
-from swift.report.points import find_runs, say
 from swift.utils.errors import UserError
 
 Array = np.ndarray
@@ -228,26 +226,6 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             cells = "".join(f"{cell(row[key]):>26}" for key in ("acf1", "slope", "hurst", "distance"))
             lines.append(f"  {row['layer']:<8} {row['condition']:<9}{cells}")
     return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report temporal`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and JSON (.)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Read, draw, print."""
-    contents: dict[str, dict[str, Any]] = {path.resolve().name: load(path) for path in find_runs(args.runs)}
-    found = {name: rows(content) for name, content in contents.items()}
-    from swift.report.figures.temporal import draw
-
-    draw(contents, args.out / "temporal.png")
-    (args.out / "temporal.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2) if args.json else table(found))
-    say([f"wrote {args.out / name}" for name in ("temporal.png", "temporal.json")])
-    return 0
 
 
 def mean_acf(content: dict[str, Any], layer: str, condition: str) -> tuple[Array, Array, Array, Array]:

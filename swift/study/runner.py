@@ -69,7 +69,7 @@ def run_points(study: Study, runs: Path, settings: Sequence[str]) -> tuple[list[
         overrides = [*study.base, *point, *shared, *settings, f"run_dir={run_dir}"]
         began = time.monotonic()
         if study.kind == "throughput":
-            from swift.report.throughput import measured
+            from swift.study.throughput import measured
 
             ran = measured(overrides, run_dir)
         else:

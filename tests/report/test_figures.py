@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swift.report.figures.loss import loss_curve, reconstruction, smooth, spread
-from swift.report.figures.reconstruction import _load_clip
+from swift.report.figures.loss import loss_curve, smooth, spread
+from swift.report.figures.reconstruction import _load_clip, reconstruction
 from swift.utils.errors import UserError
 
 BASELINES = {

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from swift.report import style
 from swift.report.__main__ import main
-from swift.report.strong_scaling import draw, interval, medians, rows
+from swift.report.figures.strong_scaling import draw
+from swift.report.strong_scaling import interval, medians, rows
 
 PHASES = {"data": 0.1, "compute": 0.5, "communication": 0.3, "other": 0.1}
 
@@ -77,14 +76,11 @@ def test_the_interval_of_what_input_costs_is_that_of_two_medians() -> None:
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
-def test_the_figure_shows_steps_with_and_without_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_shows_steps_with_and_without_input(tmp_path: Path) -> None:
     runs = [write(tmp_path / "a", 1, [1, 20, 20]), write(tmp_path / "b", 4, [1, 64, 64])]
     bare = [write(tmp_path / "c", 4, [1, 80, 80], same=True)]
-    drawn: list[Figure] = []
-    monkeypatch.setattr(style, "save", lambda figure, out: drawn.append(figure))
     found, _ = rows([Path(run) for run in (*runs, *bare)])
-    draw(found, tmp_path / "figure.png")
-    rate, parts = drawn[0].axes
+    rate, parts = draw(found, tmp_path / "figure.png").axes
     np.testing.assert_allclose(rate.lines[1].get_ydata(), [20, 64])
     heights = np.array([[bar.get_height() for bar in group] for group in parts.containers[:4]])
     np.testing.assert_allclose(heights.sum(0), [1e3 * 8 / 20, 1e3 * 32 / 64])

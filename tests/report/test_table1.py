@@ -14,7 +14,7 @@ from swift.evaluate.compare import corrected_t
 from swift.evaluate.downstream import column, load, method_of, results
 from swift.evaluate.predictions import Predictions
 from swift.evaluate.scores import judge, scores
-from swift.report import ranking, table1
+from swift.report.figures import ranking, table1
 from swift.utils.errors import UserError
 
 

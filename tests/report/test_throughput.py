@@ -1,4 +1,4 @@
-"""python -m swift.report throughput: measured points beside the plan; measuring itself; mistakes."""
+"""python -m swift.report throughput: measured points beside the plan; mistakes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import json
 
 import pytest
 
-from swift.plan.flops import model_flops
-from swift.plan.geometry import build_geometry
 from swift.report import __main__ as report
-from swift.report.throughput import load, measure, rows
+from swift.report.throughput import load, rows
 from tests.report.studies import assert_one_line
-from tests.small import settings
 
 
 def write_measured(path, frames=10, parameters=1000, step=0.5, planned=None, **more):
@@ -45,18 +42,6 @@ def test_rows_are_medians_beside_the_plan(tmp_path, capsys):
     with (tmp_path / "out" / "throughput.csv").open() as stream:
         assert [row["planned_step_s"] for row in csv.DictReader(stream)] == ["", "0.25"]
     assert (tmp_path / "out" / "throughput.png").stat().st_size > 5000
-
-
-def test_measuring_runs_the_model_of_the_settings():
-    cfg = settings("trainer.accelerator=cpu", "data.batch_size=2")
-    found = measure(cfg, rounds=2)
-    geometry = build_geometry(cfg.model, (12, 12, 12, 8))
-    assert found["flops_per_clip"] == model_flops(geometry).total
-    assert found["parameters"] == geometry.total_parameters
-    assert len(found["step_seconds"]) == 2
-    assert min(found["step_seconds"]) > 0
-    assert (found["device"], found["batch"], found["frames"]) == ("CPU", 2, 8)
-    assert found["plan"]["bytes"] > 16 * geometry.total_parameters
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The figures of a pre-training run: the loss curve here, `reconstruction` from its own module."""
+"""The loss curve of one or more runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from swift.report.figures.reconstruction import reconstruction
 from swift.report.runs import Run, load_run
 from swift.report.style import BLUE, COLOURS, DPI, STYLE, WIDTH, save
 from swift.utils.errors import UserError
-
-__all__ = ["loss_curve", "reconstruction"]
 
 LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error", "cross_entropy": "cross entropy"}
 

@@ -1,10 +1,17 @@
-"""The figure of scaling laws: loss against size, data and compute, with the fitted laws and their 95 % bands."""
+"""Neural scaling laws from finished runs (figure 4A): loss against size, data and compute.
+
+Fits L = E + A/N^a + B/D^b and the single power laws L = (c/x)^a by a robust method with bootstrap intervals, predicts
+the loss of larger runs and the best size for a budget of FLOPs. N: parameters of the model in pre-training, D: patch
+tokens seen (repeats counted), L: held-out L1 of the finished run.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -13,11 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from swift.report.laws import JointLaw
+from swift.report.points import finished_points, say
+from swift.report.scaling_laws import Fitted, Ladder, as_json, fit_all, ladder, table
 from swift.report.style import DPI, STYLE, VERMILION, WIDTH, gridded, plain_log, save
-
-if TYPE_CHECKING:
-    from swift.report.laws import JointLaw
-    from swift.report.scaling_laws import Fitted, Ladder
+from swift.utils.errors import UserError
 
 Array = np.ndarray
 
@@ -146,3 +153,59 @@ def _legend(ax: Axes, columns: int) -> None:
     """Above the panel: wherever the runs lie, they are not covered."""
     style = {"handletextpad": 0.3, "columnspacing": 0.8, "borderaxespad": 0.2}
     ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, fontsize=6.5, **style)
+
+
+def write_points(runs: Ladder, path: Path) -> None:
+    """The runs behind the fit as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["run", "parameters", "tokens", "flops", "loss"])
+        for row in zip(runs.names, runs.n, runs.d, runs.c, runs.loss, strict=True):
+            writer.writerow([row[0], f"{row[1]:.0f}", f"{row[2]:.0f}", f"{row[3]:.6g}", f"{row[4]:.6f}"])
+
+
+def _pair(text: str) -> tuple[float, float]:
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: wants N,D such as 3e9,1e11")
+    return _amount(parts[0]), _amount(parts[1])
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number above 0")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m swift.report scaling_laws`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure, JSON and CSV (.)")
+    parser.add_argument("--predict", type=_pair, nargs="+", default=[], metavar="N,D", help="loss of runs not made")
+    parser.add_argument(
+        "--compute", type=_amount, nargs="+", default=[], metavar="C", help="best size for so many FLOPs"
+    )
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, draw, print."""
+    points, left_out = finished_points(args.runs)
+    say(left_out)
+    if args.draws < 100:
+        raise UserError(f"--draws {args.draws}: intervals need at least 100")
+    runs = ladder(points)
+    fitted = fit_all(runs, args.draws, args.seed)
+    found = as_json(runs, fitted, args.predict, args.compute)
+    draw(runs, fitted, args.predict, args.out / "scaling_laws.png")
+    (args.out / "scaling_laws.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_points(runs, args.out / "points.csv")
+    print(json.dumps(found, indent=2) if args.json else table(found))
+    say([f"wrote {args.out / name}" for name in ("scaling_laws.png", "scaling_laws.json", "points.csv")])
+    return 0

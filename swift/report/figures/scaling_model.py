@@ -1,10 +1,24 @@
-"""The figure of strong scaling: rate beside the ideal line, efficiency, and where the node-seconds of a clip go."""
+"""A model of step time over nodes, fitted to measured rates, and the figure of strong scaling (figure 3).
+
+The device time that a clip costs on n nodes (n / rate) is written as four parts, none of them negative:
+
+    n / rate(n) = c (1 + h [n > 1] + k log2 n + s n^q) + data
+
+c: compute on one node. h: what leaving the node costs once (exposed volume of a ring, which hardly depends on n). k:
+latency of collectives, by doublings. s n^q: contention and stragglers. data: waiting for input, where it was measured.
+Few points cannot tell q, so it is not fitted: the model is fitted for each q of a fixed list and their geometric mean
+is the prediction; the interval spans all of them and their bootstrap. In strong scaling (fixed batch) a step takes
+batch / rate(n); in weak scaling (fixed batch a node) n / rate(n) is the step time itself, up to a factor.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,10 +26,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
+from swift.report.points import say
+from swift.report.scaling_model import Measured, StepModel, findings, fit_model, read_runs, read_table, table
 from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
-
-if TYPE_CHECKING:
-    from swift.report.scaling_model import Measured, StepModel
+from swift.utils.errors import UserError
 
 PART_COLOURS = ("#9CC3DE", "#56B4E9", "#0072B2", "#D55E00", "#E69F00")
 
@@ -123,3 +137,54 @@ def _shares(ax: Axes, points: Measured, model: StepModel, predict: Sequence[int]
     ax.set_xticks(range(len(counts)), [f"{count:g}" for count in counts])
     ax.set_title(points.name, loc="left")
     ax.set_xlabel(points.name if points.name.startswith("ranks") else "nodes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m swift.report scaling_model`."""
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", type=Path, help="runs of a sweep over nodes or ranks")
+    parser.add_argument(
+        "--table", type=Path, metavar="CSV", help="columns nodes, clips_per_second[, machine, data_wait]"
+    )
+    parser.add_argument(
+        "--fit-up-to",
+        nargs="+",
+        default=[],
+        metavar="[SERIES=]N",
+        help="fit only points of at most N nodes (of one series: Aurora=64), predict the others",
+    )
+    parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N", help="further node counts")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and JSON (.)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def limits(texts: Sequence[str]) -> dict[str, float]:
+    """Series -> largest node count to fit; "" for every series."""
+    found = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not number.isdigit() or int(number) < 1:
+            raise UserError(f"--fit-up-to {text}: must be N or SERIES=N, N at least 1")
+        found[name] = float(number)
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, draw, print."""
+    series = ([read_runs(args.runs)] if args.runs else []) + (read_table(args.table) if args.table else [])
+    if not series:
+        raise UserError("give run directories or --table CSV")
+    upto = limits(args.fit_up_to)
+    unknown = [name for name in upto if name and name not in {s.name for s in series}]
+    if unknown:
+        raise UserError(f"--fit-up-to {unknown[0]}=...: no such series; there are {', '.join(s.name for s in series)}")
+    models = []
+    for points in series:
+        points.check()
+        limit = upto.get(points.name, upto.get("", math.inf))
+        models.append(fit_model(points.part(points.nodes <= limit)))
+    found = [findings(points, model, args.predict) for points, model in zip(series, models, strict=True)]
+    draw(series, models, args.predict, args.out / "scaling_model.png")
+    (args.out / "scaling_model.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2) if args.json else "\n\n".join(table(entry) for entry in found))
+    say([f"wrote {args.out / name}" for name in ("scaling_model.png", "scaling_model.json")])
+    return 0

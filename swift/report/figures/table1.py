@@ -1,17 +1,27 @@
-"""Figures of downstream tasks: means with intervals (forest plot), and learning curves."""
+"""The downstream table: methods by tasks, mean and interval, the best marked only where the tests support it.
+
+From the files of fine-tuned runs and of swift.baselines alone: every score is computed anew from the predictions.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from swift.evaluate.downstream import CHANCE, Cell, place
+from swift.evaluate.downstream import CHANCE, Cell, Result, place, results, score_name
+from swift.evaluate.scores import CLASSIFIED, DRAWS, REGRESSED
 from swift.report.style import BLUE, COLOURS, DPI, GREEN, HIDDEN, ORANGE, STYLE, VERMILION, WIDTH, save
+from swift.report.table1 import Columns, columns_of, latex, markdown, permuted, rows
+from swift.utils.errors import UserError
 
 NAMES = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "average_precision": "average precision",
          "r2": "R²", "f1": "F1", "mae": "MAE", "rmse": "RMSE"}  # fmt: skip
@@ -21,7 +31,7 @@ ACROSS = 3
 ROW = 0.19
 
 
-def forest(columns: dict[str, tuple[str, dict[str, Cell]]], out: str | Path) -> None:
+def forest(columns: Columns, out: str | Path) -> None:
     """A panel a task: a dot and its 95 % interval for every method; a ring where the best is really the best.
 
     Args:
@@ -104,3 +114,73 @@ def learning_curve(
         axis.set_ylabel(NAMES.get(score, score))
         figure.legend(loc="outside upper center", ncols=3)
         save(figure, out)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m swift.report table1`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUNS", type=Path, help="runs, or folders of them (multiruns, baselines)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write table1.{md,csv,tex,json,png} there")
+    parser.add_argument(
+        "--score",
+        choices=(*CLASSIFIED, *REGRESSED),
+        help="show this score where the task has it, instead of AUROC or r",
+    )
+    parser.add_argument("--draws", type=int, default=DRAWS, help=f"bootstrap draws (default: {DRAWS})")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also test AUROC or r of every run against N shuffles of the test labels (default: no test)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def _write(columns: Columns, found: Sequence[Result], out: Path, args: argparse.Namespace) -> list[Path]:
+    """All files of the table."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table1.md").write_text(markdown(columns), encoding="utf-8")
+        (out / "table1.tex").write_text(latex(columns), encoding="utf-8")
+        (out / "table1.json").write_text(json.dumps(rows(columns), indent=2) + "\n", encoding="utf-8")
+        # the CSV has every score of every task, not only the one shown
+        every: list[dict[str, Any]] = []
+        for name in (*CLASSIFIED, *REGRESSED):
+            fitting = [run for run in found if score_name([run], name) == name]
+            every += rows(columns_of(fitting, name, args.seed, args.draws)) if fitting else []
+        every.sort(key=lambda row: (row["task"], place(row["method"])))
+        with (out / "table1.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(every[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(every)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    forest(columns, out / "table1.png")
+    return [out / f"table1.{kind}" for kind in ("md", "csv", "tex", "json", "png")]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the table.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: no judged runs, damaged files, two runs for one place of the table.
+    """
+    if args.draws < 1:
+        raise UserError(f"--draws {args.draws}: must be at least 1")
+    if args.permutations < 0:
+        raise UserError(f"--permutations {args.permutations}: must be 0 (no test) or more")
+    found = results(args.runs)
+    columns = columns_of(found, args.score, args.seed, args.draws)
+    written = _write(columns, found, args.out, args) if args.out is not None else []
+    print(json.dumps(rows(columns), indent=2) if args.json else markdown(columns), end="" if not args.json else "\n")
+    if args.permutations and not args.json:
+        print(permuted(found, args.seed, args.permutations))
+    if written and not args.json:
+        print("\nwrote " + ", ".join(str(path) for path in written))
+    return 0

@@ -1,7 +1,13 @@
-"""The figure of temporal fidelity: autocorrelation of BOLD and of every layer, frames in order and shuffled."""
+"""Temporal fidelity: autocorrelation, slope of the power spectrum and Hurst exponent of BOLD and of every layer.
+
+Reads RUN/temporal.json (made by `python -m swift.series RUN SCAN...`). Shapes: T time steps, K series (voxels, or
+tokens x channels), L lags.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +17,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from swift.report.points import find_runs, say
 from swift.report.style import DPI, STYLE, WIDTH, gridded, save
-from swift.report.temporal import CONDITIONS, mean_acf
+from swift.report.temporal import CONDITIONS, load, mean_acf, rows, table
 
 TITLES = {"ordered": "frames in order", "shuffled": "frames shuffled (control)"}
 
@@ -55,3 +62,21 @@ def draw(contents: Mapping[str, dict[str, Any]], out: str | Path | None) -> Figu
         if out is not None:
             save(fig, out)
     return fig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `python -m swift.report temporal`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and JSON (.)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw, print."""
+    contents: dict[str, dict[str, Any]] = {path.resolve().name: load(path) for path in find_runs(args.runs)}
+    found = {name: rows(content) for name, content in contents.items()}
+    draw(contents, args.out / "temporal.png")
+    (args.out / "temporal.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2) if args.json else table(found))
+    say([f"wrote {args.out / name}" for name in ("temporal.png", "temporal.json")])
+    return 0

@@ -14,8 +14,10 @@ import torch
 
 import swift
 from swift.config.compose import load_frozen
+from swift.parallel.setup import resolve
 from swift.train.__main__ import run
-from swift.train.wiring import build_module, start_from
+from swift.train.init_weights import start_from
+from swift.train.wiring import build_module
 from tests.small import composed, metrics
 
 ROOT = Path(swift.__file__).resolve().parents[1]
@@ -29,7 +31,7 @@ def start(*overrides: str) -> None:
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """Of the last checkpoint."""
-    module = build_module(load_frozen(run_dir, []))
+    module = build_module(resolve(load_frozen(run_dir, [])))
     start_from(module, str(run_dir))
     return module.state_dict()
 

@@ -253,7 +253,7 @@ def do(job: tuple[Point, Path]) -> tuple[str, float, str]:
                 run_baselines(cfg)
                 (folder / "done").write_text("")
             else:
-                from swift.train.__main__ import train
+                from swift.train.run import train
 
                 train(cfg, list(point.settings))
                 if point.name != "pretrain" and not point.name.endswith("/pretrain"):

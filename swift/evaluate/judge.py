@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from swift.config.compose import CHECKPOINTS
 from swift.data.task_module import TargetDataModule
 from swift.evaluate.predictions import Predictions
-from swift.evaluate.scores import MAIN, choose_threshold, judge, scores
-from swift.parallel.checkpoint import files as checkpoint
-from swift.train.finetune import ClipRows, gathered
+from swift.evaluate.scores import MAIN, choose_threshold, scores
 
 FLOOR = 1e-12
 """Smallest probability in a log-loss."""
+
+
+@dataclass(frozen=True)
+class ClipRows:
+    """What was said of R clips, in order of their numbers.
+
+    Attributes:
+        clip: (R,) number in the part.
+        scan: (R,) scan of the store.
+        start: (R,) first frame.
+        scores: (R, K) probabilities or values in the label's unit, float64; (R, T, K) per frame.
+        target: (R,) or (R, T) labels, NaN: none.
+    """
+
+    clip: np.ndarray
+    scan: np.ndarray
+    start: np.ndarray
+    scores: np.ndarray
+    target: np.ndarray
+
+    @staticmethod
+    def joined(parts: list[dict[str, np.ndarray]]) -> ClipRows:
+        """Rows of batches or ranks together; every clip once, in an order that the ranks do not change."""
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        _, first = np.unique(whole["clip"], return_index=True)
+        return ClipRows(**{name: value[first] for name, value in whole.items()})
+
+
+def gathered(parts: list[dict[str, np.ndarray]]) -> ClipRows:
+    """The rows of all ranks, on every rank; all ranks call it together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        said: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(said, parts)
+        parts = [part for rank in said for part in rank]
+    return ClipRows.joined(parts)
 
 
 def predictions_of(rows: ClipRows, data: TargetDataModule) -> Predictions:
@@ -72,74 +105,6 @@ def mean_loss(predictions: Predictions, loss: str, std: float) -> float:
     error = np.abs(predictions.scores[:, 0] - predictions.target) / std
     each = {"l1": error, "l2": error**2, "smooth_l1": np.where(error < 1, error**2 / 2, error - 0.5)}[loss]
     return float(each.mean())
-
-
-@torch.no_grad()
-def evaluate(batches: Iterable[Any], predict: Callable[[Any], dict[str, np.ndarray]]) -> ClipRows:
-    """What the model says of all clips of a part, gathered from all ranks; all ranks call it together.
-
-    Args:
-        batches: Dense, on the module's device.
-        predict: `FinetuneModule.predict`, through whatever holds the weights.
-    """
-    return gathered([predict(batch) for batch in batches])
-
-
-def judge_run(trainer: Any) -> dict[str, Any]:
-    """Take the weights that validation chose, and read the test set, once; all ranks call it together.
-
-    Leaves RUN/predictions/*.csv.
-
-    Returns:
-        What RUN/summary.json says; {} on other ranks than the first.
-    """
-    strategy, module, data = trainer.strategy, trainer.lightning_module, trainer.datamodule
-    cfg, device = module.cfg, strategy.root_device
-    run_dir = Path(cfg.run_dir)
-    step = take_best(strategy, run_dir / CHECKPOINTS)
-    module.eval()
-
-    def predict(packed: Any) -> dict[str, np.ndarray]:
-        on_device = data.transfer_batch_to_device(data.on_before_batch_transfer(packed), device, 0)
-        found: dict[str, np.ndarray] = strategy.call("predict", data.on_after_batch_transfer(on_device))
-        return found
-
-    with trainer.precision_plugin.val_step_context():
-        parts = [
-            predictions_of(evaluate(loader, predict), data)
-            for loader in (data.val_dataloader(), data.test_dataloader())
-        ]
-    if not trainer.is_global_zero:
-        return {}
-    val, test = parts
-    for name, predictions in (("val", val), ("test", test)):
-        predictions.save(run_dir / "predictions" / f"{name}.csv")
-    said = {
-        "task": cfg.task.name,
-        "adapt": cfg.task.adapt,
-        "init": cfg.init,
-        "seed": cfg.seed,
-        "split": cfg.data.split,
-        "split_hash": data.split_hash,
-        "store": [str(store.path) for store in data.store.stores],
-        "select": cfg.task.select,
-        "best_step": trainer.global_step if step is None else step,
-        "trained": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
-        "n": {part: len(data.subjects_of(part)) for part in data.parts},
-        "scaling": {"mean": data.scaling.mean, "std": data.scaling.std},
-    }
-    return said | judge(val, test, cfg.seed)
-
-
-def take_best(strategy: Any, folder: Path) -> int | None:
-    """Fill the model with the weights of the best checkpoint; its optimizer step, None if no checkpoint has a score."""
-    path = strategy.broadcast(checkpoint.best(folder) if strategy.is_global_zero else None)
-    if path is None:
-        return None
-    manifest = checkpoint.Manifest.read(path)
-    checkpoint.Reader(path, manifest).fill(list(strategy.pieces(moments=False)))
-    strategy.refresh()
-    return manifest.step
 
 
 def table(summary: dict[str, Any], run_dir: Path) -> str:

@@ -10,40 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swift.config.schema import Config
 from swift.evaluate.reconstruction_baselines import BaselineScores, masked_l1_sum
 from swift.models.masking import mask_voxels
-from swift.train.pretrain import Batch, PretrainModule
+
+Batch = dict[str, Tensor]
 
 
 @torch.no_grad()
 def compare(
-    module: PretrainModule,
+    cfg: Config,
     batches: Iterable[Batch],
     tr: Sequence[float],
     figure_npz: Path | None,
-    reconstruct: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
+    reconstruct: Callable[[Batch], tuple[Tensor, Tensor]],
+    device: torch.device,
     add_up: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> dict[str, Any]:
     """L1 on masked brain voxels of the model and of each baseline, over all batches of all ranks.
 
     Args:
-        module: a trained module in eval mode.
-        batches: dense held-out batches on the module's device.
+        cfg: of the run.
+        batches: dense held-out batches on the model's device.
         tr: repetition time of every scan of the store, s (for the figure's axis).
         figure_npz: where to keep the first clip for the reconstruction figure; None: nowhere.
-        reconstruct: how to call the module where an engine holds its weights; None: directly.
+        reconstruct: a batch to the model's prediction and the token mask it was made under.
+        device: of the model.
         add_up: the sum of a scalar over all ranks.
 
     Returns:
         {"val_l1": float, "baselines": {name: float}, "beats": [names], "clips": int}.
     """
     scores = BaselineScores()
-    reconstruct = reconstruct or module.reconstruct
+    data = cfg.data
     total, count, clips = 0.0, 0.0, 0.0
     for index, batch in enumerate(batches):
         prediction, mask = reconstruct(batch)
-        data = module.cfg.data
-        masked = mask_voxels(mask, module.cfg.model.patch_size, (*data.grid, data.frames))
+        masked = mask_voxels(mask, cfg.model.patch_size, (*data.grid, data.frames))
         part, voxels = masked_l1_sum(prediction.float(), batch["bold"], masked, batch["brain"], batch["valid"])
         total, count, clips = total + float(part), count + int(voxels), clips + int(batch["valid"].sum())
         scores.update(batch["bold"], masked, batch["brain"], batch["valid"])
@@ -51,10 +54,10 @@ def compare(
             _keep_clip(
                 figure_npz, batch, prediction, masked, data.frame_stride * tr[int(batch["scan"][0])], data.spacing
             )
-    sums = torch.tensor([total, count, clips], dtype=torch.float64, device=module.device)
+    sums = torch.tensor([total, count, clips], dtype=torch.float64, device=device)
     total, count, clips = (float(value) for value in add_up(sums))
     scores.sums = {name: add_up(value) for name, value in scores.sums.items()}
-    scores.count = add_up(torch.as_tensor(scores.count, device=module.device))
+    scores.count = add_up(torch.as_tensor(scores.count, device=device))
     val_l1 = total / max(count, 1)
     baselines = scores.compute()
     return {

@@ -27,9 +27,9 @@ from swift.parallel.checkpoint.files import Piece
 from swift.parallel.checkpoint.pieces import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
 from swift.parallel.checkpoint.saver import Saver
 from swift.parallel.environment import build_accelerator, build_environment, check_place
-from swift.parallel.ranks import Place, current_place
+from swift.parallel.ranks import Place
+from swift.parallel.setup import Setup
 from swift.parallel.step_gate import Judge, JudgedEngine, drop_gradients
-from swift.plan.geometry import build_geometry
 from swift.plan.memory import MB, reduce_bucket
 from swift.utils.errors import UserError
 
@@ -243,13 +243,11 @@ def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int) -> 
     }
 
 
-def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, Any]:
+def build_strategy(setup: Setup) -> dict[str, Any]:
     """The arguments of the Trainer that say how a run is spread.
 
     Args:
-        cfg: The run.
-        accelerator: cpu | gpu.
-        precision: Lightning's name of the precision, 32-true or bf16-mixed.
+        setup: Of the run.
 
     Returns:
         strategy, accelerator, devices, num_nodes (precision is part of the strategy).
@@ -257,7 +255,7 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
     Raises:
         UserError: the launcher has started another number of ranks than the settings say.
     """
-    place = current_place()
+    cfg, place, accelerator, precision = setup.cfg, setup.place, setup.accelerator, setup.precision
     parallel = cfg.parallel
     check_place(parallel, place)
     if parallel.compile and accelerator == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -275,9 +273,8 @@ def build_strategy(cfg: Config, accelerator: str, precision: str) -> dict[str, A
         "cluster_environment": environment,
         "timeout": timedelta(minutes=parallel.timeout_minutes),
     }
-    narrow = precision == "bf16-mixed"
-    largest = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames)).sizes[0]
-    bucket = reduce_bucket(cfg, largest, narrow)
+    narrow = setup.narrow
+    bucket = reduce_bucket(cfg, setup.geometry.sizes[0], narrow)
     strategy: _DeepSpeed | _Fsdp | _Ddp
     if parallel.zero_stage:
         # DeepSpeed looks for its device when it is imported.

@@ -151,12 +151,13 @@ def describe_series(study: Study, run_dirs: Sequence[Path]) -> None:
     from swift.config.compose import load_frozen
     from swift.report.temporal import FILE
     from swift.study.series import write_series
-    from swift.train.wiring import store_path
+    from swift.data.locate import store_path
 
     wanted = {"count": 0, "frames": 400, "lag": 60.0, **(study.series or {})}
     for run_dir in run_dirs:
         if not (run_dir / FILE).is_file():
-            store = store_path(load_frozen(run_dir, []))
+            cfg = load_frozen(run_dir, [])
+            store = store_path(cfg.data, cfg.seed)
             write_series(run_dir, [store], int(wanted["count"]), int(wanted["frames"]), float(wanted["lag"]), 0)
             log.info("%s: series of %s described", study.name, run_dir.name)
 
@@ -214,11 +215,12 @@ def probe(study: Study, run_dirs: Sequence[Path]) -> None:
     """RUN/probe.json of every run that has none."""
     from swift.config.compose import load_frozen
     from swift.report.ablation import PROBE
-    from swift.train.wiring import store_path
+    from swift.data.locate import store_path
 
     for run_dir in run_dirs:
         if not (run_dir / PROBE).is_file():
-            score = write_probe(run_dir, store_path(load_frozen(run_dir, [])), str(study.probe))
+            cfg = load_frozen(run_dir, [])
+            score = write_probe(run_dir, store_path(cfg.data, cfg.seed), str(study.probe))
             log.info("%s: %s: probe of %s %.3f", study.name, run_dir.name, study.probe, score)
 
 

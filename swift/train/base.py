@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import asdict
 from typing import Any
 
@@ -34,8 +35,7 @@ class TrainingModule(pl.LightningModule):
         with torch.device("meta"):
             self.model: Any = self.build_model(cfg.model)
         if not empty:
-            self.model.to_empty(device="cpu")
-            initialize(self, self.initial_values(), cfg.seed)
+            self.fill()
         if not cfg.model.final_norm:
             # It exists for v1's checkpoints only: no loss reaches it, and an engine would wait for its gradient.
             encoder: Any = self.model.encoder
@@ -47,9 +47,19 @@ class TrainingModule(pl.LightningModule):
         self._step_loss = torch.zeros(())
         self._rate = 0.0
 
+    @abstractmethod
     def build_model(self, cfg: ModelConfig) -> nn.Module:
         """The model of an architecture, on the grid of this run."""
-        raise NotImplementedError
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the model: encoder, mask token and decoder, or head."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fill(self) -> None:
+        """Give the model memory on the CPU and its initial values."""
+        self.model.to_empty(device="cpu")
+        initialize(self, self.initial_values(), self.cfg.seed)
 
     def rates(self) -> dict[str, float] | None:
         """Factors on the learning rate of the parameters of `model` by name; None: 1 for all."""

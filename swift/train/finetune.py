@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swift.config.schema import Config, ModelConfig
+from swift.evaluate.judge import ClipRows, gathered
 from swift.models.adapt import depth_rates, lora_initial_values
 from swift.models.autoencoder import LOSSES
 from swift.models.heads import TargetModel
@@ -25,41 +25,6 @@ from swift.train.pretrain import PretrainModule
 from swift.utils.errors import UserError
 
 LOWER_IS_BETTER = ("loss", "mae")
-
-
-@dataclass(frozen=True)
-class ClipRows:
-    """What was said of R clips, in order of their numbers.
-
-    Attributes:
-        clip: (R,) number in the part.
-        scan: (R,) scan of the store.
-        start: (R,) first frame.
-        scores: (R, K) probabilities or values in the label's unit, float64; (R, T, K) per frame.
-        target: (R,) or (R, T) labels, NaN: none.
-    """
-
-    clip: np.ndarray
-    scan: np.ndarray
-    start: np.ndarray
-    scores: np.ndarray
-    target: np.ndarray
-
-    @staticmethod
-    def joined(parts: list[dict[str, np.ndarray]]) -> ClipRows:
-        """Rows of batches or ranks together; every clip once, in an order that the ranks do not change."""
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        _, first = np.unique(whole["clip"], return_index=True)
-        return ClipRows(**{name: value[first] for name, value in whole.items()})
-
-
-def gathered(parts: list[dict[str, np.ndarray]]) -> ClipRows:
-    """The rows of all ranks, on every rank; all ranks call it together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        said: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(said, parts)
-        parts = [part for rank in said for part in rank]
-    return ClipRows.joined(parts)
 
 
 class FinetuneModule(TrainingModule):

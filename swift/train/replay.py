@@ -65,8 +65,10 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     batch, recorded, facts = read_batch(path)
     import torch
 
+    from swift.parallel.setup import resolve
     from swift.train.callbacks.nonfinite import Trace, describe
-    from swift.train.wiring import build_module, weights_at
+    from swift.train.init_weights import weights_at
+    from swift.train.wiring import build_module
 
     cfg = settings(facts)
     where, exact = weights_of(path, facts) if source is None else (source, False)
@@ -74,7 +76,7 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     torch.use_deterministic_algorithms(facts["deterministic"])
     torch.set_float32_matmul_precision(facts["matmul"])
     device = torch.device("cuda" if facts["device"] == "cuda" and torch.cuda.is_available() else "cpu")
-    module = build_module(cfg)
+    module = build_module(resolve(cfg))
     try:
         weights, _ = weights_at(where, module)
     except ValueError as error:

@@ -12,6 +12,7 @@ import torch
 
 from swift.config.compose import CHECKPOINTS, typed
 from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.setup import resolve
 from swift.train.wiring import build_data, build_module, build_trainer
 from swift.utils import jsonl
 from tests.small import command, composed
@@ -43,8 +44,8 @@ def build(store: Path, run_dir: Path, overrides: list[str]) -> tuple[pl.Lightnin
     """As the command does it."""
     torch.use_deterministic_algorithms(True)
     cfg = typed(composed(*command(store, run_dir, "trainer.accelerator=cpu", "trainer.figures=false", *overrides)))
-    module, data = build_module(cfg, empty=True), build_data(cfg)
-    return module, data, build_trainer(cfg, run_dir, overrides)
+    module, data = build_module(resolve(cfg), empty=True), build_data(cfg)
+    return module, data, build_trainer(resolve(cfg), overrides)
 
 
 class Look(pl.Callback):

@@ -13,6 +13,7 @@ from swift.config.compose import CHECKPOINTS, typed
 from swift.data.module import ClipDataModule
 from swift.models.autoencoder import reconstruction_loss
 from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.setup import resolve
 from swift.train.optim import lr_factor
 from swift.train.wiring import build_data, build_module
 from swift.utils.errors import UserError
@@ -107,7 +108,7 @@ def train(store: Path, run_dir: Path, overrides: list[str], plants: list[tuple[i
 def reference(store: Path, overrides: list[str], ranks: int, left_out: list[int]) -> dict[str, Any]:
     """A plain loop over the same batches that does not step at some: weights, moments and Adam's count at its end."""
     cfg = typed(composed(*command(store, Path("nowhere"), "trainer.accelerator=cpu", *overrides)))
-    module = build_module(cfg)
+    module = build_module(resolve(cfg))
     optimizer = module.configure_optimizers()["optimizer"]
     loaders = []
     for rank in range(ranks):

@@ -11,7 +11,9 @@ import torch
 
 from swift.config.compose import typed
 from swift.inference.embedding import embed_batch
-from swift.train.wiring import build_module, start_from
+from swift.parallel.setup import resolve
+from swift.train.init_weights import start_from
+from swift.train.wiring import build_module
 from tests.cohort import task_command
 from tests.distributed import tasks
 from tests.distributed.ranks import run
@@ -57,7 +59,7 @@ class Alone:
         if key not in self._made:
             own, run_dir = [*self.settings(*key), *WHOLE], self.runs / f"{adapt}-{optimizer}"
             seen = run(tasks.steps, 1, self.folder, run_dir, own)[0]
-            module = build_module(typed(composed(*task_command(self.folder, run_dir, *own))))
+            module = build_module(resolve(typed(composed(*task_command(self.folder, run_dir, *own)))))
             start_from(module, str(self.pretrained(optimizer)))
             first = {name: parameter.detach() for name, parameter in module.model.named_parameters()}
             trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}

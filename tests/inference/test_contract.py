@@ -75,7 +75,7 @@ def test_a_run_writes_it(store: Path, tmp_path: Path) -> None:
     """The checkpoints of `python -m swift.train`."""
     from swift.config.compose import typed
     from swift.parallel.checkpoint.files import Manifest, candidates
-    from swift.train.__main__ import train
+    from swift.train.run import train
 
     changes = ["data.normalization=robust", "data.background=-2.0", "trainer.max_steps=2", "trainer.figures=false"]
     cfg = typed(small.composed(*small.command(store, tmp_path / "run", *changes)))

@@ -24,7 +24,9 @@ from swift.data.ingest.prepare import Recipe
 from swift.data.store.reader import Store
 from swift.inference.embed_cli import main
 from swift.inference.export import export
-from swift.train.wiring import build_module, start_from
+from swift.parallel.setup import resolve
+from swift.train.init_weights import start_from
+from swift.train.wiring import build_module
 from swift.utils.errors import BadScan, UserError
 from tests.data import scans
 
@@ -63,7 +65,7 @@ def npz(path: Path) -> dict[str, Any]:
 
 
 def encoder_of(run: Path) -> nn.Module:
-    module = build_module(load_frozen(run, []))
+    module = build_module(resolve(load_frozen(run, [])))
     start_from(module, str(run))
     encoder: nn.Module = module.model.encoder
     return encoder
@@ -272,7 +274,7 @@ def test_v1_weights_need_settings_and_then_embed(
     finished: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The encoder's own names stand for themselves in an import, so a state dict of it is a v1 file to the loader.
-    module = build_module(load_frozen(finished, []))
+    module = build_module(resolve(load_frozen(finished, [])))
     start_from(module, str(finished))
     torch.save({"state_dict": module.model.encoder.state_dict()}, tmp_path / "v1.ckpt")
     scan = files / "sub-1_task-a.nii.gz"

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from swift.inference.export import export, load, load_into
 from swift.inference.export_cli import main
 from swift.models.autoencoder import MaskedAutoencoder
-from swift.train.wiring import build_module, start_from
+from swift.parallel.setup import resolve
+from swift.train.init_weights import start_from
+from swift.train.wiring import build_module
 from swift.utils.errors import UserError
 from tests.runs import environment, weights
 from tests.small import settings
@@ -98,7 +100,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path, name: str) -> None:
     mark, path = tmp_path / "exploded", tmp_path / name
     torch.save({"state_dict": {"model.mask_token": torch.ones(3)}, "extra": Bomb(mark)}, path)
     with pytest.raises(UserError) as caught:
-        start_from(build_module(settings()), str(path))
+        start_from(build_module(resolve(settings())), str(path))
     assert str(caught.value).startswith(f"init={path}: ")
     assert "\n" not in str(caught.value)
     assert not mark.exists()

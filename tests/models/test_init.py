@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from swift.models.init import NORMAL, ONE, ZERO, Init, fill, initial_values
+from swift.parallel.setup import resolve
 from swift.train.wiring import build_module
 from tests.small import settings
 
@@ -69,7 +70,7 @@ def test_every_parameter_of_every_variant_has_its_values() -> None:
         ["model/variant=v1", "model.depths=[1,2]", "model.patch_size=[4,4,4,2]", "model.window=[2,2,2,2]"],
         ["model.position=rope_global"],
     ):
-        module = build_module(settings(*overrides))
+        module = build_module(resolve(settings(*overrides)))
         values = module.initial_values()
         assert values.keys() == dict(module.named_parameters()).keys()
         for name, parameter in module.named_parameters():

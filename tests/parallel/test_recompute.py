@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift.parallel.recompute import prepare_blocks
+from swift.parallel.setup import resolve
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_module
 from tests.small import settings
@@ -20,7 +21,7 @@ MODEL = ["model.dropout=0.1", "model.drop_path=0.1"]
 
 def made(*overrides: str) -> PretrainModule:
     cfg = settings(*overrides)
-    module = build_module(cfg).train()
+    module = build_module(resolve(cfg)).train()
     prepare_blocks(module.model, cfg.parallel)
     return module
 

@@ -12,10 +12,11 @@ import torch
 
 from swift.parallel.environment import OneGpuEach, Ranks, check_place
 from swift.parallel.ranks import LAUNCH, SETTINGS, Place, current_place, first_to_report
+from swift.parallel.setup import resolve
 from swift.parallel.strategies import build_strategy, cpu_adam, deepspeed_config
 from swift.plan.geometry import build_geometry
 from swift.plan.memory import reduce_bucket
-from swift.train.wiring import check_memory, precision
+from swift.train.wiring import build_module
 from swift.utils.errors import UserError
 from tests.small import settings
 
@@ -117,7 +118,7 @@ def test_a_bucket_left_open_holds_the_largest_gradient_where_that_saves_memory()
 def test_compiling_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"parallel.compile=true: torch.compile needs a C\+\+ compiler"):
-        build_strategy(settings("parallel.compile=true"), "cpu", "32-true")
+        build_strategy(resolve(settings("parallel.compile=true", "trainer.accelerator=cpu")))
 
 
 def test_offload_without_a_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,15 +135,15 @@ def test_offload_without_a_compiler_says_what_to_install(tmp_path: Path, monkeyp
 
 def test_bf16_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, it is one line; `auto` takes float32. A CPU computes it in software."""
-    assert precision(settings("trainer.precision=bf16", "trainer.accelerator=cpu")) == "bf16-mixed"
-    assert precision(settings("trainer.precision=auto", "trainer.accelerator=cpu")) == "32-true"
+    assert resolve(settings("trainer.precision=bf16", "trainer.accelerator=cpu")).precision == "bf16-mixed"
+    assert resolve(settings("trainer.precision=auto", "trainer.accelerator=cpu")).precision == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, name in ((False, "32-true"), (True, "bf16-mixed")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert precision(settings("trainer.accelerator=gpu")) == name
+        assert resolve(settings("trainer.accelerator=gpu")).precision == name
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(UserError, match=r"trainer.precision=bf16: this GPU has no bf16; use 32"):
-        precision(settings("trainer.precision=bf16", "trainer.accelerator=gpu"))
+        resolve(settings("trainer.precision=bf16", "trainer.accelerator=gpu"))
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, world: int, local: int) -> None:
@@ -154,7 +155,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, world: int, local: int) -> None:
 def test_more_shards_than_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, 1_000_000, 8)
     with pytest.raises(UserError, match=r"parallel=zero3: 1000000 ranks, but the model has \d+ parameters"):
-        check_memory(settings("parallel=zero3", "trainer.accelerator=cpu"))
+        build_module(resolve(settings("parallel=zero3", "trainer.accelerator=cpu")), empty=True)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_states_must_fit_into_memory(monkeypatch: pytest.MonkeyPatch, parallel: 
     room = SimpleNamespace(total=10 * build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames)).total_parameters)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
     if fits:
-        check_memory(cfg)
+        build_module(resolve(cfg), empty=True)
         return
     with pytest.raises(UserError, match="GiB for weights, gradients and optimizer, and this machine has"):
-        check_memory(cfg)
+        build_module(resolve(cfg), empty=True)

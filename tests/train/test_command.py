@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from swift.config.compose import load_frozen, typed
-from swift.train.__main__ import train, write_summary
+from swift.parallel.setup import resolve
+from swift.train.run import train, write_summary
 from swift.train.wiring import build_module
 from swift.utils import jsonl
 from swift.utils.errors import UserError
@@ -63,7 +64,7 @@ def test_the_summary_says_what_the_last_validation_says(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["model"] == "tiny"
-    assert summary["parameters"] == sum(p.numel() for p in build_module(settings()).parameters())
+    assert summary["parameters"] == sum(p.numel() for p in build_module(resolve(settings())).parameters())
     last = [record for record in metrics(finished) if "val/l1" in record][-1]
     assert summary["val_l1"] == pytest.approx(last["val/l1"], rel=1e-6)
     assert summary["beats"] == [name for name, value in summary["baselines"].items() if summary["val_l1"] < value]

@@ -12,9 +12,10 @@ import torch
 
 from swift.config.compose import typed
 from swift.data.task_module import TargetDataModule, class_weights, cut_in_time
-from swift.evaluate.judge import figures, predictions_of
+from swift.evaluate.judge import ClipRows, figures, predictions_of
 from swift.evaluate.scores import choose_threshold, scores
-from swift.train.finetune import ClipRows, FinetuneModule
+from swift.parallel.setup import resolve
+from swift.train.finetune import FinetuneModule
 from swift.train.wiring import build_data, build_module, tell
 from swift.utils.errors import UserError
 from tests.cohort import cohort, task_command
@@ -35,7 +36,7 @@ def data_of(folder: Path, *overrides: str, rank: int = 0, world: int = 1) -> Tar
 
 def both(folder: Path, *overrides: str) -> tuple[FinetuneModule, TargetDataModule]:
     cfg = typed(composed(*task_command(folder, Path("nowhere-run"), *overrides)))
-    data, module = build_data(cfg), build_module(cfg)
+    data, module = build_data(cfg), build_module(resolve(cfg))
     tell(module, data)
     assert isinstance(module, FinetuneModule)
     assert isinstance(data, TargetDataModule)

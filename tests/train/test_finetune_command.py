@@ -16,15 +16,17 @@ import torch
 from swift.config.compose import freeze, load_frozen, typed
 from swift.data.store.reader import Store
 from swift.data.task_module import TargetDataModule
-from swift.evaluate.judge import predictions_of
+from swift.evaluate.judge import ClipRows, predictions_of
 from swift.evaluate.predictions import Predictions
 from swift.evaluate.scores import choose_threshold, scores
 from swift.inference.export import export, load
 from swift.models.encoder import SwinEncoder
 from swift.parallel.checkpoint import files as checkpoint
 from swift.parallel.checkpoint.read import FileWeights
-from swift.train.finetune import ClipRows, FinetuneModule
-from swift.train.wiring import build_data, build_module, start_from
+from swift.parallel.setup import resolve
+from swift.train.finetune import FinetuneModule
+from swift.train.init_weights import start_from
+from swift.train.wiring import build_data, build_module
 from swift.utils.errors import UserError
 from tests.cohort import cohort, task_command
 from tests.inference.test_embed_cli import embed, npz, reference
@@ -151,7 +153,7 @@ def test_a_stopped_run_goes_on_exactly(
 # --- what is taken from init= -------------------------------------------------------------------------------------
 def module_of(folder: Path, *overrides: str) -> FinetuneModule:
     cfg = typed(composed(*task_command(folder, Path("nowhere-run"), "task=synthetic_binary", *overrides)))
-    module = build_module(cfg)
+    module = build_module(resolve(cfg))
     assert isinstance(module, FinetuneModule)
     return module
 
@@ -242,7 +244,7 @@ def test_swift_v1_weights(folder: Path, tmp_path: Path) -> None:
     cfg = typed(composed(*task_command(folder, Path("nowhere-run"), "task=synthetic_binary")))
     grid, frames = list(CASE.grid), CASE.frames
     task = replace(cfg.task, adapt="linear")
-    module = build_module(replace(cfg, model=CFG, task=task, data=replace(cfg.data, grid=grid, frames=frames)))
+    module = build_module(resolve(replace(cfg, model=CFG, task=task, data=replace(cfg.data, grid=grid, frames=frames))))
     said = start_from(module, str(tmp_path / "v1.ckpt"))
     assert "left out: model.output_head.weight" in said
     torch.testing.assert_close(module.model.encoder.patch_embed.proj.weight, state["patch_embed.fc.weight"])

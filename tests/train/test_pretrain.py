@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from swift.config.compose import typed
 from swift.config.schema import Config
 from swift.parallel.checkpoint.files import Manifest, candidates
+from swift.parallel.setup import resolve
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data, build_module, build_trainer
 from tests.small import GRID, command, composed, metrics, settings
@@ -52,7 +53,7 @@ def make_batch(samples: list[int], seed: int = 0) -> Batch:
 
 
 def validate(cfg: Config, batches: list[Batch]) -> tuple[PretrainModule, dict[str, float]]:
-    module = build_module(cfg)
+    module = build_module(resolve(cfg))
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -127,7 +128,7 @@ def test_padding_alone_gives_nan_not_zero() -> None:
 # --- masks --------------------------------------------------------------------------------------------------------
 def test_counted_voxels() -> None:
     for background in (False, True):
-        module = build_module(settings(f"task.loss_background={str(background).lower()}"))
+        module = build_module(resolve(settings(f"task.loss_background={str(background).lower()}")))
         batch = make_batch([3, -1, 8])
         mask = module.draw_mask(batch)
         counted = module.counted_voxels(batch, mask)
@@ -140,23 +141,23 @@ def test_counted_voxels() -> None:
 
 def test_masks_follow_the_settings() -> None:
     batch = make_batch([5, 6])
-    module = build_module(settings("task.mask_ratio=0.5"))
+    module = build_module(resolve(settings("task.mask_ratio=0.5")))
     mask = module.draw_mask(batch)
     assert mask.shape == (2, 3, 3, 3, 4)
     assert mask.flatten(1).sum(1).tolist() == [54, 54]
     assert torch.equal(module.draw_mask(make_batch([6]))[0], mask[1])
-    assert not torch.equal(build_module(settings("task.mask_ratio=0.5", "seed=1")).draw_mask(batch), mask)
-    tube = build_module(settings("task.mask_kind=tube", "task.mask_unit=[4,4,4,4]")).draw_mask(batch)
+    assert not torch.equal(build_module(resolve(settings("task.mask_ratio=0.5", "seed=1"))).draw_mask(batch), mask)
+    tube = build_module(resolve(settings("task.mask_kind=tube", "task.mask_unit=[4,4,4,4]"))).draw_mask(batch)
     assert torch.equal(tube, tube[..., :1].expand_as(tube))
-    last = build_module(settings("task.mask_kind=temporal", "task.mask_ratio=0.25")).draw_mask(batch)
+    last = build_module(resolve(settings("task.mask_kind=temporal", "task.mask_ratio=0.25"))).draw_mask(batch)
     assert last.flatten(1, 3).any(1).tolist() == [[False, False, False, True]] * 2
 
 
 # --- training -----------------------------------------------------------------------------------------------------
 def fit(store: Path, run_dir: Path, *overrides: str) -> tuple[pl.Trainer, PretrainModule, list[dict[str, Any]]]:
     cfg = typed(composed(*command(store, run_dir, "trainer.figures=false", "trainer.val_every=100", *overrides)))
-    module, data = build_module(cfg), build_data(cfg)
-    trainer = build_trainer(cfg, run_dir, [])
+    module, data = build_module(resolve(cfg)), build_data(cfg)
+    trainer = build_trainer(resolve(cfg), [])
     trainer.fit(module, datamodule=data)
     return trainer, module, metrics(run_dir)
 
@@ -190,7 +191,7 @@ def test_the_logged_numbers_are_those_of_their_step(store: Path, tmp_path: Path)
 def test_loss_and_norm_of_the_first_step_equal_plain_torch(store: Path, tmp_path: Path) -> None:
     _, _, log = fit(store, tmp_path / "run", "data.batch_size=2", "trainer.max_steps=1")
     cfg = typed(composed(*command(store, tmp_path / "run", "data.batch_size=2")))
-    module, data = build_module(cfg), build_data(cfg)
+    module, data = build_module(resolve(cfg)), build_data(cfg)
     batch = data.dense(next(iter(data.train_dataloader())))
     prediction, mask = module.reconstruct(batch)
     counted = module.counted_voxels(batch, mask)
@@ -225,7 +226,7 @@ def test_dropout_is_drawn_from_the_step_alone(store: Path, tmp_path: Path) -> No
 def test_steps_and_micro_batches_drop_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = set()
     for seed in (0, 1):
-        module = build_module(settings("model.dropout=0.1", "trainer.accumulate=2", f"seed={seed}"))
+        module = build_module(resolve(settings("model.dropout=0.1", "trainer.accumulate=2", f"seed={seed}")))
         for step in (0, 1):
             monkeypatch.setattr(PretrainModule, "global_step", step)
             for batch_idx in (2 * step, 2 * step + 1):
@@ -237,7 +238,7 @@ def test_steps_and_micro_batches_drop_differently(monkeypatch: pytest.MonkeyPatc
     expected = torch.rand(3)
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    module = build_module(settings())
+    module = build_module(resolve(settings()))
     torch.set_rng_state(state)
     module.seed_dropout(0)
     assert torch.equal(torch.rand(3), expected)

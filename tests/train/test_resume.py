@@ -13,8 +13,10 @@ import torch
 
 from swift.config.compose import load_frozen
 from swift.inference.export import export
+from swift.parallel.setup import resolve
+from swift.train.init_weights import start_from
 from swift.train.pretrain import PretrainModule
-from swift.train.wiring import build_module, start_from
+from swift.train.wiring import build_module
 from swift.utils.errors import UserError
 from tests.runs import QUIET, assert_same_run, restarts, start, state_of, weights
 from tests.small import command, metrics, settings
@@ -164,7 +166,7 @@ def test_init_takes_the_weights_of_a_run(
     torch.save({"state_dict": expected, "epoch": 0}, tmp_path / "lightning.ckpt")
     torch.save(expected, tmp_path / "bare.pt")
     for source in (finished, tmp_path / "lightning.ckpt", tmp_path / "bare.pt"):
-        module = build_module(settings("seed=5"))
+        module = build_module(resolve(settings("seed=5")))
         assert not torch.equal(module.model.mask_token, expected["model.mask_token"])
         assert start_from(module, str(source)) == f"{len(expected)} tensors taken"
         for name, value in module.state_dict().items():
@@ -182,7 +184,7 @@ def test_init_takes_the_weights_of_a_run(
 
 def test_init_takes_a_v1_file(tmp_path: Path) -> None:
     v1 = ["model/variant=v1", "model.depths=[1,2]", "model.patch_size=[4,4,4,2]", "model.window=[2,2,2,2]"]
-    module = build_module(settings(*v1))
+    module = build_module(resolve(settings(*v1)))
     tensors = {"model.patch_embed.fc.bias": torch.full((12,), 3.0), "output_head.weight": torch.ones(2)}
     torch.save({"state_dict": tensors}, tmp_path / "v1.ckpt")
     report = start_from(module, str(tmp_path / "v1.ckpt"))
@@ -196,7 +198,9 @@ def test_init_refuses_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     exported = tmp_path / "exported.safetensors"
     export(finished, exported)
-    start_from(build_module(settings("model.attention_base_width=12")), str(finished))  # its own width: the same scale
+    start_from(
+        build_module(resolve(settings("model.attention_base_width=12"))), str(finished)
+    )  # its own width: the same scale
     for source, overrides, says in [
         (finished, ["model.decoder_dim=20"], "tensors differ (model.decoder"),
         (finished, ["model.depths=[1,1]"], "there, nothing here"),
@@ -209,7 +213,7 @@ def test_init_refuses_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
         (tmp_path / "gone.ckpt", [], "neither a file nor a run with a checkpoint"),
     ]:
         with pytest.raises(UserError) as caught:
-            start_from(build_module(settings(*overrides)), str(source))
+            start_from(build_module(resolve(settings(*overrides))), str(source))
         assert str(caught.value).startswith(f"init={source}: ")
         assert says in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -2,8 +2,8 @@
 
 The decision is made when the gradient norm of an optimizer step is known and nothing has been changed yet
 (`swift.parallel.step_gate`), from the mean loss and the norm over all ranks: one all-reduce of four numbers. A step
-that is left out changes no weight, no moment and no count of Adam; the number of the step, the learning rate and the next
-batch are what they would have been. The bad step is looked at when it is over: the weights still are the same.
+that is left out changes no weight, no moment and no count of Adam; the number of the step, the learning rate and the
+next batch are what they would have been. The bad step is looked at when it is over: the weights still are the same.
 """
 
 from __future__ import annotations

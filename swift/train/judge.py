@@ -1,0 +1,113 @@
+"""Judging what was trained, on all ranks at once: held-out reconstruction, or validation and test of a task.
+
+The same clips, ranks and precision as in a validation, so that the last validation and the summary say the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from swift.config.compose import CHECKPOINTS
+from swift.evaluate.judge import gathered, predictions_of
+from swift.evaluate.reconstruction import compare
+from swift.evaluate.scores import judge as judge_predictions
+from swift.parallel.checkpoint import files as checkpoint
+
+
+def judge(trainer: Any) -> dict[str, Any]:
+    """What RUN/summary.json says of a trained model; all ranks call it together.
+
+    Of pre-training: held-out reconstruction error of the model and of the baselines. Of a task: the scores in
+    validation and test.
+    """
+    module = trainer.lightning_module
+    module.to(trainer.strategy.root_device).eval()
+    return _judge_reconstruction(trainer) if module.cfg.task.target is None else _judge_target(trainer)
+
+
+def _dense(trainer: Any) -> Callable[[Any], Any]:
+    """Brings a packed batch to the device, as training does."""
+    data, device = trainer.datamodule, trainer.strategy.root_device
+
+    def dense(packed: Any) -> Any:
+        on_device = data.transfer_batch_to_device(data.on_before_batch_transfer(packed), device, 0)
+        return data.on_after_batch_transfer(on_device)
+
+    return dense
+
+
+def _judge_reconstruction(trainer: Any) -> dict[str, Any]:
+    strategy, module, data = trainer.strategy, trainer.lightning_module, trainer.datamodule
+    cfg = module.cfg
+    batches = map(_dense(trainer), itertools.islice(data.val_dataloader(), cfg.trainer.val_batches or None))
+    figure = Path(cfg.run_dir) / "figures" / "reconstruction.npz" if trainer.is_global_zero else None
+    with trainer.precision_plugin.val_step_context():
+        return compare(
+            cfg,
+            batches,
+            [scan.tr for scan in data.store.scans],
+            figure,
+            lambda batch: strategy.call("reconstruct", batch),
+            strategy.root_device,
+            lambda part: strategy.reduce(part, reduce_op="sum"),
+        )
+
+
+@torch.no_grad()
+def _judge_target(trainer: Any) -> dict[str, Any]:
+    """Take the weights that validation chose, and read the test set, once.
+
+    Leaves RUN/predictions/*.csv. Returns {} on other ranks than the first.
+    """
+    strategy, module, data = trainer.strategy, trainer.lightning_module, trainer.datamodule
+    cfg = module.cfg
+    run_dir = Path(cfg.run_dir)
+    step = take_best(strategy, run_dir / CHECKPOINTS)
+    module.eval()
+    dense = _dense(trainer)
+
+    def predict(packed: Any) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = strategy.call("predict", dense(packed))
+        return found
+
+    with trainer.precision_plugin.val_step_context():
+        val, test = (
+            predictions_of(gathered([predict(packed) for packed in loader]), data)
+            for loader in (data.val_dataloader(), data.test_dataloader())
+        )
+    if not trainer.is_global_zero:
+        return {}
+    for name, predictions in (("val", val), ("test", test)):
+        predictions.save(run_dir / "predictions" / f"{name}.csv")
+    used = {
+        "task": cfg.task.name,
+        "adapt": cfg.task.adapt,
+        "init": cfg.init,
+        "seed": cfg.seed,
+        "split": cfg.data.split,
+        "split_hash": data.split_hash,
+        "store": [str(store.path) for store in data.store.stores],
+        "select": cfg.task.select,
+        "best_step": trainer.global_step if step is None else step,
+        "trained": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
+        "n": {part: len(data.subjects_of(part)) for part in data.parts},
+        "scaling": {"mean": data.scaling.mean, "std": data.scaling.std},
+    }
+    return used | judge_predictions(val, test, cfg.seed)
+
+
+def take_best(strategy: Any, folder: Path) -> int | None:
+    """Fill the model with the weights of the best checkpoint; its optimizer step, None if no checkpoint has a score."""
+    path = strategy.broadcast(checkpoint.best(folder) if strategy.is_global_zero else None)
+    if path is None:
+        return None
+    manifest = checkpoint.Manifest.read(path)
+    checkpoint.Reader(path, manifest).fill(list(strategy.pieces(moments=False)))
+    strategy.refresh()
+    return manifest.step

@@ -60,6 +60,7 @@ def main() -> None:
 
     set_up_logging()
     register()
+    sys.argv[0] = "swift.train"  # what a usage line calls it
     if current_place().rank:
         logging.getLogger("swift").setLevel(logging.WARNING)  # rank 0 says it for all
     if SETTINGS in os.environ:

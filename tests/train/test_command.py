@@ -210,7 +210,7 @@ def test_a_mistyped_command_ends_with_2_and_no_traceback(tmp_path: Path, argumen
     for part in says:
         assert part in done.stderr
     assert "Traceback" not in done.stderr
-    assert ".py" not in done.stderr.replace("usage: train.py", "").replace("train.py: error", "")
+    assert ".py" not in done.stderr
     if done.stderr.startswith("error: "):
         assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

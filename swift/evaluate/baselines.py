@@ -198,8 +198,8 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
     """
     if cfg.task.target is None:
         raise UserError(f"task={cfg.task.name}: has no target; baselines are for tasks that predict something")
-    from swift.data.task_module import TargetDataModule
     from swift.data.locate import store_path
+    from swift.data.task_module import TargetDataModule
 
     data = TargetDataModule(cfg.data, cfg.task, store_path(cfg.data, cfg.seed), cfg.seed)
     all_ = Baselines(data, cfg.task.balance)

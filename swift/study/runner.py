@@ -149,9 +149,9 @@ def _train_stopped_once(overrides: list[str], run_dir: Path, step: int) -> list[
 def describe_series(study: Study, run_dirs: Sequence[Path]) -> None:
     """RUN/temporal.json of every run that has none: of the store that it was trained on."""
     from swift.config.compose import load_frozen
+    from swift.data.locate import store_path
     from swift.report.temporal import FILE
     from swift.study.series import write_series
-    from swift.data.locate import store_path
 
     wanted = {"count": 0, "frames": 400, "lag": 60.0, **(study.series or {})}
     for run_dir in run_dirs:
@@ -214,8 +214,8 @@ def write_probe(run_dir: Path, store: Path, column: str) -> float:
 def probe(study: Study, run_dirs: Sequence[Path]) -> None:
     """RUN/probe.json of every run that has none."""
     from swift.config.compose import load_frozen
-    from swift.report.ablation import PROBE
     from swift.data.locate import store_path
+    from swift.report.ablation import PROBE
 
     for run_dir in run_dirs:
         if not (run_dir / PROBE).is_file():

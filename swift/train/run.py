@@ -119,7 +119,8 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     """Write the summary and the figures of a run, print its table."""
-    from swift.report.figures.loss import loss_curve, reconstruction
+    from swift.report.figures.loss import loss_curve
+    from swift.report.figures.reconstruction import reconstruction
 
     if cfg.task.target is None:
         write_summary(summary, run_dir)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from swift.config.check import CHOICES
-from swift.report.style import DPI, STYLE, WIDTH, save
+from swift.report.style import figure
 from swift.train import coord_check
 from swift.train.coord_check import Plan
 from swift.utils.entry import reported, set_up_logging
@@ -54,8 +53,7 @@ def draw(report: Mapping[str, Any], out: str | Path | None) -> Figure:
     rows, widths = shown(report), np.array(report["plan"]["widths"])
     steps = report["plan"]["steps"]
     colours = ScalarMappable(Normalize(0, steps), COLOURS)
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 7.2), dpi=DPI, layout="constrained")
+    with figure(7.2, out) as fig:
         axes = fig.subplots(len(rows), 2, sharex=True, sharey="row")
         fig.suptitle(
             f"Coordinate check: {report['plan']['variant']} attention, depths {list(report['plan']['depths'])}, "
@@ -77,8 +75,6 @@ def draw(report: Mapping[str, Any], out: str | Path | None) -> Figure:
             ax.set_xlabel("width of stage 1 (embed_dim)")
         fig.supylabel("root mean square", fontsize=8.5)
         fig.colorbar(colours, ax=axes, label="optimizer steps done", shrink=0.5, aspect=30, pad=0.01)
-        if out is not None:
-            save(fig, out)
     return fig
 
 

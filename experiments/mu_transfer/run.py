@@ -16,13 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from swift.config.schema import Config
-from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, save
+from swift.report.style import COLOURS, figure, gridded
 from swift.train.coord_check import MODES, loss_of, mode_config
 from swift.train.pretrain import Batch, PretrainModule
 from swift.train.wiring import build_data
@@ -175,13 +173,12 @@ def summary(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return result
 
 
-def figure(rows: list[dict[str, Any]], key: str, out: Path) -> None:
+def draw(rows: list[dict[str, Any]], key: str, out: Path) -> None:
     """Loss against rate, a curve a width; the best rate of each is marked."""
     table, seeds = curves(rows, key), sorted({row["seed"] for row in rows})
     single = [curves([row for row in rows if row["seed"] == seed], key) for seed in seeds]
     finite = np.concatenate([curve[np.isfinite(curve)] for curve in table.values()])
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 3.4), dpi=DPI, layout="constrained")
+    with figure(3.4, out) as fig:
         axes = fig.subplots(1, 2, sharey=True)
         for ax, (mode, title) in zip(axes, TITLES.items(), strict=True):
             for index, width in enumerate(WIDTHS):
@@ -201,7 +198,6 @@ def figure(rows: list[dict[str, Any]], key: str, out: Path) -> None:
             "one seed: no interval" if len(seeds) == 1 else f"mean of {len(seeds)} seeds; bars: lowest to highest seed"
         )
         fig.supxlabel(f"stars: best rate of each width; curves that leave the top are worse still; {what}", fontsize=8)
-        save(fig, out)
 
 
 def main() -> None:
@@ -221,7 +217,7 @@ def main() -> None:
         raise SystemExit(f"{path}: no seed has all its runs yet")
     result = summary(rows, options.judge)
     (options.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    figure(rows, options.judge, options.out / "mu_transfer.png")
+    draw(rows, options.judge, options.out / "mu_transfer.png")
     print(json.dumps(result, indent=2))
 
 

@@ -1,7 +1,7 @@
 """Is a difference real? Tests between two methods on the same subjects, of one method against chance, and Holm's rule.
 
-Which test fits: over several splits `corrected_t`; on one test set `from_draws`, a paired bootstrap (any score), or
-`paired_permutation` (the main score); against chance `against_labels`.
+Which test fits: over several splits `corrected_t`; on one test set `from_draws`, a paired bootstrap; against chance
+`against_labels`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swift.evaluate.predictions import Predictions
-from swift.evaluate.resampling import CELLS, LEVEL, clusters
+from swift.evaluate.resampling import CELLS, LEVEL
 from swift.utils.errors import UserError
 
 PERMUTATIONS = 2000
@@ -105,71 +105,31 @@ def from_draws(difference: float, drawn: np.ndarray, subjects: int) -> Test:
 
 
 # ------------------------------------------------------------------------------------------------------- permutations
-def _auroc(positive: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """AUROC along the last axis from ranks (Mann-Whitney); ties count half."""
-    from scipy.stats import rankdata
-
-    count = positive.sum(-1)
-    ranks = rankdata(score, axis=-1)
-    above = (ranks * positive).sum(-1) - count * (count + 1) / 2
-    return np.asarray(above / (count * (positive.shape[-1] - count)))
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    spread = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), spread, out=np.zeros(spread.shape), where=spread > 0)
-
-
 def main_score(kind: str, target: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """AUROC (several classes: mean of each against the others) or Pearson r for stacks of targets and scores.
+    """AUROC (several classes: mean of each against the others) or Pearson r for a stack of targets.
 
     Args:
         kind: Of the predictions.
         target: (..., N).
-        scores: (..., N, K), of the same leading shape or one that broadcasts.
+        scores: (N, K).
 
     Returns:
         (...); r is 0 where a side is constant.
     """
-    if kind == "regression":
-        return _correlation(*np.broadcast_arrays(target, scores[..., 0]))
-    classes = [1] if kind == "binary" else range(scores.shape[-1])
-    each = [_auroc(*np.broadcast_arrays(target == k, scores[..., k])) for k in classes]
-    return np.asarray(np.mean(each, axis=0))
-
-
-def paired_permutation(a: Predictions, b: Predictions, seed: int = 0, permutations: int = PERMUTATIONS) -> Test:
-    """Main score of two methods on one test set, under swapping the two for randomly chosen subjects.
-
-    Classification swaps ranks within each method, as two methods need not be calibrated alike; regression swaps values
-    after both are brought to one mean and standard deviation, which r does not see.
-
-    Returns:
-        Two-sided, without an interval.
-    """
     from scipy.stats import rankdata
 
-    need_same_units(a, b)
-    values = [rankdata(x.scores, axis=0) if x.kind != "regression" else _standard(x.scores) for x in (a, b)]
-    observed = float(_difference(a, *values))
-    _, cluster = clusters(a)
-    rng = np.random.Generator(np.random.PCG64(seed))
-    count = 0
-    for size in _chunks(permutations, len(a)):
-        swap = (rng.random((size, int(cluster.max()) + 1)) < 0.5)[:, cluster, None]
-        value = _difference(a, np.where(swap, values[1], values[0]), np.where(swap, values[0], values[1]))
-        count += int((np.abs(value) >= abs(observed) - 1e-12).sum())
-    return Test(observed, (count + 1) / (permutations + 1), name="paired permutation")
-
-
-def _standard(values: np.ndarray) -> np.ndarray:
-    spread = values.std(0)
-    return np.asarray((values - values.mean(0)) / np.where(spread > 0, spread, 1))
-
-
-def _difference(some: Predictions, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return main_score(some.kind, some.target, one) - main_score(some.kind, some.target, other)
+    if kind == "regression":
+        a, b = target - target.mean(-1, keepdims=True), scores[:, 0] - scores[:, 0].mean()
+        spread = np.sqrt((a**2).sum(-1) * (b**2).sum())
+        return np.divide((a * b).sum(-1), spread, out=np.zeros(spread.shape), where=spread > 0)
+    each = []
+    for k in [1] if kind == "binary" else range(scores.shape[1]):
+        # from ranks (Mann-Whitney); ties count half
+        positive, ranks = target == k, rankdata(scores[:, k])
+        count = positive.sum(-1)
+        above = (ranks * positive).sum(-1) - count * (count + 1) / 2
+        each.append(above / (count * (len(scores) - count)))
+    return np.asarray(np.mean(each, axis=0))
 
 
 def _chunks(total: int, units: int) -> list[int]:

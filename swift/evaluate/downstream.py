@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from swift.evaluate.compare import Test, corrected_t, from_draws, holm, need_same_units
 from swift.evaluate.predictions import Predictions
-from swift.evaluate.resampling import LEVEL, clusters, draw_weights, weighted_scores
+from swift.evaluate.resampling import LEVEL, clusters, drawn_scores
 from swift.evaluate.scores import DRAWS, LOWER_IS_BETTER, MAIN, decide, scores
 from swift.utils.errors import UserError
 
@@ -64,16 +64,9 @@ class Result:
     def drawn(self, seed: int, draws: int) -> dict[str, np.ndarray]:
         """Scores under a bootstrap over subjects, (draws,) each; runs on the same units get the same draws."""
         if (seed, draws) not in self.kept:
-            _, cluster = clusters(self.predictions)
             said = decide(self.predictions, self.threshold)
-            parts = [weighted_scores(self.predictions, said, w) for w in draw_weights(cluster, seed, draws)]
-            self.kept[seed, draws] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            self.kept[seed, draws] = drawn_scores(self.predictions, said, seed, draws)
         return self.kept[seed, draws]
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What no two runs of a table may share."""
-        return self.method, self.task, self.split, self.seed
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ def results(paths: Iterable[Path]) -> list[Result]:
     found = [load(path) for path in find(paths)]
     seen: dict[tuple[str, str, str, int], Result] = {}
     for result in found:
-        twin = seen.setdefault(result.key, result)
+        twin = seen.setdefault((result.method, result.task, result.split, result.seed), result)
         if twin is not result:
             raise UserError(
                 f"{twin.path} and {result.path}: both are {result.method} on {result.task} with seed {result.seed} on "
@@ -289,8 +282,7 @@ def column(runs: Sequence[Result], score: str, seed: int = 0, draws: int = DRAWS
     tested = [name for name in others if tests[name] is not None]
     adjusted = dict(zip(tested, holm([tests[name].p for name in tested]), strict=True))  # type: ignore[union-attr]
     best = bool(others) and all(adjusted.get(name, 1.0) < 1 - LEVEL for name in others)
-    marked = {}
-    for name, one in found.items():
-        fields = {**one.__dict__, "p": adjusted.get(name, math.nan)}
-        marked[name] = Cell(**fields | {"best": best and name == first, "leading": name == first})
-    return marked
+    return {
+        name: replace(one, p=adjusted.get(name, math.nan), best=best and name == first, leading=name == first)
+        for name, one in found.items()
+    }

@@ -134,12 +134,6 @@ def masked_l1_sum(
     return error.masked_fill(~hidden, 0.0).sum(dtype=torch.float64), hidden.sum()
 
 
-def masked_l1(pred: Tensor, bold: Tensor, masked: Tensor, brain: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean of |pred - bold| over the masked voxel-frames of the brain (see `masked_l1_sum`); NaN if there are none."""
-    total, count = masked_l1_sum(pred, bold, masked, brain, valid)
-    return total / count
-
-
 class BaselineScores:
     """The masked L1 of every baseline over many batches, each voxel-frame counting once."""
 

@@ -170,6 +170,13 @@ def draw_weights(cluster: np.ndarray, seed: int, draws: int) -> Iterator[np.ndar
         yield rng.multinomial(count, np.full(count, 1 / count), size=size)[:, cluster].astype(np.float64)
 
 
+def drawn_scores(predictions: Predictions, said: np.ndarray | None, seed: int, draws: int) -> dict[str, np.ndarray]:
+    """Score -> (draws,) values under a bootstrap over `clusters`; the same units and seed give the same draws."""
+    _, cluster = clusters(predictions)
+    parts = [weighted_scores(predictions, said, weights) for weights in draw_weights(cluster, seed, draws)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def bootstrap(predictions: Predictions, said: np.ndarray | None, seed: int, draws: int) -> Bootstrap:
     """Percentile intervals (`LEVEL`) of every score.
 
@@ -177,11 +184,9 @@ def bootstrap(predictions: Predictions, said: np.ndarray | None, seed: int, draw
     varies over the time of that subject, nothing of other people.
     """
     method, cluster = clusters(predictions)
-    parts = [weighted_scores(predictions, said, weights) for weights in draw_weights(cluster, seed, draws)]
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     intervals, skipped = {}, {}
-    for name in parts[0]:
-        values = np.concatenate([part[name] for part in parts])
+    for name, values in drawn_scores(predictions, said, seed, draws).items():
         good = values[np.isfinite(values)]
         skipped[name] = int(draws - len(good))
         low, high = np.quantile(good, ends) if len(good) >= LEAST_USED * draws else (np.nan, np.nan)

@@ -110,19 +110,8 @@ def scores(predictions: Predictions, threshold: float = 0.5) -> dict[str, float]
     }
 
 
-def intervals(
-    predictions: Predictions, threshold: float = 0.5, seed: int = 0, draws: int = DRAWS
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals of `scores` by a bootstrap over subjects (blocks of frames where there is one subject).
-
-    Returns:
-        Score -> low, high; NaN where more than half of the draws leave it undefined.
-    """
-    return resampled(predictions, threshold, seed, draws).intervals
-
-
 def resampled(predictions: Predictions, threshold: float = 0.5, seed: int = 0, draws: int = DRAWS) -> Bootstrap:
-    """`intervals`, with how they were made: draws left out, what was drawn."""
+    """95 % intervals of `scores` by a bootstrap over subjects (blocks of frames where there is one subject)."""
     return bootstrap(predictions, decide(predictions, threshold), seed, draws)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swift.report.output import aligned
 from swift.report.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 
@@ -101,20 +102,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "val L1 (last)",
         "beats",
     )
-    lines = [head]
+    lines: list[Sequence[str]] = [head]
     for row in rows:
         beats = "-" if row["beats"] is None else f"{len(row['beats'])} of {len(row['baselines'])}"
         numbers = [
             _number(row[key]) for key in ("parameters", "steps", "train_loss", "val_l1", "val_l1_step", "val_l1_last")
         ]
         lines.append((row["run"], row["model"] or "-", *numbers, beats))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = []
-    for line in lines:
-        cells = [
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
+    text = aligned(lines, left=2)
     for row in rows:
         if row["baselines"]:
             text += ["", f"{row['run']}: baselines on the same held-out clips (L1, {row['unit']})"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from swift.report.output import aligned
 from swift.report.points import Point
 from swift.report.ranking import flat, z_scores
 from swift.utils.errors import UserError
@@ -122,8 +123,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         numbers = [f"{row['scores'][s]:+.3f} (z {row['z'][s]:+.2f})" for s in scores]
         own = [row["settings"][name] for name in names]
         lines.append([str(row["rank"]), *own, f"{row['val_l1']:.4f}", *numbers, f"{row['sum_z']:+.2f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = aligned(lines)
     text.append("mean sum of z by value:")
     for name, values in effects(rows).items():
         text.append(f"  {name}: " + ", ".join(f"{v} {mean:+.2f} (se {se:.2f})" for v, (mean, _, se) in values.items()))

@@ -7,11 +7,9 @@ of a clip from perf/tokens_per_second and perf/tflops. So it is true for any num
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -105,14 +103,6 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     return unique
 
 
-def setting(run: Run, name: str) -> Any:
-    """A value of the run's config.yaml by its full name; None where it is not there."""
-    value: Any = run.settings
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
 def restarts_of(path: Path) -> tuple[int, ...]:
     """Steps at which a run was started again, from provenance.json."""
     file = path / "provenance.json"
@@ -139,10 +129,10 @@ def point(path: str | Path) -> Point:
         raise UserError(f"{run.path}/metrics.jsonl: no {missing[0]}; it says how many clips a step has")
     rate, seconds, tokens, tflops = (series[key][1] for key in needed)
     clips = float(np.median(rate * seconds))
-    batch = setting(run, "data.batch_size"), setting(run, "trainer.accumulate")
+    batch = run.setting("data.batch_size"), run.setting("trainer.accumulate")
     ranks = round(clips / (batch[0] * batch[1])) if all(isinstance(value, int) for value in batch) else 1
     steps = max((int(record["step"]) for record in run.records if record.get("step") is not None), default=0)
-    wanted = setting(run, "trainer.max_steps")
+    wanted = run.setting("trainer.max_steps")
     finished = "val_l1" in run.summary and (wanted is None or int(run.summary.get("steps", 0)) >= wanted)
     return Point(
         run,
@@ -174,10 +164,10 @@ def finished_points(paths: Sequence[str | Path]) -> tuple[list[Point], list[str]
 def differing(points: Sequence[Point], names: Sequence[str]) -> str | None:
     """The first setting that is not the same in all runs, with two of its values; None if there is none."""
     for name in names:
-        first = setting(points[0].run, name)
+        first = points[0].run.setting(name)
         for other in points[1:]:
-            if setting(other.run, name) != first:
-                return f"{name} is {first} in {points[0].name} and {setting(other.run, name)} in {other.name}"
+            if other.run.setting(name) != first:
+                return f"{name} is {first} in {points[0].name} and {other.run.setting(name)} in {other.name}"
     return None
 
 
@@ -193,9 +183,3 @@ def one_loss(points: Sequence[Point]) -> None:
         raise UserError(f"{what}: runs of different tokenisation do not share one fit; give those of one kind")
     if (what := differing(points, OBJECTIVE)) is not None:
         raise UserError(f"{what}: their losses measure different things; give runs of one objective")
-
-
-def say(lines: Iterable[str]) -> None:
-    """Notes about runs, on standard error."""
-    for line in lines:
-        print(line, file=sys.stderr)

@@ -124,6 +124,17 @@ def rank(found: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
+def csv_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a ranking with its settings, scores and z-scores as columns of their own."""
+    z = {f"z {name}": value for name, value in row["z"].items()}
+    nested = {"settings": row["settings"], "scores": {**row["scores"], **z}}
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if name != "z":
+            found |= nested.get(name, {name: value})
+    return found
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The ranked table."""
     head = ["rank", *rows[0]["settings"], *rows[0]["scores"], "sum of z"]

@@ -49,17 +49,17 @@ class Run:
     @property
     def unit(self) -> str:
         """Unit of the signal and of an L1 error."""
-        return UNITS.get(str(self._setting("data", "normalization")), "normalized units")
+        return UNITS.get(str(self.setting("data.normalization")), "normalized units")
 
     @property
     def loss(self) -> str:
         """task.loss; l1 where the run does not say."""
-        return str(self._setting("task", "loss") or "l1")
+        return str(self.setting("task.loss") or "l1")
 
     @property
     def target(self) -> str | None:
         """Name of the task, if it has a target; None of pre-training."""
-        return str(self._setting("task", "name")) if self._setting("task", "target") else None
+        return str(self.setting("task.name")) if self.setting("task.target") else None
 
     @property
     def val_key(self) -> str:
@@ -87,9 +87,12 @@ class Run:
         steps = sorted(found)
         return np.array(steps, dtype=np.int64), np.array([found[step] for step in steps], dtype=np.float64)
 
-    def _setting(self, group: str, key: str) -> Any:
-        section = self.settings.get(group)
-        return section.get(key) if isinstance(section, dict) else None
+    def setting(self, name: str) -> Any:
+        """A value of config.yaml by its full name, such as "data.grid"; None where it is not there."""
+        value: Any = self.settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
 
 
 def load_run(path: str | Path) -> Run:

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from swift.report.points import find_runs, say, setting
+from swift.report.output import say
+from swift.report.points import find_runs
 from swift.report.runs import load_run
 from swift.utils.errors import UserError
 
@@ -205,13 +206,13 @@ def read_runs(paths: Sequence[Path]) -> Measured:
         if not run.summary:
             say([f"left out: {path} is not finished"])
             continue
-        if setting(run, "data.repeat_batch"):
+        if run.setting("data.repeat_batch"):
             say([f"left out: {path} ran without input (data.repeat_batch=true)"])
             continue
         rate, waits = run.series("perf/clips_per_second")[1], run.series("perf/data_wait")[1]
         if not len(rate):
             raise UserError(f"{path}/metrics.jsonl: no perf/clips_per_second")
-        nodes, devices = (int(setting(run, f"parallel.{key}") or 1) for key in ("nodes", "devices"))
+        nodes, devices = (int(run.setting(f"parallel.{key}") or 1) for key in ("nodes", "devices"))
         # The first logged interval holds the start-up.
         keep = slice(1, None) if len(rate) > 2 else slice(None)
         wait = float(np.median(waits[keep])) if len(waits) else math.nan

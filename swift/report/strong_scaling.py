@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from swift.report.points import find_runs, setting
+from swift.report.output import aligned
+from swift.report.points import find_runs
 from swift.report.runs import Run, load_run
 from swift.utils.errors import UserError
 
@@ -84,7 +85,7 @@ def row(run: Run) -> Row:
     Raises:
         UserError: the run has logged no speed.
     """
-    nodes, devices = (int(setting(run, f"parallel.{key}") or 1) for key in ("nodes", "devices"))
+    nodes, devices = (int(run.setting(f"parallel.{key}") or 1) for key in ("nodes", "devices"))
     rates, logged = (_logged(run, key, 1) for key in ("perf/clips_per_second", "perf/step_seconds"))
     rate, seconds = float(np.median(rates)), float(np.median(logged))
     profiled = len(run.series("perf/phase_data")[1]) > 0
@@ -120,7 +121,7 @@ def rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
     if not runs:
         raise UserError("none of these runs is finished")
     for name in SAME:
-        values = {str(setting(run, name)): run.name for run in runs}
+        values = {str(run.setting(name)): run.name for run in runs}
         if len(values) > 1:
             (a, first), (b, second) = list(values.items())[:2]
             raise UserError(f"{name} is {a} in {first} and {b} in {second}: runs of one series differ in nodes only")
@@ -142,7 +143,7 @@ def _beside(row: Row, bare: Row | None) -> Row:
 
 
 def _without_input(run: Run) -> bool:
-    return bool(setting(run, "data.repeat_batch"))
+    return bool(run.setting("data.repeat_batch"))
 
 
 def _by_size(runs: Iterable[Run]) -> list[Row]:
@@ -169,8 +170,6 @@ def table(found: Sequence[Row]) -> str:
             cost = f"{1e3 * r.input:.1f} [{low}, {high}] ({r.input / r.step_seconds:.0%})"
         sizes = [str(r.nodes), str(r.ranks), str(r.clips_per_step), f"{r.clips_per_second:.2f}"]
         lines.append([*sizes, f"{r.efficiency:.1%}", f"{1e3 * r.step_seconds:.1f}", *parts, late, cost])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
     kind = "strong" if len({r.clips_per_step for r in found}) == 1 else "weak"
     notes = "phases in ms of a step; straggler: part of communication; input: beside data.repeat_batch=true"
-    return "\n".join([*text, f"{kind} scaling; {notes}"])
+    return "\n".join([*aligned(lines), f"{kind} scaling; {notes}"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -33,6 +35,28 @@ STYLE: Any = {
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
 HIDDEN = "#9CC3DE"
+
+
+@contextmanager
+def figure(
+    height: float, out: str | Path | None, width: float = WIDTH, layout: Any = "constrained"
+) -> Iterator[Figure]:
+    """A figure in this style. It is saved when the block ends.
+
+    Args:
+        height: Inches.
+        out: PNG to write; None: write nothing.
+        width: Inches.
+        layout: Of matplotlib.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+        yield fig
+        if out is not None:
+            save(fig, out)
 
 
 def gridded(ax: Axes, axis: Literal["both", "x", "y"] = "both") -> None:

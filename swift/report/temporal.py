@@ -125,19 +125,6 @@ def hurst(series: Array) -> Array:
     return np.where(flat, np.nan, HURST[best])
 
 
-def fractional_noise(hurst_exponent: float, steps: int, series: int, seed: int) -> Array:
-    """(T, K) exact fractional Gaussian noise of unit variance, by circulant embedding (Davies and Harte 1987)."""
-    lag = np.arange(steps + 1, dtype=np.float64)
-    power = 2 * hurst_exponent
-    covariance = 0.5 * ((lag + 1) ** power - 2 * lag**power + np.abs(lag - 1) ** power)
-    circle = np.concatenate([covariance, covariance[-2:0:-1]])
-    eigenvalues = np.maximum(np.fft.fft(circle).real, 0.0)
-    generator = np.random.default_rng(seed)
-    noise = generator.standard_normal((len(circle), series)) + 1j * generator.standard_normal((len(circle), series))
-    found: Array = np.fft.fft(np.sqrt(eigenvalues / len(circle))[:, None] * noise, axis=0).real[:steps]
-    return found
-
-
 def describe(series: Array, seconds: float, lags: int, band: tuple[float, float] = BAND) -> dict[str, Any]:
     """Means over K series, JSON-ready: "acf" (L + 1), "slope", "hurst"."""
     return {

@@ -16,24 +16,8 @@ import numpy as np
 from swift.utils.errors import UserError
 
 FILE = "throughput.json"
-COLUMNS = (
-    "point",
-    "device",
-    "model",
-    "variant",
-    "frames",
-    "batch",
-    "parameters",
-    "gflop_a_clip",
-    "step_s",
-    "step_low_s",
-    "step_high_s",
-    "planned_step_s",
-    "forward_s",
-    "gflop_a_s",
-    "peak_mib",
-    "planned_mib",
-)
+KEPT = ("point", "device", "model", "variant", "frames", "batch", "parameters")
+"""Columns that a point says itself."""
 
 
 def load(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -63,11 +47,11 @@ def load(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """COLUMNS of every point: the median of the rounds, the fastest and the slowest."""
+    """A row for every point: the median of the rounds, the fastest and the slowest."""
     found = []
     for point in points:
         step, work = float(np.median(point["step_seconds"])), point["flops_per_clip"] * point["batch"]
-        row = {
+        row = {name: point[name] for name in KEPT} | {
             "gflop_a_clip": point["flops_per_clip"] / 1e9,
             "step_s": step,
             "step_low_s": float(min(point["step_seconds"])),
@@ -78,7 +62,7 @@ def rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "peak_mib": point["peak_bytes"] / 2**20,
             "planned_mib": point["plan"]["bytes"] / 2**20,
         }
-        found.append({name: row[name] if name in row else point[name] for name in COLUMNS})
+        found.append(row)
     return sorted(found, key=lambda row: (row["variant"], row["frames"], row["parameters"]))
 
 

@@ -91,7 +91,8 @@ def test_known_series():
         assert baselines.BASELINES[name](bold, masked, brain).flatten().tolist() == pytest.approx(values)
     # |9 - 2| + |9 - 3| + |9 - 4| + |9 - 5| + |9 - 6| over five hidden frames
     pred = baselines.linear_interpolation(bold, masked, brain)
-    assert baselines.masked_l1(pred, bold, masked, brain).item() == pytest.approx(5.0)
+    total, count = baselines.masked_l1_sum(pred, bold, masked, brain)
+    assert (total.item(), count.item()) == (pytest.approx(25.0), 5)
 
 
 @pytest.mark.parametrize("kind", list(baselines.BASELINES))
@@ -119,7 +120,7 @@ def test_nothing_visible_and_no_brain():
     for predict in baselines.BASELINES.values():
         assert predict(bold, torch.ones_like(masked), brain).abs().sum() == 0
         assert predict(bold, masked, torch.zeros_like(brain)).abs().sum() == 0
-    assert math.isnan(baselines.masked_l1(bold, bold, masked, torch.zeros_like(brain)))
+    assert baselines.masked_l1_sum(bold, bold, masked, torch.zeros_like(brain)) == (0, 0)
 
 
 def test_scores_weigh_voxel_frames_and_leave_out_padding():

@@ -10,7 +10,7 @@ from sklearn import metrics
 
 from swift.evaluate.predictions import Predictions
 from swift.evaluate.resampling import block_length, bootstrap, clusters, draw_weights, weighted_scores
-from swift.evaluate.scores import choose_threshold, decide, intervals, judge, need_classes, resampled, scores
+from swift.evaluate.scores import choose_threshold, decide, judge, need_classes, resampled, scores
 from swift.utils.errors import UserError
 
 
@@ -115,7 +115,7 @@ def test_intervals_are_those_of_a_bootstrap_written_out():
             assert all(len(set(w[cluster == c])) == 1 for c in range(3))
             values.append(metrics.roc_auc_score(some.target, some.scores[:, 1], sample_weight=w))
     low, high = np.quantile(values, [0.025, 0.975])
-    assert intervals(some, 0.5, seed=7, draws=200)["auroc"] == pytest.approx((low, high), abs=1e-10)
+    assert resampled(some, 0.5, seed=7, draws=200).intervals["auroc"] == pytest.approx((low, high), abs=1e-10)
 
 
 def test_the_interval_of_a_mean_has_the_width_theory_gives():
@@ -123,14 +123,14 @@ def test_the_interval_of_a_mean_has_the_width_theory_gives():
     n, frames = 400, 4
     some = made("regression", n=n)
     error = np.abs(some.scores[:, 0] - some.target)
-    low, high = intervals(some, seed=1)["mae"]
+    low, high = resampled(some, seed=1).intervals["mae"]
     assert (high - low) == pytest.approx(2 * 1.96 * error.std() / n**0.5, rel=0.08)
     rows = np.repeat(np.arange(n), frames)  # every frame of a subject the same: no more information than one
     many = Predictions(
         "regression", [], some.subject[rows], some.subject[rows], np.tile(np.arange(frames), n),
         some.target[rows], some.scores[rows],
     )  # fmt: skip
-    assert intervals(many, seed=1)["mae"] == pytest.approx((low, high), abs=1e-9)
+    assert resampled(many, seed=1).intervals["mae"] == pytest.approx((low, high), abs=1e-9)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
@@ -145,7 +145,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
         p = 1 / (1 + np.exp(-x))
         some = Predictions("binary", ["n", "y"], [str(i) for i in range(80)], [""] * 80, [-1] * 80, target,
                            np.stack([1 - p, p], 1))  # fmt: skip
-        low, high = intervals(some, 0.5, seed, draws=400)["auroc"]
+        low, high = resampled(some, 0.5, seed, draws=400).intervals["auroc"]
         held += low <= truth <= high
     assert 178 <= held <= 198
 
@@ -200,7 +200,7 @@ def test_a_constant_prediction_has_no_correlation_and_chance_auroc():
     got = scores(flat)
     assert np.isnan(got["r"])
     assert got["r2"] <= 0
-    assert np.isnan(intervals(flat)["r"]).all()
+    assert np.isnan(resampled(flat).intervals["r"]).all()
     coin = made("binary", n=10)
     coin = Predictions("binary", coin.classes, coin.subject, coin.scan, coin.frame, coin.target, np.full((10, 2), 0.5))
     assert scores(coin)["auroc"] == 0.5

@@ -9,8 +9,21 @@ import pytest
 from statsmodels.tsa.stattools import acf as reference_acf
 
 from swift.report import __main__ as report
-from swift.report.temporal import acf, bootstrap, describe, fractional_noise, hurst, mean_acf, spectrum_slope
+from swift.report.temporal import acf, bootstrap, describe, hurst, mean_acf, spectrum_slope
 from swift.utils.errors import UserError
+
+
+def fractional_noise(hurst_exponent: float, steps: int, series: int, seed: int) -> np.ndarray:
+    """(T, K) exact fractional Gaussian noise of unit variance, by circulant embedding (Davies and Harte 1987)."""
+    lag = np.arange(steps + 1, dtype=np.float64)
+    power = 2 * hurst_exponent
+    covariance = 0.5 * ((lag + 1) ** power - 2 * lag**power + np.abs(lag - 1) ** power)
+    circle = np.concatenate([covariance, covariance[-2:0:-1]])
+    eigenvalues = np.maximum(np.fft.fft(circle).real, 0.0)
+    generator = np.random.default_rng(seed)
+    noise = generator.standard_normal((len(circle), series)) + 1j * generator.standard_normal((len(circle), series))
+    found: np.ndarray = np.fft.fft(np.sqrt(eigenvalues / len(circle))[:, None] * noise, axis=0).real[:steps]
+    return found
 
 
 @pytest.mark.parametrize("steps", [30, 31, 200, 257])

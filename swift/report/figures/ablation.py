@@ -9,19 +9,19 @@ ranking`.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from swift.report.ablation import effects, rank, table
-from swift.report.points import finished_points, say
-from swift.report.style import COLOURS, DPI, STYLE, WIDTH, save
+from swift.report.output import say, write_csv
+from swift.report.points import finished_points
+from swift.report.ranking import csv_row
+from swift.report.style import COLOURS, figure
 
 
 def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
@@ -33,8 +33,7 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
     """
     shown = list(rows[:24])
     found = effects(rows)
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 1.2 + 0.2 * max(len(shown), 12)), dpi=DPI, layout="constrained")
+    with figure(1.2 + 0.2 * max(len(shown), 12), out) as fig:
         ranking, means = fig.subplots(1, 2, width_ratios=(1.5, 1))
         places = np.arange(len(shown))
         for i, name in enumerate(rows[0]["scores"]):
@@ -60,8 +59,6 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
         means.invert_yaxis()
         means.axvline(0, color="#808080", lw=0.7)
         means.set_xlabel("mean sum of z, ± 1 SE")
-        if out is not None:
-            save(fig, out)
     return fig
 
 
@@ -78,13 +75,7 @@ def run(args: argparse.Namespace) -> int:
     say(left_out)
     rows = rank(points)
     draw(rows, args.out / "ablation.png")
-    with (args.out / "ablation.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        scores = list(rows[0]["scores"])
-        writer.writerow(["rank", "run", *rows[0]["settings"], "val_l1", *scores, *(f"z {s}" for s in scores), "sum_z"])
-        for row in rows:
-            numbers = [row["val_l1"], *row["scores"].values(), *row["z"].values(), row["sum_z"]]
-            writer.writerow([row["rank"], row["run"], *row["settings"].values(), *(f"{v:.5f}" for v in numbers)])
+    write_csv(args.out / "ablation.csv", [csv_row(row) for row in rows], ".5f")
     print(json.dumps(rows, indent=2) if args.json else table(rows))
     say([f"wrote {args.out / name}" for name in ("ablation.png", "ablation.csv")])
     return 0

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import nibabel as nib
 import numpy as np
-from matplotlib.figure import Figure
 
-from swift.report.style import DPI, STYLE, WIDTH, save
+from swift.report.style import figure
 
 SHOWN = 90
 """Percentile of a map's sizes from which it is drawn."""
@@ -40,10 +38,9 @@ def draw(images: dict[str, nib.Nifti1Image], mean: nib.Nifti1Image, title: str, 
 
     centre = _centre(images["ig_share"])
     rows = {name: images[name] for name in ROWS if name in images}
-    with mpl.rc_context(STYLE):
-        height = ROW * len(rows) + TOP + BOTTOM
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-        figure.suptitle(title, fontsize=9, y=1 - 0.04 / height, va="top")
+    height = ROW * len(rows) + TOP + BOTTOM
+    with figure(height, out, layout=None) as fig:
+        fig.suptitle(title, fontsize=9, y=1 - 0.04 / height, va="top")
         part, floor = ROW / height, BOTTOM / height
         for row, (name, image) in enumerate(rows.items()):
             heading, unit = ROWS[name]
@@ -53,7 +50,7 @@ def draw(images: dict[str, nib.Nifti1Image], mean: nib.Nifti1Image, title: str, 
                 image,
                 bg_img=mean,
                 cut_coords=centre,
-                figure=figure,
+                figure=fig,
                 axes=(0.02, floor + (len(rows) - 1 - row + 0.05) * part, 0.88, part * 0.82),
                 threshold=cut,
                 cmap="RdBu_r",
@@ -66,11 +63,10 @@ def draw(images: dict[str, nib.Nifti1Image], mean: nib.Nifti1Image, title: str, 
             )
             shown.annotate(size=7)  # sides, and where the cuts lie (mm)
             _label(shown, unit)
-            figure.text(0.02, floor + (len(rows) - row - 0.02) * part, heading, fontsize=8.5, va="top")
+            fig.text(0.02, floor + (len(rows) - row - 0.02) * part, heading, fontsize=8.5, va="top")
         note = f"Drawn: the {100 - SHOWN} % of voxels with the largest sizes; colours end at the {END}th percentile. "
         note += "Cuts in mm."
-        figure.text(0.98, 0.3 * floor, note, fontsize=7, ha="right", va="bottom", color="0.35")
-        save(figure, out)
+        fig.text(0.98, 0.3 * floor, note, fontsize=7, ha="right", va="bottom", color="0.35")
 
 
 def _label(shown: Any, text: str) -> None:

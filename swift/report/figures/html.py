@@ -16,7 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from swift.report.points import point, say
+from swift.report.output import say
+from swift.report.points import point
 from swift.report.runs import Run, describe, load_run
 from swift.utils.errors import UserError
 

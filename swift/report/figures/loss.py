@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from swift.report.runs import Run, load_run
-from swift.report.style import BLUE, COLOURS, DPI, STYLE, WIDTH, save
+from swift.report.style import BLUE, COLOURS, figure
 from swift.utils.errors import UserError
 
 LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error", "cross_entropy": "cross entropy"}
@@ -64,8 +63,7 @@ def loss_curve(run_dirs: Sequence[str | Path], out: str | Path | None) -> Figure
     for run in runs:
         if not len(run.series("train/loss")[0]) and not len(run.series(run.val_key)[0]):
             raise UserError(f"{run.path}/metrics.jsonl: neither train/loss nor val/l1 in it")
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 3.9), dpi=DPI, layout="constrained")
+    with figure(3.9, out) as fig:
         ax = fig.subplots()
         one = f": {runs[0].summary.get('model') or runs[0].name}" if len(runs) == 1 else ""
         fig.suptitle(f"{runs[0].target or 'Masked pre-training'}{one}", x=0.01, ha="left", fontsize=9.5)
@@ -77,8 +75,6 @@ def loss_curve(run_dirs: Sequence[str | Path], out: str | Path | None) -> Figure
         _frame(ax, runs, baselines)
         _draw_baselines(ax, baselines)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
-        if out is not None:
-            save(fig, out)
     return fig
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from swift.report.runs import Run, load_run
-from swift.report.style import COLOURS, DPI, STYLE, WIDTH, save
+from swift.report.style import COLOURS, figure
 from swift.utils.errors import UserError
 
 # Panels from top to bottom: label of the axis, and its curves as (metric, name, factor).
@@ -64,8 +63,7 @@ def performance(run_dir: str | Path, out: str | Path | None) -> Figure:
         found = [(name, *run.series(key), factor) for key, name, factor in curves if len(run.series(key)[0])]
         if found:
             panels.append((label, found))
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 0.6 + 1.45 * len(panels)), dpi=DPI, layout="constrained")
+    with figure(0.6 + 1.45 * len(panels), out) as fig:
         axes = fig.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         fig.suptitle(f"Speed and load: {run.summary.get('model') or run.name}", x=0.01, ha="left", fontsize=9.5)
         for ax, (label, found) in zip(axes, panels, strict=True):
@@ -79,6 +77,4 @@ def performance(run_dir: str | Path, out: str | Path | None) -> Figure:
             ax.legend(loc="upper right", ncols=len(found), borderaxespad=0.1)
         axes[-1].set_xlabel("optimizer step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-        if out is not None:
-            save(fig, out)
     return fig

@@ -7,43 +7,27 @@ tokens are not comparable.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from swift.report.figures.loss import smooth
-from swift.report.points import OBJECTIVE, TOKENISATION, Point, differing, find_runs, point, say
-from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, save
+from swift.report.output import say, write_csv
+from swift.report.points import OBJECTIVE, TOKENISATION, Point, differing, find_runs, point
+from swift.report.style import COLOURS, figure, gridded
 from swift.utils import jsonl
 from swift.utils.errors import UserError
 
 AXES = {"steps": "optimizer steps", "clips": "clips seen", "tokens": "patch tokens seen", "flops": "training FLOPs"}
-COLUMNS = (
-    "run",
-    "model",
-    "parameters",
-    "finished",
-    "steps",
-    "clips",
-    "tokens",
-    "flops",
-    "train_loss",
-    "val_l1",
-    "val_l1_best",
-    "unit",
-    "restarts",
-)
 
 
 def row(p: Point) -> dict[str, Any]:
-    """COLUMNS of a run; None where it does not say."""
+    """A row of the table; None where the run does not say."""
     train, val = p.run.series("train/loss")[1], p.run.series(p.run.val_key)[1]
     finite = val[np.isfinite(val)]
     return {
@@ -99,8 +83,7 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
         if not len(p.run.series("train/loss")[0]) and not len(p.run.series(p.run.val_key)[0]):
             raise UserError(f"{p.run.path}/metrics.jsonl: neither train/loss nor {p.run.val_key} in it")
     rows = (len(axes) + 1) // 2
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 0.5 + 2.7 * rows), dpi=DPI, layout="constrained")
+    with figure(0.5 + 2.7 * rows, out) as fig:
         grid = fig.subplots(rows, min(len(axes), 2), sharey=True, squeeze=False)
         panels = list(grid.flat)
         for ax, axis in zip(panels, axes, strict=False):
@@ -122,8 +105,6 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
         columns = 3 if max(map(len, named)) < 34 else 2
         fig.legend(list(named.values()), list(named), loc="outside upper left", ncols=columns, fontsize=7.5)
         fig.supxlabel("thin lines: every logged step; held out: the same clips each time", fontsize=8)
-        if out is not None:
-            save(fig, out)
     return fig
 
 
@@ -173,10 +154,7 @@ def run(args: argparse.Namespace) -> int:
     points = [point(path) for path in find_runs(args.runs)]
     draw(points, list(dict.fromkeys(args.x)), args.out / "pretraining.png")
     found = [row(p) for p in points]
-    with (args.out / "pretraining.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in entry.items()} for entry in found)
+    write_csv(args.out / "pretraining.csv", found, ".6g")
     width = max(len(p.name) for p in points)
     for entry in found:
         val = entry["val_l1"]

@@ -8,12 +8,12 @@ ranked by their sum. Losses of the pre-trainings themselves are not compared: a 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from pathlib import Path
 
 from swift.evaluate.downstream import find, load
-from swift.report.ranking import markdown, rank
+from swift.report.output import write_csv
+from swift.report.ranking import csv_row, markdown, rank
 from swift.utils.errors import UserError
 
 
@@ -42,13 +42,7 @@ def run(args: argparse.Namespace) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "ranking.md").write_text(markdown(rows), encoding="utf-8")
             (args.out / "ranking.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-            with (args.out / "ranking.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                head = [*(f"z {task}" for task in rows[0]["z"]), "sum_z", "runs"]
-                writer.writerow(["rank", *rows[0]["settings"], *rows[0]["scores"], *head])
-                for row in rows:
-                    numbers = [*row["scores"].values(), *row["z"].values(), row["sum_z"], row["runs"]]
-                    writer.writerow([row["rank"], *row["settings"].values(), *numbers])
+            write_csv(args.out / "ranking.csv", [csv_row(row) for row in rows])
         except OSError as error:
             raise UserError(f"{args.out}: cannot be written ({error.strerror})") from error
     print(json.dumps(rows, indent=2) if args.json else markdown(rows), end="" if not args.json else "\n")

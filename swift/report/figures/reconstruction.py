@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -18,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from swift.report.runs import Run, load_run
-from swift.report.style import DPI, HIDDEN, STYLE, VERMILION, WIDTH, save
+from swift.report.style import HIDDEN, VERMILION, figure
 from swift.utils.errors import UserError
 
 
@@ -128,9 +127,8 @@ def reconstruction(npz_path: str | Path, out: str | Path | None) -> Figure:
     spans = [stop - start for start, stop in box]
     panel = 1.7 / (max(spans[:2]) + sum(MARGIN_X))  # inches a voxel
     heights = [panel * (spans[axes[1]] + sum(MARGIN_Y)) for _, _, axes, _ in PLANES]
-    with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.055, hspace=0.0, wspace=0.02)
-        fig = Figure(figsize=(WIDTH, sum(heights) + 3.85), dpi=DPI, layout=layout)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.055, hspace=0.0, wspace=0.02)
+    with figure(sum(heights) + 3.85, out, layout=layout) as fig:
         grid = fig.add_gridspec(5, 4, height_ratios=[*heights, 0.09, 1.6])
         images = _draw_planes(fig, grid, clip, box)
         left = fig.colorbar(images[0], cax=fig.add_subplot(grid[3, :3]), orientation="horizontal", extend="both")
@@ -140,8 +138,6 @@ def reconstruction(npz_path: str | Path, out: str | Path | None) -> Figure:
         right.ax.xaxis.set_major_locator(MaxNLocator(5))
         _draw_course(fig.add_subplot(grid[4, :]), clip, unit)
         fig.supxlabel(_caption(clip), x=0.01, ha="left", fontsize=7.5, color="#303030")
-        if out is not None:
-            save(fig, out)
     return fig
 
 

@@ -8,12 +8,10 @@ tokens seen (repeats counted), L: held-out L1 of the finished run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -21,9 +19,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from swift.report.laws import JointLaw
-from swift.report.points import finished_points, say
+from swift.report.output import say, write_csv
+from swift.report.points import finished_points
 from swift.report.scaling_laws import Fitted, Ladder, as_json, fit_all, ladder, table
-from swift.report.style import DPI, STYLE, VERMILION, WIDTH, gridded, plain_log, save
+from swift.report.style import VERMILION, figure, gridded, plain_log
 from swift.utils.errors import UserError
 
 Array = np.ndarray
@@ -46,8 +45,7 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
         predict: (N, D) of runs that were not made, drawn as stars with their intervals.
         out: PNG to write; None: only return the figure.
     """
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
+    with figure(3.8, out) as fig:
         axes = fig.subplots(1, 3, sharey=True)
         _against(axes[0], runs, fitted, runs.n, runs.d, swap=False)
         _against(axes[1], runs, fitted, runs.d, runs.n, swap=True)
@@ -65,8 +63,6 @@ def draw(runs: Ladder, fitted: Fitted, predict: Sequence[tuple[float, float]], o
             plain_log(ax, "y")
             plain_log(ax, "x", short)
             gridded(ax)
-        if out is not None:
-            save(fig, out)
     return fig
 
 
@@ -155,15 +151,6 @@ def _legend(ax: Axes, columns: int) -> None:
     ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, fontsize=6.5, **style)
 
 
-def write_points(runs: Ladder, path: Path) -> None:
-    """The runs behind the fit as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["run", "parameters", "tokens", "flops", "loss"])
-        for row in zip(runs.names, runs.n, runs.d, runs.c, runs.loss, strict=True):
-            writer.writerow([row[0], f"{row[1]:.0f}", f"{row[2]:.0f}", f"{row[3]:.6g}", f"{row[4]:.6f}"])
-
-
 def _pair(text: str) -> tuple[float, float]:
     parts = text.split(",")
     if len(parts) != 2:
@@ -205,7 +192,12 @@ def run(args: argparse.Namespace) -> int:
     found = as_json(runs, fitted, args.predict, args.compute)
     draw(runs, fitted, args.predict, args.out / "scaling_laws.png")
     (args.out / "scaling_laws.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    write_points(runs, args.out / "points.csv")
+    columns = zip(runs.names, runs.n, runs.d, runs.c, runs.loss, strict=True)
+    points_csv = [
+        {"run": name, "parameters": f"{n:.0f}", "tokens": f"{d:.0f}", "flops": f"{c:.6g}", "loss": f"{loss:.6f}"}
+        for name, n, d, c, loss in columns
+    ]
+    write_csv(args.out / "points.csv", points_csv)
     print(json.dumps(found, indent=2) if args.json else table(found))
     say([f"wrote {args.out / name}" for name in ("scaling_laws.png", "scaling_laws.json", "points.csv")])
     return 0

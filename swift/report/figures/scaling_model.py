@@ -20,15 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
-from swift.report.points import say
+from swift.report.output import say
 from swift.report.scaling_model import Measured, StepModel, findings, fit_model, read_runs, read_table, table
-from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
+from swift.report.style import COLOURS, figure, gridded, plain_log
 from swift.utils.errors import UserError
 
 PART_COLOURS = ("#9CC3DE", "#56B4E9", "#0072B2", "#D55E00", "#E69F00")
@@ -45,8 +44,7 @@ def draw(
         predict: Further node counts to extend the lines to.
         out: PNG to write; None: only return the figure.
     """
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 3.1 + 2.5), dpi=DPI, layout="constrained")
+    with figure(3.1 + 2.5, out) as fig:
         top, bottom = np.asarray(fig.subfigures(2, 1, height_ratios=(3.1, 2.5)))
         rate, efficiency = top.subplots(1, 2)
         for index, (points, model) in enumerate(zip(series, models, strict=True)):
@@ -78,8 +76,6 @@ def draw(
         axes[0].set_ylabel(("rank" if series[0].name.startswith("ranks") else "node") + "-seconds a clip")
         handles, labels = axes[0].get_legend_handles_labels()
         bottom.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7.5)
-        if out is not None:
-            save(fig, out)
     return fig
 
 

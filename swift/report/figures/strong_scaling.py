@@ -14,21 +14,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from swift.report.points import say
+from swift.report.output import say
 from swift.report.strong_scaling import PHASES, Row, rows, table
-from swift.report.style import BLUE, COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
+from swift.report.style import BLUE, COLOURS, figure, gridded, plain_log
 
 
 def draw(found: Sequence[Row], out: str | Path | None) -> Figure:
     """Clips/s with the ideal line, and the time that a clip costs on one rank by phase, with and without input."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
-        rate, parts = figure.subplots(1, 2)
+    with figure(3.6, out) as fig:
+        rate, parts = fig.subplots(1, 2)
         ranks = np.array([r.ranks for r in found])
         measured = np.array([r.clips_per_second for r in found])
         bars = np.abs(np.array([r.rate_interval for r in found]).T - measured)
@@ -59,10 +57,8 @@ def draw(found: Sequence[Row], out: str | Path | None) -> Figure:
         for ax in (rate, parts):
             gridded(ax, "y")
         text = "medians over the logged intervals; bars: 95 % bootstrap"
-        figure.supxlabel(text + (" (right: of the difference that input makes)" if both else ""), fontsize=8)
-        if out is not None:
-            save(figure, out)
-    return figure
+        fig.supxlabel(text + (" (right: of the difference that input makes)" if both else ""), fontsize=8)
+    return fig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,25 +6,21 @@ From the files of fine-tuned runs and of swift.baselines alone: every score is c
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from swift.evaluate.downstream import CHANCE, Cell, Result, place, results, score_name
 from swift.evaluate.scores import CLASSIFIED, DRAWS, REGRESSED
-from swift.report.style import BLUE, COLOURS, DPI, GREEN, HIDDEN, ORANGE, STYLE, VERMILION, WIDTH, save
-from swift.report.table1 import Columns, columns_of, latex, markdown, permuted, rows
+from swift.report.output import write_csv
+from swift.report.style import BLUE, COLOURS, GREEN, HIDDEN, ORANGE, VERMILION, WIDTH, figure
+from swift.report.table1 import LABELS, Columns, columns_of, latex, markdown, permuted, rows
 from swift.utils.errors import UserError
 
-NAMES = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "average_precision": "average precision",
-         "r2": "R²", "f1": "F1", "mae": "MAE", "rmse": "RMSE"}  # fmt: skip
 FAMILIES = {0: ("baselines", HIDDEN), 1: ("random weights", ORANGE), 2: ("from scratch", VERMILION),
             3: ("pre-trained", BLUE), 4: ("other", GREEN)}  # fmt: skip
 ACROSS = 3
@@ -44,9 +40,8 @@ def forest(columns: Columns, out: str | Path) -> None:
     methods = sorted({m for _, cells in columns.values() for m in cells}, key=place)
     across = min(ACROSS, len(columns))
     down = -(-len(columns) // across)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, down * (ROW * len(methods) + 0.8) + 0.3), dpi=DPI, layout="constrained")
-        axes = figure.subplots(down, across, sharey=True, squeeze=False)
+    with figure(down * (ROW * len(methods) + 0.8) + 0.3, out) as fig:
+        axes = fig.subplots(down, across, sharey=True, squeeze=False)
         for number, (task, (score, cells)) in enumerate(columns.items()):
             axis = axes[number // across][number % across]
             if score in CHANCE:
@@ -62,7 +57,7 @@ def forest(columns: Columns, out: str | Path) -> None:
                 if one.best:
                     axis.plot(one.mean, row, "o", markersize=9, markerfacecolor="none", markeredgecolor="0.2")
             axis.set_title(task)
-            axis.set_xlabel(NAMES.get(score, score))
+            axis.set_xlabel(LABELS[score])
             axis.set_yticks(range(len(methods)), methods)
             axis.set_ylim(len(methods) - 0.4, -0.6)
             axis.tick_params(axis="y", length=0)
@@ -70,8 +65,7 @@ def forest(columns: Columns, out: str | Path) -> None:
             axes[number // across][number % across].set_axis_off()
         used = sorted({place(method)[0] for method in methods})
         handles = [Line2D([], [], color=FAMILIES[f][1], marker="o", markersize=4.5, label=FAMILIES[f][0]) for f in used]
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-        save(figure, out)
+        fig.legend(handles=handles, loc="outside upper center", ncols=len(handles))
 
 
 def learning_curve(
@@ -88,9 +82,8 @@ def learning_curve(
     Raises:
         UserError: The file cannot be written.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH * 0.72, 3.4), dpi=DPI, layout="constrained")
-        axis = figure.subplots()
+    with figure(3.4, out, width=WIDTH * 0.72) as fig:
+        axis = fig.subplots()
         if score in CHANCE:
             axis.axhline(CHANCE[score], color="0.7", linewidth=0.8)
             axis.annotate("chance", (1, CHANCE[score]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
@@ -111,9 +104,8 @@ def learning_curve(
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel("training subjects")
-        axis.set_ylabel(NAMES.get(score, score))
-        figure.legend(loc="outside upper center", ncols=3)
-        save(figure, out)
+        axis.set_ylabel(LABELS[score])
+        fig.legend(loc="outside upper center", ncols=3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,10 +144,7 @@ def _write(columns: Columns, found: Sequence[Result], out: Path, args: argparse.
             fitting = [run for run in found if score_name([run], name) == name]
             every += rows(columns_of(fitting, name, args.seed, args.draws)) if fitting else []
         every.sort(key=lambda row: (row["task"], place(row["method"])))
-        with (out / "table1.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(every[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(every)
+        write_csv(out / "table1.csv", every)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     forest(columns, out / "table1.png")

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from swift.report.points import find_runs, say
-from swift.report.style import DPI, STYLE, WIDTH, gridded, save
+from swift.report.output import say
+from swift.report.points import find_runs
+from swift.report.style import figure, gridded
 from swift.report.temporal import CONDITIONS, load, mean_acf, rows, table
 
 TITLES = {"ordered": "frames in order", "shuffled": "frames shuffled (control)"}
@@ -31,8 +31,7 @@ def draw(contents: Mapping[str, dict[str, Any]], out: str | Path | None) -> Figu
         contents: Name of a run -> its temporal.json.
         out: PNG to write; None: only return the figure.
     """
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 0.6 + 1.75 * len(contents)), dpi=DPI, layout="constrained")
+    with figure(0.6 + 1.75 * len(contents), out) as fig:
         grid = fig.subplots(len(contents), 2, sharex=True, sharey="col", squeeze=False)
         for row, (name, content) in zip(grid, contents.items(), strict=True):
             layers = list(content["scans"][0]["layers"])
@@ -59,8 +58,6 @@ def draw(contents: Mapping[str, dict[str, Any]], out: str | Path | None) -> Figu
         handles, labels = grid[0][0].get_legend_handles_labels()
         fig.supxlabel("lines: mean over scans; bands: 95 % bootstrap over scans", fontsize=8)
         fig.legend(handles, labels, loc="outside upper right", ncols=6)
-        if out is not None:
-            save(fig, out)
     return fig
 
 

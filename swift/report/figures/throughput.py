@@ -7,19 +7,17 @@ one clip of noise; each point in a process of its own, so that its peak of memor
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from swift.report.points import say
-from swift.report.style import COLOURS, DPI, STYLE, WIDTH, gridded, plain_log, save
-from swift.report.throughput import COLUMNS, load, rows, table
+from swift.report.output import say, write_csv
+from swift.report.style import COLOURS, figure, gridded, plain_log
+from swift.report.throughput import load, rows, table
 
 MARKERS = "osD^vP"
 
@@ -32,8 +30,7 @@ def draw(found: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
         out: PNG to write; None: only return the figure.
     """
     variants, lengths = sorted({r["variant"] for r in found}), sorted({r["frames"] for r in found})
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
+    with figure(3.6, out) as fig:
         speed, memory = fig.subplots(1, 2)
         for i, variant in enumerate(variants):
             for j, frames in enumerate(lengths):
@@ -80,8 +77,6 @@ def draw(found: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
             "points: median of the measured rounds; bars: fastest to slowest round; lines join one kind of model",
             fontsize=8,
         )
-        if out is not None:
-            save(fig, out)
     return fig
 
 
@@ -96,10 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, print."""
     found = rows(load(args.runs))
     draw(found, args.out / "throughput.png")
-    with (args.out / "throughput.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in found)
+    write_csv(args.out / "throughput.csv", found, ".5g")
     print(json.dumps(found, indent=2) if args.json else table(found))
     say([f"wrote {args.out / name}" for name in ("throughput.png", "throughput.csv")])
     return 0

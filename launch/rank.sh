@@ -24,7 +24,7 @@ export PYTHONFAULTHANDLER=1
 ulimit -c 0
 
 if [ "$number" = 0 ] && [ "${1:-}" = train ]; then
-    echo "${SLURM_JOB_ID:-0}.${SLURM_STEP_ID:-0}" >"$SWIFT_RUN/launch/step"
+    echo "${SLURM_STEP_ID:-0}" >"$SWIFT_RUN/launch/step"
 fi
 
 case "$1" in

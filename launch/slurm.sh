@@ -1,8 +1,10 @@
 # shellcheck shell=bash disable=SC2034
 # What job.sh needs of Slurm. Each function says what the batch system does here; pbs.sh has the same ones.
 
-JOB=$SLURM_JOB_ID
-CHAIN=$SLURM_JOB_ID # a job that is queued again keeps its number
+# The last task of an array has the number of the whole array: `scontrol requeue` of that would restart every task.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+CHAIN=$JOB # a job that is queued again keeps its number
 ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 HOSTS=${SWIFT_HOSTS:-$SLURM_JOB_NODELIST}
 
@@ -44,7 +46,7 @@ broadcast() {
 
 # kill_step SIGNAL: to all processes of the step that trains, and to nothing else.
 kill_step() {
-    scancel --quiet --signal="$1" "$(cat "$SWIFT_RUN/launch/step")"
+    scancel --quiet --signal="$1" "$JOB.$(cat "$SWIFT_RUN/launch/step")"
 }
 
 job_state() {

@@ -22,8 +22,9 @@ class Ranks(ClusterEnvironment):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.place = place
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        address, port = _meeting_point(place)
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", port)
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -58,8 +59,8 @@ class Ranks(ClusterEnvironment):
         return self.place.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Only checked: the launcher has decided."""
-        assert rank == self.place.rank, (rank, self.place)
+        """The launcher has decided. Lightning counts node by node, which a launcher need not (srun -m cyclic)."""
+        rank = self.place.rank
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
@@ -69,6 +70,18 @@ class Ranks(ClusterEnvironment):
     def node_rank(self) -> int:
         """The node of this rank."""
         return self.place.rank // self.place.local_world
+
+
+def _meeting_point(place: Place) -> tuple[str, str]:
+    """Address and port where ranks meet that their launcher has told none; the same for all of them."""
+    if place.source != "slurm" or place.world == 1:
+        return "127.0.0.1", str(free_port())
+    # Other steps of a job, and other jobs on a shared node, meet elsewhere.
+    port = 10240 + (int(os.environ.get("SLURM_JOB_ID", 0)) * 16 + int(os.environ["SLURM_STEP_ID"])) % 20000
+    if place.nodes == 1:
+        return "127.0.0.1", str(port)
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    return SLURMEnvironment.resolve_root_node_address(nodes), str(port)
 
 
 class OneGpuEach(CUDAAccelerator):
@@ -88,11 +101,6 @@ class OneGpuEach(CUDAAccelerator):
         return [torch.device("cuda", 0)] * int(devices)
 
 
-def build_environment(place: Place) -> ClusterEnvironment:
-    """What tells Lightning of the ranks."""
-    return SLURMEnvironment(auto_requeue=False) if place.source == "slurm" else Ranks(place)
-
-
 def build_accelerator(name: str, place: Place) -> Accelerator:
     """The device of this rank, by the name of its kind: cpu | gpu."""
     if name == "cpu":
@@ -101,11 +109,13 @@ def build_accelerator(name: str, place: Place) -> Accelerator:
 
 
 def check_place(cfg: ParallelConfig, place: Place) -> None:
-    """Refuse a launcher that has started another number of ranks or nodes than the settings say.
+    """Refuse ranks that a run cannot have, or another number of ranks or nodes than the settings say.
 
     Raises:
-        UserError: with both numbers.
+        UserError: with both numbers, or with what is missing.
     """
+    if place.problem:
+        raise UserError(place.problem)
     if place.source == "none":
         return
     if cfg.name == "single" and place.world > 1:

@@ -26,7 +26,7 @@ from swift.parallel.base import Durable
 from swift.parallel.checkpoint.files import Piece
 from swift.parallel.checkpoint.pieces import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
 from swift.parallel.checkpoint.saver import Saver
-from swift.parallel.environment import build_accelerator, build_environment, check_place
+from swift.parallel.environment import Ranks, build_accelerator, check_place
 from swift.parallel.ranks import Place
 from swift.parallel.setup import Setup
 from swift.parallel.step_gate import Judge, JudgedEngine, drop_gradients
@@ -268,7 +268,7 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
         single = _Single(device, precision_plugin=plugin)
         single.parallel, single.saver = parallel, build_saver(cfg, Place(0, 0, 1, 1, "none"))
         return {"strategy": single, "accelerator": accelerator, "devices": 1}
-    environment = build_environment(place)
+    environment = Ranks(place)
     shared: dict[str, Any] = {
         "cluster_environment": environment,
         "timeout": timedelta(minutes=parallel.timeout_minutes),

@@ -22,6 +22,15 @@ from tests.small import settings
 
 ALONE = Place(0, 0, 1, 1, "none")
 SLURM = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
+SHELL = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "40733"}
+MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MPICH = {"PMI_RANK": "5", "MPI_LOCALRANKID": "1", "PMI_SIZE": "8", "MPI_LOCALNRANKS": "4"}
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
 
 
@@ -30,18 +39,92 @@ TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE
     [
         ({}, ALONE, 1),
         (SLURM, Place(11, 3, 16, 8, "slurm"), 2),
+        # srun inside salloc keeps the name of the shell's job.
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, Place(11, 3, 16, 8, "slurm"), 2),
         # A shell inside an allocation is no rank, nor is a batch script.
-        (SLURM | {"SLURM_JOB_NAME": "interactive"}, ALONE, 1),
+        (SHELL, ALONE, 1),
+        (SLURM | {"SLURM_STEP_ID": "4294967290"}, ALONE, 1),
         ({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, ALONE, 1),
         (TORCHRUN, Place(5, 1, 8, 4, "torchrun"), 2),
         # torchrun inside a job of one task a node.
         (SLURM | TORCHRUN, Place(5, 1, 8, 4, "torchrun"), 2),
         (TORCHRUN | {SETTINGS: "file"}, Place(5, 1, 8, 4, "swift"), 2),
+        # A second rank has no shell: it was started by srun from inside one.
+        (SHELL | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, Place(1, 1, 2, 2, "slurm"), 1),
+        # An allocation of three tasks, a step of two on one of its nodes.
+        (
+            SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"},
+            Place(11, 3, 2, 2, "slurm"),
+            1,
+        ),
+        (OPENMPI | MEETING, Place(5, 1, 8, 4, "openmpi"), 2),
+        # mpirun on several nodes of a job: what it started by srun was one process a node.
+        (OPENMPI | MEETING | SLURM, Place(5, 1, 8, 4, "openmpi"), 2),
+        (MPICH | MEETING, Place(5, 1, 8, 4, "mpich"), 2),
+        (MPICH | {"PMI_SIZE": "1", "PMI_RANK": "0"}, ALONE, 1),
+        # srun --mpi=pmi2 numbers ranks too, but Slurm knows more.
+        (SLURM | {"PMI_RANK": "11", "PMI_SIZE": "16"}, Place(11, 3, 16, 8, "slurm"), 2),
+        # PyTorchJob: a process a pod, nothing said of the node.
+        (MEETING | {"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 0, 2, 1, "environment"), 2),
+        (MEETING | {"RANK": "0", "WORLD_SIZE": "1"}, ALONE, 1),
+        (
+            MEETING | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            Place(5, 1, 8, 4, "environment"),
+            2,
+        ),
     ],
 )
 def test_place_is_read_from_the_launcher(env: dict[str, str], place: Place, nodes: int) -> None:
     assert current_place(env) == place
     assert place.nodes == nodes
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (OPENMPI, "openmpi started 8 ranks, but MASTER_ADDR and MASTER_PORT are not set"),
+        (MPICH, "mpich started 8 ranks, but MASTER_ADDR"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "environment started 2 ranks, but MASTER_ADDR"),
+        (MEETING | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "LOCAL_WORLD_SIZE is missing"),
+        (
+            MEETING | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            "WORLD_SIZE=3: is no multiple of LOCAL_WORLD_SIZE=2",
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "a launcher that speaks PMI started 2 ranks"),
+        ({"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "6"}, "jsrun started 6 ranks"),
+        (
+            SLURM | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "3,1"},
+            "srun started 4 ranks on 2 nodes, not as many on each",
+        ),
+        (SLURM | {"SLURM_NTASKS": "15"}, "srun started 15 ranks on 2 nodes, not as many on each"),
+    ],
+)
+def test_ranks_that_cannot_be_placed_are_refused_by_name(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_place(settings("parallel=ddp").parallel, current_place(env))
+
+
+def test_a_shell_has_a_terminal_and_the_ranks_it_starts_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun leaves SLURM_PTY_PORT of the shell in the environment of the ranks that are started from there."""
+    for name, value in SHELL.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("swift.parallel.ranks._has_terminal", lambda: False)
+    assert current_place() == Place(0, 0, 2, 2, "slurm")
+    monkeypatch.setattr("swift.parallel.ranks._has_terminal", lambda: True)
+    assert current_place() == ALONE
+
+
+def test_ranks_of_a_job_meet_at_its_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"SLURM_JOB_ID": "30", "SLURM_STEP_ID": "2", "SLURM_JOB_NODELIST": "a[07-08,12]"}
+    for place, address in ((Place(3, 1, 4, 2, "slurm"), "a07"), (Place(1, 1, 2, 2, "slurm"), "127.0.0.1")):
+        for name in MEETING:
+            # Left to be restored: Ranks sets them itself.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in step.items():
+            monkeypatch.setenv(name, value)
+        ranks = Ranks(place)
+        assert (ranks.main_address, ranks.main_port) == (address, 10240 + 30 * 16 + 2)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +155,14 @@ def test_one_rank_speaks_for_all_of_a_node(tmp_path: Path, monkeypatch: pytest.M
     assert first_to_report({})
 
 
-def test_ranks_are_what_the_launcher_made_them() -> None:
+def test_ranks_are_what_the_launcher_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 0)
     ranks = Ranks(Place(5, 1, 8, 4, "torchrun"))
     assert (ranks.world_size(), ranks.global_rank(), ranks.local_rank(), ranks.node_rank()) == (8, 5, 1, 1)
     assert ranks.creates_processes_externally
+    # Counted node by node this would be another: the launcher has decided.
+    ranks.set_global_rank(3)
+    assert ranks.global_rank() == 5
     with pytest.raises(AssertionError):
         ranks.set_world_size(4)
 

@@ -154,3 +154,17 @@ def test_a_refusal_of_slurm_is_passed_on(cluster: Cluster, tmp_path: Path) -> No
     assert done.returncode == 2
     assert "invalid partition specified: gone" in done.stderr.splitlines()[-1]
     assert not cluster.states()
+
+
+def test_srun_in_a_job_of_ones_own_starts_ranks_that_know_each_other(cluster: Cluster, tmp_path: Path) -> None:
+    """salloc calls its job "interactive"; two tasks without --ntasks-per-node are what a first script asks for."""
+    small = ["data=store", f"data.path={cluster.store}", *SMALL, *QUICK[:3], "model.patch_size=[4,4,4,2]"]
+    words = [*small, "parallel=ddp", f"run_dir={tmp_path}/run", "trainer.max_steps=4", "trainer.val_every=4"]
+    command = ["salloc", "--nodes=1", "--ntasks=2", "--overcommit", "srun", sys.executable, "-m", "swift.train", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=cluster.env | {"PYTHONPATH": str(cluster.code)}, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("figures and checkpoints") == 1
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json").read_text())
+    assert manifest["manifest"]["world"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import ALL_NODES, STEPS, Cluster, Run, end, eventually
+from tests.small import DATA, MODEL
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -76,6 +78,30 @@ def series(run: Run) -> list[tuple[object, ...]]:
     """(step, loss, rate) as logged: one trajectory, no step twice, none missing."""
     lines = run.lines("metrics.jsonl")
     return [(line["step"], line["train/loss"], line["train/lr"]) for line in lines if "train/loss" in line]
+
+
+def test_one_point_of_an_array_is_queued_again_and_the_others_are_left_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The last task's number is that of the whole array, which must not be what is queued again."""
+    words = [f"data.path={cluster.store}", "data=store", *MODEL, *DATA, "trainer.figures=false", "trainer.threads=1"]
+    words += ["trainer.max_steps=150", "trainer.val_every=150", "trainer.val_batches=1", "trainer.checkpoint_every=20"]
+    words += ["launcher.array=true", "launcher.nodes=1", "launcher.health=false", "seed=1,2,3"]
+    done = cluster.train("-m", f"hydra.sweep.dir={tmp_path}/sweep", "+launcher=local", *words)
+    assert done.returncode == 0, done.stderr
+    points = sorted(path for path in (tmp_path / "sweep").iterdir() if (path / "config.yaml").exists())
+    runs = [Run(cluster, point, str(json.loads((point / "jobs.jsonl").read_text())["job"])) for point in points]
+    assert len(runs) == 3
+    last = runs[-1]
+    array = last.job.partition("_")[0]
+    assert [run.job for run in runs] == [f"{array}_{index}" for index in range(3)]
+    last.wait_for_step(30)
+    assert f"JobId={array} " in cluster.call("scontrol", "--oneliner", "show", "job", last.job)
+    cluster.call("scancel", "--batch", "--signal=USR1", last.job)
+    eventually("end of the array", lambda: not cluster.states(), 600)
+    for run in runs:
+        assert run.state()["state"] == "finished", run.log()
+    starts = [sum(line["event"] == "start" for line in run.lines("attempts.jsonl")) for run in runs]
+    assert starts == [1, 1, 2]
+    assert {line["chain"] for line in last.lines("attempts.jsonl")} == {last.job}
 
 
 def test_who_cancels_a_job_does_not_want_it_back(cluster: Cluster, tmp_path: Path) -> None:

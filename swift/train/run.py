@@ -141,7 +141,10 @@ def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
 
 def ranks_to_start(cfg: Config) -> int:
     """Ranks that this process has to start itself; 0 where it shall run the training, alone or as one of them."""
-    if cfg.parallel.name == "single" or current_place().source != "none":
+    place = current_place()
+    if place.problem:
+        raise UserError(place.problem)
+    if cfg.parallel.name == "single" or place.source != "none":
         return 0
     if cfg.parallel.nodes > 1:
         raise UserError(

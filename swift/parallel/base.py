@@ -18,12 +18,12 @@ from swift.parallel.checkpoint.files import WEIGHT, Manifest, Piece
 from swift.parallel.checkpoint.pieces import module_pieces, optimizer_steps, parameter_shapes
 from swift.parallel.checkpoint.saver import Saver, restore
 from swift.parallel.recompute import prepare_blocks
-from swift.parallel.step_gate import Judged
+from swift.parallel.step_gate import StepGate
 
 log = logging.getLogger(__name__)
 
 
-class Durable(Judged):
+class CheckpointingStrategy(StepGate):
     """What every strategy of swift adds to Lightning's: checkpoints of named pieces, and the gradient norm.
 
     `trainer.save_checkpoint(FOLDER)` and `trainer.fit(ckpt_path=FOLDER)` take the folder of all checkpoints of a run.

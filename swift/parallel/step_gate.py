@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swift.parallel.checkpoint import files as checkpoint
-from swift.parallel.checkpoint.files import Damaged, Manifest, Reader
+from swift.parallel.checkpoint.files import Manifest, Reader
 from swift.parallel.checkpoint.pieces import parameter_shapes
-from swift.parallel.checkpoint.saver import Saver
+from swift.parallel.checkpoint.saver import Saver, gather, read_verified
 from swift.utils.errors import UserError
 
-Judge = Callable[[Tensor], bool]
-"""Takes the gradient norm (NaN where it is not finite), says whether to leave the step out. All ranks call it."""
+SkipRule = Callable[[Tensor], bool]
+"""Takes the gradient norm (NaN where it is not finite), returns whether to skip the step. All ranks call it."""
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:
@@ -39,15 +38,15 @@ def combined(norms: Iterable[Any]) -> Tensor:
     return torch.linalg.vector_norm(stacked) if good else torch.tensor(torch.nan)
 
 
-def judge_zero(optimizer: Any, judge: Judge) -> None:
-    """Let `judge` decide over every step of a ZeRO optimizer; norms are computed once, as before."""
+def skip_zero_steps(optimizer: Any, skip: SkipRule) -> None:
+    """Let `skip` decide about every step of a ZeRO optimizer; norms are computed once, as before."""
     known: list[Any] = []
     if hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
         norm_of = optimizer.scaled_global_norm
 
         def check(partition_gradients: bool = True) -> None:
             known[:] = [norm_of()]
-            optimizer.overflow = judge(combined(known) / optimizer.loss_scale)
+            optimizer.overflow = skip(combined(known) / optimizer.loss_scale)
 
         def norm(norm_type: int = 2) -> Any:
             return known.pop() if known else norm_of(norm_type)
@@ -58,7 +57,7 @@ def judge_zero(optimizer: Any, judge: Judge) -> None:
 
     def check_groups(*args: Any, **kwargs: Any) -> bool:
         found = groups_of()
-        if judge(combined(found) / optimizer.loss_scale):
+        if skip(combined(found) / optimizer.loss_scale):
             known.clear()
             optimizer.overflow = True
             if not args and kwargs.get("update_scale", True):  # before DeepSpeed 0.19 it also cleaned up
@@ -72,7 +71,7 @@ def judge_zero(optimizer: Any, judge: Judge) -> None:
     optimizer._get_norm_groups = lambda: known.pop() if known else groups_of()
 
 
-class Judged:
+class StepGate:
     """What a strategy adds for a guard: steps that are left out, weights that are looked at, put back or kept."""
 
     saver: Saver
@@ -81,12 +80,12 @@ class Judged:
     pieces: Any
     refresh: Any
 
-    def judge_by(self, judge: Judge) -> None:
-        """Let `judge` decide over every step from now on."""
-        self.precision_plugin.judge = judge
+    def skip_steps_by(self, skip: SkipRule) -> None:
+        """Let `skip` decide about every step from now on."""
+        self.precision_plugin.skip = skip
 
     def discard(self) -> None:
-        """Forget the gradients of a micro-batch that was only looked at; the judge says no to all then."""
+        """Forget the gradients of a micro-batch that was only looked at; the rule skips every step meanwhile."""
         drop_gradients(self.lightning_module.parameters())
 
     def bad_weights(self, moments: bool = False) -> dict[str, int]:
@@ -119,50 +118,39 @@ class Judged:
             UserError: there is none.
         """
         self.saver.finish()
-        names = self._agreed([path.name for path in checkpoint.candidates(folder)])[0]
-        for name in names:
-            path, good = folder / name, True
-            try:
-                manifest = Manifest.read(path)
-                checkpoint.verify(path, manifest, self.saver.rank, self.saver.world)
-            except (Damaged, UserError):
-                good = False
-            if not all(self._agreed(good)):
+        rank, world = self.saver.rank, self.saver.world
+        for name in gather([path.name for path in checkpoint.candidates(folder)], world)[0]:
+            path = folder / name
+            manifest, damage = read_verified(path, rank, world)
+            if manifest is None or damage is not None:
                 continue
             Reader(path, manifest).fill(list(self.pieces(manifest.optimizer_steps)))
             self.refresh()
-            if all(self._agreed(not self.bad_weights(moments=True))):
+            if not any(gather(bool(self.bad_weights(moments=True)), world)):
                 return path
         raise UserError(f"{folder}: no checkpoint there is whole and finite, so there is nothing to go back to")
 
-    def _agreed(self, value: Any) -> list[Any]:
-        if self.saver.world == 1:
-            return [value]
-        said: list[Any] = [None] * self.saver.world
-        dist.all_gather_object(said, value)
-        return said
 
-
-class JudgedEngine(Judged):
+class DeepSpeedStepGate(StepGate):
     """The same for DeepSpeed, whose engine steps by itself."""
 
     deepspeed_engine: Any
-    _judged_norm: Tensor | None = None
+    _last_norm: Tensor | None = None
 
-    def judge_by(self, judge: Judge) -> None:
-        """Let `judge` decide over every step from now on."""
+    def skip_steps_by(self, skip: SkipRule) -> None:
+        """Let `skip` decide about every step from now on."""
 
-        def noted(norm: Tensor) -> bool:
-            self._judged_norm = norm
-            return judge(norm)
+        def note_norm(norm: Tensor) -> bool:
+            self._last_norm = norm
+            return skip(norm)
 
-        judge_zero(self.deepspeed_engine.optimizer, noted)
+        skip_zero_steps(self.deepspeed_engine.optimizer, note_norm)
 
     def discard(self) -> None:
-        """Take the engine past a micro-batch; its step is left out, as the judge says no."""
+        """Take the engine past a micro-batch; the rule skips its step."""
         self.deepspeed_engine.step()
 
     def gradient_norm(self) -> Tensor | None:
         """Global norm of the gradients of the last optimizer step before clipping, None before the first."""
-        norm = self._judged_norm if self._judged_norm is not None else self.deepspeed_engine.get_global_grad_norm()
+        norm = self._last_norm if self._last_norm is not None else self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)

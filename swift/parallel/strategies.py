@@ -22,14 +22,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from swift.config.schema import Config, ParallelConfig
-from swift.parallel.base import Durable
+from swift.parallel.base import CheckpointingStrategy
 from swift.parallel.checkpoint.files import Piece
 from swift.parallel.checkpoint.pieces import optimizer_steps, refresh_zero3, refresh_zero12, zero3_pieces, zero12_pieces
 from swift.parallel.checkpoint.saver import Saver
 from swift.parallel.environment import Ranks, build_accelerator, check_place
 from swift.parallel.ranks import Place
 from swift.parallel.setup import Setup
-from swift.parallel.step_gate import Judge, JudgedEngine, drop_gradients
+from swift.parallel.step_gate import DeepSpeedStepGate, SkipRule, drop_gradients
 from swift.plan.memory import MB, reduce_bucket
 from swift.utils.errors import UserError
 
@@ -38,15 +38,14 @@ class _ClipsByNorm:
     """Precision plugin that clips by the global norm and keeps what it was."""
 
     norm: Tensor | None = None
-    judge: Judge | None = None
-    """Says from the norm whether to leave the step out."""
+    skip: SkipRule | None = None
 
     def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = None) -> None:
         """Scale all gradients so that their norm is `clip_val` at most."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
         self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.judge is not None and self.judge(self.norm):
+        if self.skip is not None and self.skip(self.norm):
             drop_gradients(parameters)
 
 
@@ -58,15 +57,15 @@ class _Bf16(_ClipsByNorm, MixedPrecision):
     """Weights and optimizer in float32, matrix products in bf16 by autocast."""
 
 
-class _Single(Durable, SingleDeviceStrategy):
+class _Single(CheckpointingStrategy, SingleDeviceStrategy):
     pass
 
 
-class _Ddp(Durable, DDPStrategy):
+class _Ddp(CheckpointingStrategy, DDPStrategy):
     pass
 
 
-class _Fsdp(Durable, DDPStrategy):
+class _Fsdp(CheckpointingStrategy, DDPStrategy):
     """Torch's fully_shard over the blocks of the model and over what is left: each rank holds rows of every weight.
 
     Args:
@@ -114,11 +113,11 @@ class _DeepSpeedPrecision(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class _DeepSpeed(JudgedEngine, Durable, DeepSpeedStrategy):
+class _DeepSpeed(DeepSpeedStepGate, CheckpointingStrategy, DeepSpeedStrategy):
     """DeepSpeed on any device torch.distributed has a backend for."""
 
     @property
-    def root_device(self) -> torch.device:  # type: ignore[override]  # Durable only says that there is one
+    def root_device(self) -> torch.device:  # type: ignore[override]  # the base only says that there is one
         """The device of this rank; the CPU gets an index because DeepSpeed asks for one."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device

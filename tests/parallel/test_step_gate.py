@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from swift.parallel.checkpoint.files import Piece
-from swift.parallel.step_gate import Judged
+from swift.parallel.step_gate import StepGate
 
 
-class Sharded(Judged):
+class Sharded(StepGate):
     """A rank under ZeRO 3: empty parameters with a shard beside; the piece of the frozen one is a kept copy."""
 
     def __init__(self, shard: torch.Tensor) -> None:

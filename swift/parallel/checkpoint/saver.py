@@ -36,13 +36,13 @@ STALL = "perf/save_stall_seconds"
 """Metric: how long training stood still for a save."""
 
 
-def _agree(value: Any, rank: int, world: int) -> list[Any]:
-    """What all ranks say, in order of rank."""
+def gather(value: Any, world: int) -> list[Any]:
+    """The value of every rank, in order of rank; all of the `world` ranks call it together."""
     if world == 1:
         return [value]
-    said: list[Any] = [None] * world
-    dist.all_gather_object(said, value)
-    return said
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _file(rank: int) -> str:
@@ -108,8 +108,8 @@ class Saver:
 
     def _agree_on_errors(self) -> None:
         error, self._error = self._error, None
-        said = _agree(None if error is None else str(error), self.rank, self.world)
-        if first := next((message for message in said if message), None):
+        messages = gather(None if error is None else str(error), self.world)
+        if first := next((message for message in messages if message), None):
             raise UserError(first)
 
     def _begin(self, folder: Path) -> Path:
@@ -120,7 +120,7 @@ class Saver:
             except UserError as error:
                 self._error = error
         self._agree_on_errors()
-        return folder / str(_agree(fresh, self.rank, self.world)[0])
+        return folder / str(gather(fresh, self.world)[0])
 
     def _guarded(self, folder: Path, fresh: Path, copies: dict[str, Tensor], *rest: Any) -> None:
         try:
@@ -189,9 +189,9 @@ def restore(
     Raises:
         UserError: none is whole, or it is of another model.
     """
-    names = _agree([path.name for path in checkpoint.candidates(folder)] if rank == 0 else [], rank, world)[0]
+    names = gather([path.name for path in checkpoint.candidates(folder)] if rank == 0 else [], world)[0]
     for place, name in enumerate(names):
-        manifest, trouble = _whole(folder / name, rank, world)
+        manifest, trouble = read_verified(folder / name, rank, world)
         if trouble is None:
             assert manifest is not None
             checkpoint.compare_shapes(folder / name, manifest.shapes, shapes)
@@ -206,8 +206,12 @@ def restore(
     raise UserError(f"{folder}: no checkpoint there can be read")
 
 
-def _whole(path: Path, rank: int, world: int) -> tuple[Manifest | None, str | None]:
-    """The manifest of a checkpoint, or what is wrong with it; ranks share the work and agree."""
+def read_verified(path: Path, rank: int, world: int) -> tuple[Manifest | None, str | None]:
+    """The manifest of a checkpoint, and what is damaged in it if anything; the ranks share the work and agree.
+
+    Raises:
+        UserError: written by a later version of swift.
+    """
     manifest, trouble, refused = None, None, None
     try:
         manifest = Manifest.read(path)
@@ -216,10 +220,10 @@ def _whole(path: Path, rank: int, world: int) -> tuple[Manifest | None, str | No
         trouble = str(error)
     except UserError as error:
         refused = str(error)
-    said = _agree((trouble, refused), rank, world)
-    if first := next((refused for _, refused in said if refused), None):
+    answers = gather((trouble, refused), world)
+    if first := next((refused for _, refused in answers if refused), None):
         raise UserError(first)
-    return manifest, next((trouble for trouble, _ in said if trouble), None)
+    return manifest, next((trouble for trouble, _ in answers if trouble), None)
 
 
 class SaveCheckpoints(pl.Callback):

@@ -2,8 +2,8 @@
 
 The decision is made when the gradient norm of an optimizer step is known and nothing has been changed yet
 (`swift.parallel.step_gate`), from the mean loss and the norm over all ranks: one all-reduce of four numbers. A step
-that is left out changes no weight, no moment and no count of Adam; the number of the step, the learning rate and the
-next batch are what they would have been. The bad step is looked at when it is over: the weights still are the same.
+that is left out changes no weight, no moment and no count of Adam. Step number, learning rate and next batch are what
+they would have been. The bad step is looked at when it is over, as the weights are still the same.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from swift.config.schema import Config
+from swift.parallel.checkpoint.saver import gather
 from swift.train.callbacks import incident
 from swift.train.callbacks.log import JsonlLogger
 from swift.train.callbacks.nonfinite import Trace, describe
-from swift.train.callbacks.spike import GRADIENT, LEVEL, Verdict, Watch
+from swift.train.callbacks.spike import GRADIENT, NEW_LEVEL, Verdict, Watch
 from swift.train.callbacks.suspects import clips_of, read_again
 from swift.utils.errors import UserError
 
@@ -86,7 +87,7 @@ class Guard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Be asked at every step from now on."""
         strategy: Any = trainer.strategy
-        strategy.judge_by(lambda norm: self._judge(trainer, norm))
+        strategy.skip_steps_by(lambda norm: self._is_bad(trainer, norm))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -104,18 +105,18 @@ class Guard(pl.Callback):
         if not self._looking:
             self._micros[-1].loss = loss.detach()
 
-    def _judge(self, trainer: pl.Trainer, norm: Tensor) -> bool:
-        """Whether to leave the step out; all ranks come to the same."""
+    def _is_bad(self, trainer: pl.Trainer, norm: Tensor) -> bool:
+        """Whether to leave the step out; all ranks come to the same answer."""
         if self._looking:
             return True
         device = trainer.strategy.root_device
         losses = [micro.loss for micro in self._micros if micro.loss is not None]
         values = torch.stack([torch.stack(losses).float().sum().to(device), norm.detach().float().to(device)])
         good = torch.isfinite(values)
-        said = torch.cat([torch.where(good, values, 0.0), (~good).float()])
+        sums = torch.cat([torch.where(good, values, 0.0), (~good).float()])
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(said)
-        loss, size, bad_losses, bad_norms = said.tolist()
+            torch.distributed.all_reduce(sums)
+        loss, size, bad_losses, bad_norms = sums.tolist()
         world = trainer.world_size
         self._verdict = self.watch.decide(
             float("nan") if bad_losses else loss / world,
@@ -131,7 +132,7 @@ class Guard(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         verdict, self._verdict = self._verdict, None
-        if verdict is not None and verdict.kind == LEVEL and trainer.is_global_zero:
+        if verdict is not None and verdict.kind == NEW_LEVEL and trainer.is_global_zero:
             log.warning(
                 "step %d: loss %.4g, gradient norm %.4g, after %d spikes in a row: taken for the new level",
                 *(trainer.global_step, verdict.loss, verdict.norm, self.guard.patience),
@@ -149,21 +150,21 @@ class Guard(pl.Callback):
         found = {} if verdict.spike or not keep else self._look_again(trainer, module, verdict.kind == GRADIENT)
         losses = [float("nan") if micro.loss is None else float(micro.loss) for micro in self._micros]
         mine = {"rank": trainer.global_rank, "losses": losses, "found": found, "bad_weights": weights}
-        ranks = _agreed(trainer, mine)
+        ranks = gather(mine, trainer.world_size)
         chosen = suspects(ranks, verdict)
         details = None
         if trainer.global_rank in chosen and self.records < self.guard.records:
             details = self._details(trainer, chosen[trainer.global_rank], found)
-        said = [one for one in _agreed(trainer, details) if one is not None]
+        reports = [report for report in gather(details, trainer.world_size) if report is not None]
         bad_weights = {name: count for rank in ranks for name, count in rank["bad_weights"].items()}
         place = incident.step_folder(self.run_dir, step)
         reason = self._keep(trainer, place, chosen, found) if keep else None
         if self.records < self.guard.records:
             self.records += 1
             if trainer.is_global_zero:
-                record = self._record(step, verdict, ranks, said, bad_weights) | {"batch_kept": reason}
+                record = self._record(step, verdict, ranks, reports, bad_weights) | {"batch_kept": reason}
                 incident.write_record(place / incident.RECORD, record)
-        self._say(trainer, step, verdict, said, bad_weights, place)
+        self._log_step(trainer, step, verdict, reports, bad_weights, place)
         self._act(trainer, step, verdict, bad_weights)
 
     def _look_again(self, trainer: pl.Trainer, module: pl.LightningModule, backward: bool) -> dict[int, Any]:
@@ -207,7 +208,7 @@ class Guard(pl.Callback):
         return micro.batch | {name: dense[name].to(trainer.strategy.root_device) for name in CLIPS}
 
     def _details(self, trainer: pl.Trainer, place: int, found: dict[int, Any]) -> dict[str, Any]:
-        """What this rank has to say about its micro-batch `place`."""
+        """The report of this rank about its micro-batch `place`."""
         micro = self._micros[place]
         batch = self._batch(trainer, micro)
         data = getattr(trainer, "datamodule", None)
@@ -269,7 +270,7 @@ class Guard(pl.Callback):
         }
 
     def _record(
-        self, step: int, verdict: Verdict, ranks: list[Any], said: list[Any], bad_weights: dict[str, int]
+        self, step: int, verdict: Verdict, ranks: list[Any], reports: list[Any], bad_weights: dict[str, int]
     ) -> dict[str, Any]:
         return {
             "step": step,
@@ -281,15 +282,15 @@ class Guard(pl.Callback):
             "bad_steps_in_a_row": self.watch.in_row,
             "losses_of_ranks": {rank["rank"]: rank["losses"] for rank in ranks},
             "bad_weights": bad_weights,
-            "ranks": said,
+            "ranks": reports,
         }
 
-    def _say(
+    def _log_step(
         self,
         trainer: pl.Trainer,
         step: int,
         verdict: Verdict,
-        said: list[Any],
+        reports: list[Any],
         bad_weights: dict[str, int],
         place: Path,
     ) -> None:
@@ -297,7 +298,7 @@ class Guard(pl.Callback):
         if not trainer.is_global_zero:
             return
         numbers = {"guard/left_out": self.watch.bad, "guard/loss": verdict.loss, "guard/grad_norm": verdict.norm}
-        where = "; ".join(map(_where, said)) or "no rank stands out"
+        where = "; ".join(map(_where, reports)) or "no rank stands out"
         for logger in trainer.loggers:
             words = {"guard/what": verdict.kind, "guard/where": where} if isinstance(logger, JsonlLogger) else {}
             logger.log_metrics(numbers | words, step=step)  # type: ignore[arg-type]
@@ -350,10 +351,10 @@ def suspects(ranks: list[dict[str, Any]], verdict: Verdict) -> dict[int, int]:
     return dict(sorted(bad.items())[:RANKS])
 
 
-def _where(said: dict[str, Any]) -> str:
-    clips, first = said["clips"], said["first"]
+def _where(report: dict[str, Any]) -> str:
+    clips, first = report["clips"], report["first"]
     odd = [clip for clip in clips if clip["values"]["nan"] or clip["values"]["inf"]] or clips
-    text = f"rank {said['rank']}"
+    text = f"rank {report['rank']}"
     if odd:
         clip = odd[0]
         frames = clip["frames"]
@@ -365,12 +366,3 @@ def _where(said: dict[str, Any]) -> str:
 
 def _bytes(batch: Mapping[str, Any]) -> int:
     return sum(value.numel() * value.element_size() for value in batch.values() if isinstance(value, Tensor))
-
-
-def _agreed(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """What all ranks say, in order."""
-    if trainer.world_size == 1:
-        return [value]
-    said: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(said, value)
-    return said

@@ -1,6 +1,6 @@
 """Which optimizer steps are bad, decided from their loss and gradient norm alone. Plain Python.
 
-A spike is judged by a robust statistic: the logarithm of a value against median and median absolute deviation (MAD) of
+A spike is found by a robust statistic: the logarithm of a value against median and median absolute deviation (MAD) of
 the last good steps. Nothing bad ever enters the window, so one NaN cannot make every later step look bad, or good.
 """
 
@@ -20,7 +20,7 @@ LEAST = math.log(2.0)
 OK = "ok"
 LOSS, GRADIENT = "loss is not finite", "gradient is not finite"
 LOSS_SPIKE, GRADIENT_SPIKE = "loss spike", "gradient spike"
-LEVEL = "new level"
+NEW_LEVEL = "new level"
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Verdict:
     """What was decided of a step.
 
     Attributes:
-        kind: ok, or what is wrong: one of the names above. LEVEL: a spike that was too long to be one; a good step.
+        kind: ok, or what is wrong: one of the names above. NEW_LEVEL: a spike that was too long to be one; a good step.
         loss, norm: Of the step.
-        limits: loss, norm -> {median, mad, limit}, in the units of the value; empty where nothing was judged.
+        limits: loss, norm -> {median, mad, limit}, in the units of the value; empty where there are too few good steps.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Verdict:
     @property
     def bad(self) -> bool:
         """Whether the step must not be taken."""
-        return self.kind not in (OK, LEVEL)
+        return self.kind not in (OK, NEW_LEVEL)
 
     @property
     def spike(self) -> bool:
@@ -53,7 +53,7 @@ class Window:
     """The last good values of one quantity.
 
     Args:
-        size: Values kept; nothing is judged before there are half as many.
+        size: Values kept; no value is a spike before there are half as many.
         factor: Robust standard deviations of the logarithm above the median that make a spike; 0: nothing is one.
     """
 
@@ -96,13 +96,13 @@ class Watch:
         self.bad = 0
         """Bad steps in all."""
 
-    def decide(self, loss: float, norm: float, judged: bool = True) -> Verdict:
-        """Judge a step; a good one enters the windows.
+    def decide(self, loss: float, norm: float, warm: bool = True) -> Verdict:
+        """Decide about a step; a good one enters the windows.
 
         Args:
             loss: Mean over micro-batches and ranks.
             norm: Global gradient norm before clipping.
-            judged: False: nothing is called a spike yet (warm-up).
+            warm: Whether the warm-up is over; before, nothing is called a spike.
         """
         values = {"loss": loss, "norm": norm}
         limits = {name: window.statistic() for name, window in self.windows.items()}
@@ -111,14 +111,14 @@ class Watch:
             kind = LOSS
         elif not math.isfinite(norm):
             kind = GRADIENT
-        elif judged:
+        elif warm:
             over = [name for name, value in values.items() if limits[name] and value > limits[name]["limit"]]
             if over:
                 kind = LOSS_SPIKE if over[0] == "loss" else GRADIENT_SPIKE
         if kind in (LOSS_SPIKE, GRADIENT_SPIKE):
             self.spikes += 1
             if self.spikes > self.patience:
-                kind = LEVEL
+                kind = NEW_LEVEL
                 for window in self.windows.values():
                     window.logs.clear()
         verdict = Verdict(kind, loss, norm, limits)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from swift.train.callbacks.spike import GRADIENT, GRADIENT_SPIKE, LEVEL, LOSS, LOSS_SPIKE, OK, Watch, Window
+from swift.train.callbacks.spike import GRADIENT, GRADIENT_SPIKE, LOSS, LOSS_SPIKE, NEW_LEVEL, OK, Watch, Window
 from tests.small import settings
 
 DEFAULT = settings().guard
@@ -96,7 +96,7 @@ def test_nothing_is_a_spike_in_the_warm_up_before_half_a_window_or_where_it_is_s
     watching = Watch(8, 10.0, 3)
     for _ in range(8):
         watching.decide(1.0, 1.0)
-    assert watching.decide(50.0, 1.0, judged=False).kind == OK
+    assert watching.decide(50.0, 1.0, warm=False).kind == OK
     never = Watch(8, 0.0, 3)
     assert {never.decide(value, 1.0).kind for value in [1.0] * 8 + [1e9]} == {OK}
 
@@ -105,7 +105,7 @@ def test_a_new_level_is_accepted_after_patience_but_nan_never() -> None:
     watching = Watch(8, 10.0, 2)
     for _ in range(8):
         watching.decide(1.0, 1.0)
-    assert [watching.decide(9.0, 1.0).kind for _ in range(4)] == [LOSS_SPIKE, LOSS_SPIKE, LEVEL, OK]
+    assert [watching.decide(9.0, 1.0).kind for _ in range(4)] == [LOSS_SPIKE, LOSS_SPIKE, NEW_LEVEL, OK]
     assert [watching.decide(math.nan, 1.0).kind for _ in range(9)] == [LOSS] * 9
     assert watching.in_row == 9
 

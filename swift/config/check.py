@@ -13,12 +13,12 @@ from swift.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    TargetConfig,
     TaskConfig,
     TrainerConfig,
 )
 from swift.config.schema_data import AugmentConfig, DataConfig
-from swift.config.target import check_target
-from swift.utils.errors import UserError
+from swift.utils.errors import UserError, require
 
 CHOICES = {
     "model.position": ("absolute", "rope", "rope_global", "none"),
@@ -34,6 +34,11 @@ CHOICES = {
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
     "task.pooling": ("mean", "mean_std"),
     "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r"),
+    "task.target.kind": ("binary", "multiclass", "regression"),
+    "task.target.per": ("subject", "frame"),
+    "task.target.source": ("manifest", "events", "confounds"),
+    "task.target.others": ("refuse", "leave_out"),
+    "task.target.response": ("shift", "hrf"),
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
@@ -43,20 +48,15 @@ CHOICES = {
 }
 
 
-def _require(condition: bool, name: str, value: object, legal: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={value}: {legal}")
-
-
 def _check_choices(section: str, cfg: object) -> None:
     for name, choices in CHOICES.items():
-        head, field = name.split(".")
+        head, _, field = name.rpartition(".")
         if head == section:
-            _require(getattr(cfg, field) in choices, name, getattr(cfg, field), "must be one of " + ", ".join(choices))
+            require(getattr(cfg, field) in choices, name, getattr(cfg, field), "must be one of " + ", ".join(choices))
 
 
 def _check_positive(name: str, values: Sequence[int], length: int) -> None:
-    _require(
+    require(
         len(values) == length and all(value >= 1 for value in values),
         name,
         list(values),
@@ -67,33 +67,33 @@ def _check_positive(name: str, values: Sequence[int], length: int) -> None:
 def check_model(cfg: ModelConfig) -> None:
     """Raise UserError where the fields of the architecture contradict each other."""
     _check_choices("model", cfg)
-    _require(cfg.embed_dim >= 1, "model.embed_dim", cfg.embed_dim, "must be at least 1")
+    require(cfg.embed_dim >= 1, "model.embed_dim", cfg.embed_dim, "must be at least 1")
     stages = len(cfg.depths)
-    _require(stages >= 1, "model.depths", cfg.depths, "must name at least one stage")
+    require(stages >= 1, "model.depths", cfg.depths, "must name at least one stage")
     _check_positive("model.depths", cfg.depths, stages)
     _check_positive("model.num_heads", cfg.num_heads, stages)
     _check_positive("model.patch_size", cfg.patch_size, 4)
     _check_positive("model.window", cfg.window, 4)
-    _require(cfg.decoder_dim >= 1, "model.decoder_dim", cfg.decoder_dim, "must be at least 1")
+    require(cfg.decoder_dim >= 1, "model.decoder_dim", cfg.decoder_dim, "must be at least 1")
     wide_enough = math.isfinite(cfg.mlp_ratio) and int(cfg.mlp_ratio * cfg.embed_dim) >= 1
     legal = f"must be a number that leaves a hidden layer of model.embed_dim={cfg.embed_dim} at least one channel"
-    _require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
-    _require(cfg.rope_base > 0 and math.isfinite(cfg.rope_base), "model.rope_base", cfg.rope_base, "must be above 0")
+    require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
+    require(cfg.rope_base > 0 and math.isfinite(cfg.rope_base), "model.rope_base", cfg.rope_base, "must be above 0")
     scale = cfg.layer_scale
-    _require(scale is None or math.isfinite(scale), "model.layer_scale", scale, "must be a finite number or null")
+    require(scale is None or math.isfinite(scale), "model.layer_scale", scale, "must be a finite number or null")
     for name in ("dropout", "attention_dropout", "drop_path"):
-        _require(0 <= getattr(cfg, name) < 1, f"model.{name}", getattr(cfg, name), "must lie in [0, 1)")
+        require(0 <= getattr(cfg, name) < 1, f"model.{name}", getattr(cfg, name), "must lie in [0, 1)")
     axes = 4 if cfg.attention == "joint" else 3
     for stage, heads in enumerate(cfg.num_heads):
         width = cfg.embed_dim * 2**stage
         place = f"stage {stage + 1} has width {width}"
-        _require(width % heads == 0, "model.num_heads", cfg.num_heads, f"{place}, which {heads} heads do not divide")
+        require(width % heads == 0, "model.num_heads", cfg.num_heads, f"{place}, which {heads} heads do not divide")
         if cfg.position.startswith("rope"):
             legal = (
                 f"{place}, so a head has {width // heads} channels; rotary positions over {axes} axes need "
                 f"an even number, at least {2 * axes}"
             )
-            _require((width // heads) % 2 == 0 and width // heads >= 2 * axes, "model.num_heads", cfg.num_heads, legal)
+            require((width // heads) % 2 == 0 and width // heads >= 2 * axes, "model.num_heads", cfg.num_heads, legal)
 
 
 def check_data(cfg: DataConfig) -> None:
@@ -101,14 +101,12 @@ def check_data(cfg: DataConfig) -> None:
     _check_choices("data", cfg)
     _check_positive("data.grid", cfg.grid, 3)
     for name in ("frames", "frame_stride", "clip_stride", "batch_size"):
-        _require(getattr(cfg, name) >= 1, f"data.{name}", getattr(cfg, name), "must be at least 1")
+        require(getattr(cfg, name) >= 1, f"data.{name}", getattr(cfg, name), "must be at least 1")
     for name in ("workers", "val_gap"):
-        _require(getattr(cfg, name) >= 0, f"data.{name}", getattr(cfg, name), "must not be negative")
-    _require(
-        cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0"
-    )
-    _require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
-    _require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
+        require(getattr(cfg, name) >= 0, f"data.{name}", getattr(cfg, name), "must not be negative")
+    require(cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0")
+    require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
+    require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
     _check_sources(cfg)
     _check_augment(cfg.augment)
 
@@ -117,29 +115,29 @@ def _check_sources(cfg: DataConfig) -> None:
     """Which stores, and how much of them."""
     if cfg.name == "store":
         legal = "data=store needs the folder of a store, or data.mixture"
-        _require(bool(cfg.path) or bool(cfg.mixture), "data.path", cfg.path, legal)
+        require(bool(cfg.path) or bool(cfg.mixture), "data.path", cfg.path, legal)
     paths = [cohort.path for cohort in cfg.mixture]
     weights = [cohort.weight for cohort in cfg.mixture]
-    _require(not paths or cfg.name == "store", "data.mixture", paths, f"needs data=store, not data={cfg.name}")
-    _require(not paths or not cfg.path, "data.path", cfg.path, "must be null beside data.mixture: name it there too")
-    _require(len(set(paths)) == len(paths), "data.mixture", paths, "names a store twice")
+    require(not paths or cfg.name == "store", "data.mixture", paths, f"needs data=store, not data={cfg.name}")
+    require(not paths or not cfg.path, "data.path", cfg.path, "must be null beside data.mixture: name it there too")
+    require(len(set(paths)) == len(paths), "data.mixture", paths, "names a store twice")
     legal = "must be numbers above 0 for all cohorts, or null for all"
     some = [weight for weight in weights if weight is not None]
     well = len(some) in (0, len(weights)) and all(w > 0 and math.isfinite(w) for w in some)
-    _require(well, "data.mixture weights", weights, legal)
+    require(well, "data.mixture weights", weights, legal)
     for name in ("max_subjects", "max_frames"):
         value = getattr(cfg, name)
-        _require(value is None or value >= 1, f"data.{name}", value, "must be at least 1, or null for all")
+        require(value is None or value >= 1, f"data.{name}", value, "must be at least 1, or null for all")
 
 
 def _check_augment(cfg: AugmentConfig) -> None:
     for name in ("flip", "affine", "intensity", "noise"):
-        _require(0 <= getattr(cfg, name) <= 1, f"data.augment.{name}", getattr(cfg, name), "must lie in [0, 1]")
+        require(0 <= getattr(cfg, name) <= 1, f"data.augment.{name}", getattr(cfg, name), "must lie in [0, 1]")
     for name in ("shift", "intensity_scale", "intensity_shift", "noise_std"):
         value = getattr(cfg, name)
-        _require(value >= 0 and math.isfinite(value), f"data.augment.{name}", value, "must be 0 or more")
-    _require(0 <= cfg.rotate <= 180, "data.augment.rotate", cfg.rotate, "must lie in [0, 180] degrees")
-    _require(0 <= cfg.zoom < 1, "data.augment.zoom", cfg.zoom, "must lie in [0, 1)")
+        require(value >= 0 and math.isfinite(value), f"data.augment.{name}", value, "must be 0 or more")
+    require(0 <= cfg.rotate <= 180, "data.augment.rotate", cfg.rotate, "must lie in [0, 180] degrees")
+    require(0 <= cfg.zoom < 1, "data.augment.zoom", cfg.zoom, "must lie in [0, 1)")
 
 
 def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
@@ -150,19 +148,100 @@ def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
 def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
     """Raise UserError where the mask does not fit the patches or the clip."""
     _check_choices("task", task)
-    _require(0 < task.mask_ratio < 1, "task.mask_ratio", task.mask_ratio, "must lie inside (0, 1)")
+    require(0 < task.mask_ratio < 1, "task.mask_ratio", task.mask_ratio, "must lie inside (0, 1)")
     unit = mask_unit(task, model)
     _check_positive("task.mask_unit", unit, 4)
     legal = f"must be a multiple of model.patch_size={model.patch_size} on every axis"
-    _require(all(u % p == 0 for u, p in zip(unit, model.patch_size)), "task.mask_unit", unit, legal)
+    require(all(u % p == 0 for u, p in zip(unit, model.patch_size)), "task.mask_unit", unit, legal)
     volume = [*data.grid, data.frames]
     legal = f"must not be larger than a clip of {volume} voxels and frames"
-    _require(all(p <= n for p, n in zip(model.patch_size, volume)), "model.patch_size", model.patch_size, legal)
-    _require(all(u <= n for u, n in zip(unit, volume)), "task.mask_unit", unit, legal)
+    require(all(p <= n for p, n in zip(model.patch_size, volume)), "model.patch_size", model.patch_size, legal)
+    require(all(u <= n for u, n in zip(unit, volume)), "task.mask_unit", unit, legal)
     counts = [-(-n // u) for n, u in zip(volume, unit)]
     drawn = {"random": counts, "tube": counts[:3], "temporal": counts[3:]}[task.mask_kind]
     legal = f"must leave a clip of {volume} at least 2 units to choose from with task.mask_kind={task.mask_kind}"
-    _require(math.prod(drawn) >= 2, "task.mask_unit", unit, legal)
+    require(math.prod(drawn) >= 2, "task.mask_unit", unit, legal)
+
+
+def class_names(target: TargetConfig) -> list[str]:
+    """Names of the classes, without the other ways to write them."""
+    return [entry.split("|")[0] for entry in target.classes]
+
+
+def check_adaptation(task: TaskConfig) -> None:
+    """Raise UserError for values of the adaptation that no task can use."""
+    require(0 < task.layer_decay <= 1, "task.layer_decay", task.layer_decay, "must lie in (0, 1]")
+    require(task.lora_rank >= 1, "task.lora_rank", task.lora_rank, "must be at least 1")
+    alpha = task.lora_alpha
+    require(alpha > 0 and math.isfinite(alpha), "task.lora_alpha", alpha, "must be a finite number above 0")
+    require(task.patience >= 0, "task.patience", task.patience, "must not be negative")
+    stride = task.eval_stride
+    require(stride is None or stride >= 1, "task.eval_stride", stride, "must be at least 1, or null")
+    require(0 < task.test_fraction < 1, "task.test_fraction", task.test_fraction, "must lie inside (0, 1)")
+    weights = task.class_weights
+    well = weights is None or all(w > 0 and math.isfinite(w) for w in weights)
+    require(well, "task.class_weights", weights, "must be numbers above 0, or null")
+
+
+def check_target(task: TaskConfig, init: str | None) -> None:
+    """Raise UserError where the target, the loss, the adaptation and init= contradict each other."""
+    check_adaptation(task)
+    target = task.target
+    if target is None:
+        require(task.name == "pretrain", "task.name", task.name, "a task without task.target is pretrain")
+        legal = "is for tasks with task.target; pre-training takes l1, smooth_l1 or l2"
+        require(task.loss != "cross_entropy", "task.loss", task.loss, legal)
+        require(task.adapt == "scratch", "task.adapt", task.adapt, "is for tasks with task.target")
+        return
+    require(task.name != "pretrain", "task.name", task.name, "a task with task.target needs a name of its own")
+    _check_choices("task.target", target)
+    for name in ("delay_seconds", "bridge_seconds"):
+        value = getattr(target, name)
+        require(value >= 0 and math.isfinite(value), f"task.target.{name}", value, "must be seconds, 0 or more")
+    _check_target_source(target)
+    _check_classes(task, target)
+    legal = "adapt=attentive pools by attention: leave it at mean"
+    require(task.adapt != "attentive" or task.pooling == "mean", "task.pooling", task.pooling, legal)
+    if task.adapt == "scratch":
+        legal = "task.adapt=scratch begins with random weights; choose linear, attentive, last_block, lora or full"
+        require(init is None, "init", init, legal)
+    elif task.adapt in ("last_block", "lora", "full"):
+        legal = "needs init=RUN_OR_FILE; task.adapt=scratch trains from random weights"
+        require(init is not None, "task.adapt", task.adapt, legal)
+
+
+def _check_target_source(target: TargetConfig) -> None:
+    per_subject = target.per == "subject"
+    legal = "per=subject is read from source=manifest, per=frame from source=events or confounds"
+    require(per_subject == (target.source == "manifest"), "task.target.source", target.source, legal)
+    needs_column = target.source != "events" or target.kind == "regression"
+    require(bool(target.column) or not needs_column, "task.target.column", target.column, "must name a column")
+    legal = "convolves numbers of events: it needs source=events and kind=regression"
+    well = target.response != "hrf" or (target.source == "events" and target.kind == "regression")
+    require(well, "task.target.response", target.response, legal)
+
+
+def _check_classes(task: TaskConfig, target: TargetConfig) -> None:
+    names = class_names(target)
+    if target.kind == "regression":
+        require(not names, "task.target.classes", target.classes, "a regression has none")
+        require(task.loss != "cross_entropy", "task.loss", task.loss, "a regression takes l1, smooth_l1 or l2")
+        require(task.class_weights is None, "task.class_weights", task.class_weights, "a regression has no classes")
+        require(not task.balance, "task.balance", task.balance, "a regression has no classes to balance")
+    else:
+        require(task.loss == "cross_entropy", "task.loss", task.loss, "classes are trained with cross_entropy")
+        many = len(names) == 2 if target.kind == "binary" else len(names) >= 3
+        legal = "two names for kind=binary, three or more for kind=multiclass"
+        require(many, "task.target.classes", target.classes, legal)
+        spellings = [text for entry in target.classes for text in entry.split("|")]
+        well = all(spellings) and len(set(spellings)) == len(spellings)
+        require(well, "task.target.classes", target.classes, "names must differ, and none may be empty")
+        weights = task.class_weights
+        legal = f"one number for each of the {len(names)} classes"
+        require(weights is None or len(weights) == len(names), "task.class_weights", weights, legal)
+    legal_select = ("loss", "mae", "r") if target.kind == "regression" else ("loss", "auroc", "balanced_accuracy")
+    legal = f"kind={target.kind} takes {', '.join(legal_select)}"
+    require(task.select in legal_select, "task.select", task.select, legal)
 
 
 def check_optimizer(cfg: OptimizerConfig) -> None:
@@ -170,30 +249,30 @@ def check_optimizer(cfg: OptimizerConfig) -> None:
     _check_choices("optimizer", cfg)
     for name in ("lr", "eps"):
         value = getattr(cfg, name)
-        _require(0 < value < math.inf, f"optimizer.{name}", value, "must be a finite number above 0")
+        require(0 < value < math.inf, f"optimizer.{name}", value, "must be a finite number above 0")
     legal = "must be a finite number, not negative"
-    _require(0 <= cfg.weight_decay < math.inf, "optimizer.weight_decay", cfg.weight_decay, legal)
+    require(0 <= cfg.weight_decay < math.inf, "optimizer.weight_decay", cfg.weight_decay, legal)
     legal = "must be two numbers in [0, 1)"
-    _require(len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas), "optimizer.betas", cfg.betas, legal)
-    _require(cfg.warmup_steps >= 0, "optimizer.warmup_steps", cfg.warmup_steps, "must not be negative")
-    _require(0 <= cfg.min_lr_ratio <= 1, "optimizer.min_lr_ratio", cfg.min_lr_ratio, "must lie in [0, 1]")
+    require(len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas), "optimizer.betas", cfg.betas, legal)
+    require(cfg.warmup_steps >= 0, "optimizer.warmup_steps", cfg.warmup_steps, "must not be negative")
+    require(0 <= cfg.min_lr_ratio <= 1, "optimizer.min_lr_ratio", cfg.min_lr_ratio, "must lie in [0, 1]")
     if cfg.name == "adamw_mup":
         legal = "optimizer=adamw_mup needs the embed_dim of its base model, at least 1"
-        _require(cfg.base_width is not None and cfg.base_width >= 1, "optimizer.base_width", cfg.base_width, legal)
+        require(cfg.base_width is not None and cfg.base_width >= 1, "optimizer.base_width", cfg.base_width, legal)
     else:
         legal = "must be null: only optimizer=adamw_mup has a base width"
-        _require(cfg.base_width is None, "optimizer.base_width", cfg.base_width, legal)
+        require(cfg.base_width is None, "optimizer.base_width", cfg.base_width, legal)
 
 
 def check_mup(cfg: Config) -> None:
     """Raise UserError where the base model of muP cannot exist, or the attention is scaled for another one."""
     base, attention = cfg.optimizer.base_width, cfg.model.attention_base_width
     legal = "must be at least 1, or null"
-    _require(attention is None or attention >= 1, "model.attention_base_width", attention, legal)
+    require(attention is None or attention >= 1, "model.attention_base_width", attention, legal)
     if base is None:
         return
     legal = f"must equal optimizer.base_width={base} (leave it out and it follows)"
-    _require(attention == base, "model.attention_base_width", attention, legal)
+    require(attention == base, "model.attention_base_width", attention, legal)
     try:
         check_model(replace(cfg.model, embed_dim=base))
     except UserError as error:
@@ -204,19 +283,19 @@ def check_trainer(cfg: TrainerConfig) -> None:
     """Raise UserError for counts that no run can have."""
     _check_choices("trainer", cfg)
     for name in ("max_steps", "val_every", "log_every", "accumulate", "keep_checkpoints"):
-        _require(getattr(cfg, name) >= 1, f"trainer.{name}", getattr(cfg, name), "must be at least 1")
+        require(getattr(cfg, name) >= 1, f"trainer.{name}", getattr(cfg, name), "must be at least 1")
     for name in ("val_batches", "clip_norm", "threads", "checkpoint_every", "phases_every"):
-        _require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
+        require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
 
 
 def check_guard(cfg: GuardConfig) -> None:
     """Raise UserError for a guard that could not decide anything."""
     _check_choices("guard", cfg)
     for name, least in (("window", 4), ("limit", 1), ("patience", 0), ("records", 0), ("batches", 0)):
-        _require(getattr(cfg, name) >= least, f"guard.{name}", getattr(cfg, name), f"must be at least {least}")
+        require(getattr(cfg, name) >= least, f"guard.{name}", getattr(cfg, name), f"must be at least {least}")
     for name in ("spike", "weights_mb"):
         value = getattr(cfg, name)
-        _require(0 <= value < math.inf, f"guard.{name}", value, "must be a finite number, not negative")
+        require(0 <= value < math.inf, f"guard.{name}", value, "must be a finite number, not negative")
 
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
@@ -226,26 +305,26 @@ def check_parallel(cfg: ParallelConfig) -> None:
     """Raise UserError for settings that contradict the strategy they belong to."""
     _check_choices("parallel", cfg)
     stage = ZERO_STAGES.get(cfg.name, 0)
-    _require(cfg.zero_stage == stage, "parallel.zero_stage", cfg.zero_stage, f"parallel={cfg.name} means {stage}")
-    _require(cfg.devices >= 0, "parallel.devices", cfg.devices, "must not be negative (0: all that are there)")
-    _require(cfg.nodes >= 1, "parallel.nodes", cfg.nodes, "must be at least 1")
+    require(cfg.zero_stage == stage, "parallel.zero_stage", cfg.zero_stage, f"parallel={cfg.name} means {stage}")
+    require(cfg.devices >= 0, "parallel.devices", cfg.devices, "must not be negative (0: all that are there)")
+    require(cfg.nodes >= 1, "parallel.nodes", cfg.nodes, "must be at least 1")
     if cfg.name == "single":
         for name in ("devices", "nodes"):
             value = getattr(cfg, name)
-            _require(value == 1, f"parallel.{name}", value, "parallel=single has one; choose parallel=ddp or another")
+            require(value == 1, f"parallel.{name}", value, "parallel=single has one; choose parallel=ddp or another")
     for name in ("offload_optimizer", "offload_parameters"):
         offloads = getattr(cfg, name)
-        _require(
+        require(
             not offloads or stage == 3, f"parallel.{name}", offloads, "only ZeRO 3 offloads: parallel=zero3_offload"
         )
     legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
-    _require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
+    require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
     legal = "selective checkpointing cannot look into a compiled block; use block or none, or parallel.compile=false"
     selective = cfg.activation_checkpointing == "selective"
-    _require(not (cfg.compile and selective), "parallel.activation_checkpointing", "selective", legal)
+    require(not (cfg.compile and selective), "parallel.activation_checkpointing", "selective", legal)
     for name in ("reduce_bucket_mb", "gather_bucket_mb", "timeout_minutes"):
         value = getattr(cfg, name)
-        _require(value is None or value > 0, f"parallel.{name}", value, "must be above 0")
+        require(value is None or value > 0, f"parallel.{name}", value, "must be above 0")
 
 
 def check(cfg: Config) -> None:
@@ -254,8 +333,8 @@ def check(cfg: Config) -> None:
     Raises:
         UserError: names the value and what is legal.
     """
-    _require(bool(cfg.run_dir), "run_dir", repr(cfg.run_dir), "must name a folder")
-    _require(0 <= cfg.seed < 1 << 32, "seed", cfg.seed, "must lie in [0, 4294967295]")
+    require(bool(cfg.run_dir), "run_dir", repr(cfg.run_dir), "must name a folder")
+    require(0 <= cfg.seed < 1 << 32, "seed", cfg.seed, "must lie in [0, 4294967295]")
     check_model(cfg.model)
     check_data(cfg.data)
     check_task(cfg.task, cfg.model, cfg.data)

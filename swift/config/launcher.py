@@ -6,7 +6,7 @@ import math
 import re
 
 from swift.config.schema import Config, LauncherConfig
-from swift.utils.errors import UserError
+from swift.utils.errors import UserError, require
 
 _TIME = re.compile(r"(\d{1,3}):([0-5]\d):([0-5]\d)")
 # Everything that stands in the head of a job script: there the batch system reads it, quoted by nobody.
@@ -20,8 +20,7 @@ def seconds(time: str) -> int | None:
 
 
 def _require(condition: bool, name: str, value: object, legal: str) -> None:
-    if not condition:
-        raise UserError(f"launcher.{name}={value}: {legal}")
+    require(condition, f"launcher.{name}", value, legal)
 
 
 def check_launcher(cfg: LauncherConfig) -> None:

@@ -9,81 +9,28 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from swift.config.compose import composed, conf_dir
+from swift.config.compose import composed
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 
 if TYPE_CHECKING:
     from swift.plan.planning import Plan
 
-VARIANTS = ("factorized", "joint")
 OWN_KEYS = ("nodes", "site", "micro_batch", "clips")
 CLIPS = 1_000_000.0
 
 
-def size_names(conf: Path) -> list[str]:
-    """Names of the sizes in conf/model."""
-    return sorted(path.stem for path in (conf / "model").glob("*.yaml"))
+def overrides_for(settings: Sequence[str]) -> list[str]:
+    """Hydra overrides of a command line, planned for 96x96x96 voxels x 20 frames where it names no data."""
+    chosen = [setting for setting in settings if setting.startswith("data=")]
+    added = [] if chosen else ["data=store"]
+    if chosen in ([], ["data=store"]) and not any(setting.startswith("data.path=") for setting in settings):
+        added.append("data.path=none")
+    return [*added, *settings]
 
 
-def count(model: str, variant: str | None) -> dict[str, Any]:
-    """Parameters of one size at 96x96x96 voxels and 20 frames, counted on the meta device."""
-    import torch
-
-    from swift.models.autoencoder import MaskedAutoencoder
-    from swift.models.decoders import build_decoder
-
-    overrides = [f"model={model}", "data=store", "data.path=none"]
-    if variant:
-        overrides.append(f"model/variant={variant}")
-    cfg, _ = composed(overrides)
-    with torch.device("meta"):
-        local = MaskedAutoencoder(cfg.model, cfg.data.grid, cfg.data.frames)
-        cfg.model.decoder = "linear"
-        linear = build_decoder(cfg.model, cfg.data.grid, cfg.data.frames)
-
-    def parameters(module: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    return {
-        "model": model,
-        "variant": cfg.model.variant,
-        "embed_dim": cfg.model.embed_dim,
-        "depths": list(cfg.model.depths),
-        "encoder": parameters(local.encoder),
-        "decoder_local": parameters(local.decoder),
-        "decoder_linear": parameters(linear),
-    }
-
-
-def counts() -> list[dict[str, Any]]:
-    """A row for every size and variant, smallest encoder first in each variant."""
-    rows = []
-    for name in size_names(conf_dir()):
-        # v1 is one published model; the other sizes come in both families, the joint one with one depth for all.
-        rows += [count(name, None)] if name == "v1" else [count(name, variant) for variant in VARIANTS]
-    unique: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        unique.setdefault((row["variant"], row["embed_dim"], tuple(row["depths"])), row)
-    return sorted(unique.values(), key=lambda row: (row["variant"], row["encoder"]))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The counts as aligned text."""
-    lines = [f"{'variant':<11} {'model':<6} {'E':>5}  {'depths':<10} {'encoder':>15} {'+ local':>10} {'+ linear':>14}"]
-    for row in rows:
-        depths = ",".join(map(str, row["depths"]))
-        lines.append(
-            f"{row['variant']:<11} {row['model']:<6} {row['embed_dim']:>5}  {depths:<10} {row['encoder']:>15,} "
-            f"{row['decoder_local']:>10,} {row['decoder_linear']:>14,}"
-        )
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------ planning a run
 def own_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split a command line into this command's own keys and Hydra's overrides.
 
@@ -125,7 +72,7 @@ def plan_of(settings: Sequence[str]) -> Plan:
         UserError: anything in it that no run could have.
     """
     from swift.plan.devices import load_site, site_names
-    from swift.plan.planning import make_plan, overrides_for
+    from swift.plan.planning import make_plan
 
     own, rest = own_settings(settings)
     cfg, launcher = composed(overrides_for(rest))
@@ -157,14 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
     set_up_logging()
 
     def work() -> None:
+        from swift.plan.sizes import count_all_sizes
+        from swift.plan.text import as_json, counts_text, plan_text
+
         if not options.settings:
-            rows = counts()
-            print(json.dumps(rows, indent=2) if options.json else table(rows))
+            rows = count_all_sizes()
+            print(json.dumps(rows, indent=2) if options.json else counts_text(rows))
             return
         plan = plan_of(options.settings)
-        from swift.plan.planning import as_json
-        from swift.plan.text import plan_text
-
         print(json.dumps(as_json(plan), indent=2) if options.json else plan_text(plan))
 
     reported(work)

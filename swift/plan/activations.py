@@ -63,11 +63,6 @@ def branch_bytes(branch: Branch, widths: Widths) -> int:
     return total + kept * elements * widths.product + branch.tokens * branch.heads * 4
 
 
-def block_bytes(block: Block, widths: Widths) -> int:
-    """Everything a block keeps without checkpointing, its input included."""
-    return sum(branch_bytes(branch, widths) for branch in block.branches)
-
-
 def input_bytes(block: Block, widths: Widths) -> int:
     """The input of a block."""
     return block.tokens * block.width * widths.stream

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from swift.config.schema import Config
 from swift.plan.activations import CHECKPOINTING
 from swift.plan.devices import GIB, Site
-from swift.plan.flops import flops_by_part, model_flops
 from swift.plan.geometry import Geometry, build_geometry
 from swift.plan.memory import MB, Memory, Sharding, largest_micro_batch, memory, sharding_of
-from swift.plan.step_time import StepTime, recomputed_flops, step_time, traffic
+from swift.plan.step_time import StepTime, step_time
 from swift.utils.errors import UserError
 
 # Part of a node's host memory that training may fill; the rest is the system's, the loaders' and the page cache's.
@@ -74,7 +72,7 @@ def host_fits(site: Site, sharding: Sharding, found: Memory) -> bool:
 
 
 def option(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: int) -> Option:
-    """One way to run, judged."""
+    """What one way to run would hold, and whether that fits."""
     found, available = memory(geometry, sharding, micro_batch), available_bytes(site)
     on_host = host_fits(site, sharding, found)
     largest = largest_micro_batch(geometry, sharding, available) if on_host else 0
@@ -145,10 +143,10 @@ def suggest(geometry: Geometry, sharding: Sharding, site: Site, nodes: int) -> l
     for changes, changed in _candidates(geometry, sharding):
         if fewest is not None and len(changes) > fewest:
             break
-        judged = option(geometry, changed, site, 1)
-        if judged.fits:
+        result = option(geometry, changed, site, 1)
+        if result.fits:
             fewest = len(changes)
-            found.append(f"{' '.join(changes)} (micro-batch up to {judged.largest})")
+            found.append(f"{' '.join(changes)} (micro-batch up to {result.largest})")
     if found or sharding.strategy in ("single", "ddp"):
         return found[:MOST_SUGGESTIONS]
     for factor in (2, 4, 8, 16, 32, 64, 128):
@@ -199,61 +197,6 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
     )
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values: bytes, FLOPs, seconds."""
-    sent = traffic(plan.geometry, plan.sharding)
-
-    def timing(time: StepTime | None) -> dict[str, Any] | None:
-        if time is None:
-            return None
-        return asdict(time) | {
-            "seconds": time.seconds,
-            "clips_per_second": time.clips_per_second,
-            "node_hours": time.node_hours(plan.clips, plan.nodes),
-        }
-
-    return {
-        "model": plan.cfg.model.name,
-        "parallel": plan.sharding.strategy,
-        "checkpointing": plan.sharding.checkpointing,
-        "precision": "bf16" if plan.sharding.bf16 else "32",
-        "site": plan.site.name,
-        "device": plan.site.device_name,
-        "nodes": plan.nodes,
-        "ranks": plan.sharding.ranks,
-        "micro_batch": plan.micro_batch,
-        "global_batch": plan.global_batch,
-        "clip": list(plan.geometry.volume),
-        "tokens": plan.geometry.tokens,
-        "parameters": plan.geometry.parameters | {"total": plan.geometry.total_parameters},
-        "flops_per_clip": {name: asdict(part) for name, part in flops_by_part(plan.geometry).items()}
-        | {
-            "total": model_flops(plan.geometry).total,
-            "recomputed": recomputed_flops(plan.geometry, plan.sharding.checkpointing),
-        },
-        "flops_per_step": model_flops(plan.geometry).total * plan.global_batch,
-        "device_memory": plan.site.device_memory,
-        "available": available_bytes(plan.site),
-        "memory": {
-            kept: judged.memory.kinds()
-            | {
-                "total": judged.memory.total,
-                "peak": judged.memory.moment,
-                "host": judged.memory.host,
-                "fits": judged.fits,
-                "largest_micro_batch": judged.largest,
-            }
-            for kept, judged in plan.options.items()
-        },
-        "sent_per_step": asdict(sent) | {"network": sent.network},
-        "step": timing(plan.time),
-        "step_at_largest_micro_batch": timing(plan.time_largest),
-        "clips": plan.clips,
-        "fits": plan.chosen.fits,
-        "suggestions": plan.suggestions,
-    }
-
-
 def why_not(plan: Plan) -> str:
     """What does not fit, in one sentence."""
     found, available = plan.chosen.memory, available_bytes(plan.site)
@@ -268,12 +211,3 @@ def why_not(plan: Plan) -> str:
         f"micro-batch {plan.micro_batch} needs {found.total / GIB:,.1f} GiB of {available / GIB:,.1f} GiB on a device "
         f"({found.moment}; most of it {kind}, {most / GIB:,.1f} GiB)"
     )
-
-
-def overrides_for(settings: Sequence[str]) -> list[str]:
-    """Hydra overrides of a command line, planned for 96x96x96 voxels x 20 frames where it names no data."""
-    chosen = [setting for setting in settings if setting.startswith("data=")]
-    added = [] if chosen else ["data=store"]
-    if chosen in ([], ["data=store"]) and not any(setting.startswith("data.path=") for setting in settings):
-        added.append("data.path=none")
-    return [*added, *settings]

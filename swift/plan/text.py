@@ -1,6 +1,9 @@
-"""A plan as text for a terminal."""
+"""A plan as text for a terminal and as plain values for JSON, and the table of parameter counts as text."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
 
 from swift.plan.devices import GIB, TERA
 from swift.plan.flops import flops_by_part, model_flops
@@ -119,3 +122,70 @@ def plan_text(plan: Plan) -> str:
         found = plan.suggestions or ["nothing tried: shard it (parallel=zero1 and on), on more nodes or larger devices"]
         lines += [f"  would fit: {each}" if plan.suggestions else f"  {each}" for each in found]
     return "\n".join([*lines, *_assumptions(plan)])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values: bytes, FLOPs, seconds."""
+    sent = traffic(plan.geometry, plan.sharding)
+
+    def timing(time: StepTime | None) -> dict[str, Any] | None:
+        if time is None:
+            return None
+        return asdict(time) | {
+            "seconds": time.seconds,
+            "clips_per_second": time.clips_per_second,
+            "node_hours": time.node_hours(plan.clips, plan.nodes),
+        }
+
+    return {
+        "model": plan.cfg.model.name,
+        "parallel": plan.sharding.strategy,
+        "checkpointing": plan.sharding.checkpointing,
+        "precision": "bf16" if plan.sharding.bf16 else "32",
+        "site": plan.site.name,
+        "device": plan.site.device_name,
+        "nodes": plan.nodes,
+        "ranks": plan.sharding.ranks,
+        "micro_batch": plan.micro_batch,
+        "global_batch": plan.global_batch,
+        "clip": list(plan.geometry.volume),
+        "tokens": plan.geometry.tokens,
+        "parameters": plan.geometry.parameters | {"total": plan.geometry.total_parameters},
+        "flops_per_clip": {name: asdict(part) for name, part in flops_by_part(plan.geometry).items()}
+        | {
+            "total": model_flops(plan.geometry).total,
+            "recomputed": recomputed_flops(plan.geometry, plan.sharding.checkpointing),
+        },
+        "flops_per_step": model_flops(plan.geometry).total * plan.global_batch,
+        "device_memory": plan.site.device_memory,
+        "available": available_bytes(plan.site),
+        "memory": {
+            kept: option.memory.kinds()
+            | {
+                "total": option.memory.total,
+                "peak": option.memory.moment,
+                "host": option.memory.host,
+                "fits": option.fits,
+                "largest_micro_batch": option.largest,
+            }
+            for kept, option in plan.options.items()
+        },
+        "sent_per_step": asdict(sent) | {"network": sent.network},
+        "step": timing(plan.time),
+        "step_at_largest_micro_batch": timing(plan.time_largest),
+        "clips": plan.clips,
+        "fits": plan.chosen.fits,
+        "suggestions": plan.suggestions,
+    }
+
+
+def counts_text(rows: list[dict[str, Any]]) -> str:
+    """The counts as aligned text."""
+    lines = [f"{'variant':<11} {'model':<6} {'E':>5}  {'depths':<10} {'encoder':>15} {'+ local':>10} {'+ linear':>14}"]
+    for row in rows:
+        depths = ",".join(map(str, row["depths"]))
+        lines.append(
+            f"{row['variant']:<11} {row['model']:<6} {row['embed_dim']:>5}  {depths:<10} {row['encoder']:>15,} "
+            f"{row['decoder_local']:>10,} {row['decoder_linear']:>14,}"
+        )
+    return "\n".join(lines)

@@ -222,13 +222,13 @@ def slope(widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> Result:
-    """Train all models of the plan, judge the slopes after the last step.
+    """Train all models of the plan, check the slopes after the last step.
 
     Raises:
         UserError: an architecture that does not fit together, or a size that is not finite.
     """
     for width in plan.widths:
-        settings(plan, width, "mup", 0)  # a width that cannot be is said before the others are trained
+        settings(plan, width, "mup", 0)  # a width that cannot be is refused before the others are trained
     sizes: dict[str, dict[str, np.ndarray]] = {}
     for mode in MODES:
         logs: dict[str, np.ndarray] = {}
@@ -248,7 +248,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Result:
         mode: {name: slope(plan.widths, table) for name, table in tables.items() if name != "loss"}
         for mode, tables in sizes.items()
     }
-    result.failures = judge(result)
+    result.failures = find_failures(result)
     return result
 
 
@@ -262,7 +262,7 @@ def is_block(place: str) -> bool:
     return " block " in place and not is_scores(place)
 
 
-def judge(result: Result) -> list[str]:
+def find_failures(result: Result) -> list[str]:
     """Slopes after the last step that break a limit, in words; [] if the check passes."""
     bad = []
     scores = [values[-1] for name, values in result.slopes["mup"].items() if is_scores(name)]

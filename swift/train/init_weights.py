@@ -8,7 +8,7 @@ from swift.config.compose import CHECKPOINTS
 from swift.models.encoder import SwinEncoder
 from swift.models.v1 import load_v1, read_weights
 from swift.parallel.checkpoint import files as checkpoint
-from swift.parallel.checkpoint.init_from import start_of
+from swift.parallel.checkpoint.init_from import task_weights
 from swift.parallel.checkpoint.read import (
     CheckpointWeights,
     FileWeights,
@@ -16,7 +16,7 @@ from swift.parallel.checkpoint.read import (
     Weights,
     check_attention,
     find_checkpoint,
-    known_of,
+    weights_metadata,
 )
 from swift.train.base import TrainingModule
 from swift.train.finetune import FinetuneModule
@@ -38,11 +38,11 @@ def start_from(module: TrainingModule, source: str) -> str:
     try:
         if isinstance(module, FinetuneModule):
             here = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
-            weights = start = start_of(Path(source), module.cfg, here)
-            module.seen_before, said = start.seen, "; ".join(start.said)
+            weights = start = task_weights(Path(source), module.cfg, here)
+            module.seen_before, said = start.seen, "; ".join(start.remarks)
         else:
             weights, said = weights_at(Path(source), module)
-            module.seen_before = known_of(weights).get("subjects")
+            module.seen_before = weights_metadata(weights).get("subjects")
     except ValueError as error:
         raise UserError(f"init={source}: {error}") from error
     module.first_weights = weights

@@ -1,4 +1,4 @@
-"""The coordinate check: its figures against closed forms, its judgement, and one small run of it."""
+"""The coordinate check: its figures against closed forms, its failures, and one small run of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import torch
 
 from swift.models.attention import WindowAttention
 from swift.train import coord_check
-from swift.train.coord_check import Plan, Result, judge, logits_size, measure, one_batch, report, settings, slope
+from swift.train.coord_check import (
+    Plan,
+    Result,
+    find_failures,
+    logits_size,
+    measure,
+    one_batch,
+    report,
+    settings,
+    slope,
+)
 
 FILE = Path(__file__).parents[2] / "experiments" / "mu_transfer" / "coord_check.py"
 spec = importlib.util.spec_from_file_location("coord_check_command", FILE)
@@ -122,9 +132,9 @@ STEEP = {"stage 0 block 0": 0.9, "stage 0 block 0 space scores": 2.0, "readout":
         ({}, {**STEEP, "stage 0 block 0": 0.5}, "without muP the steepest slope of a block is +0.50"),
     ],
 )
-def test_judgement(change: dict[str, float], standard: dict[str, float], message: str | None) -> None:
+def test_failures(change: dict[str, float], standard: dict[str, float], message: str | None) -> None:
     flat = {"stage 0 block 0": 0.1, "stage 0 block 0 space scores": 0.1, "readout": 0.1}
-    failures = judge(made_up({**flat, **change}, standard))
+    failures = find_failures(made_up({**flat, **change}, standard))
     assert len(failures) == (message is not None)
     assert message is None or message in failures[0]
 

@@ -32,19 +32,19 @@ _CONTRACT = ("grid", "spacing", "frames", "frame_stride", "normalization", "back
 
 
 @dataclass
-class Start:
+class TaskWeights:
     """Weights for a module, by the names of its parameters.
 
     Attributes:
         shapes: What there is to take; other parameters keep their initial values.
-        said: What was taken and what was not, a sentence each.
+        remarks: What was taken and what was not, a sentence each.
         seen: Subjects the weights were trained on; None: not recorded.
     """
 
     source: Weights
     names: dict[str, str]
     shapes: dict[str, list[int]]
-    said: list[str]
+    remarks: list[str]
     seen: list[str] | None
     merged: dict[str, float] = field(default_factory=dict)
     """Names whose low-rank change is added, with its factor."""
@@ -90,7 +90,7 @@ def open_weights(path: Path, cfg: Config) -> tuple[Weights, dict[str, Any], list
     return TensorWeights({ENCODER + name: value for name, value in kept.items()}), {}, str(report).splitlines()
 
 
-def start_of(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Start:
+def task_weights(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> TaskWeights:
     """What a task takes from `path`.
 
     A source that did the same task with the same adaptation gives everything; any other one its encoder, low-rank
@@ -104,13 +104,13 @@ def start_of(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Start:
     Raises:
         ValueError: nothing readable, or another architecture: names the first five tensors that differ.
     """
-    source, told, said = open_weights(path, cfg)
+    source, known, remarks = open_weights(path, cfg)
     there = source.shapes
-    seen = told.get("subjects")
-    before = told.get("config", {}).get("task", {}).get("name")
+    seen = known.get("subjects")
+    before = known.get("config", {}).get("task", {}).get("name")
     if before == cfg.task.name and dict(there) == dict(here):
-        said.append(f"the whole model of the same task: {len(here)} tensors taken")
-        return Start(source, {name: name for name in here}, dict(here), said, seen)
+        remarks.append(f"the whole model of the same task: {len(here)} tensors taken")
+        return TaskWeights(source, {name: name for name in here}, dict(here), remarks, seen)
     plain = {plain_name(name): name for name in there if name.startswith(ENCODER) and not is_lora(name)}
     wanted = {name: plain_name(name) for name in here if name.startswith(ENCODER) and not is_lora(name)}
     names = {name: plain[own] for name, own in wanted.items() if own in plain}
@@ -118,31 +118,31 @@ def start_of(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Start:
         name for name, own in wanted.items() if own not in plain or not _fits(own, there[plain[own]], here[name])
     ]
     different += [name for own, name in plain.items() if own not in wanted.values()]
-    if said:  # of SwiFT v1, whose report has named what it does not give
+    if remarks:  # of SwiFT v1, whose report has named what it does not give
         different = [name for name in different if wanted.get(name, name) in plain]
     if different:
-        known = {name: there[names.get(name, name)] for name in different if names.get(name, name) in there}
-        raise ValueError(f"another architecture: {describe_differences(different, known, here)}")
+        shapes = {name: there[names.get(name, name)] for name in different if names.get(name, name) in there}
+        raise ValueError(f"another architecture: {describe_differences(different, shapes, here)}")
     merged = {}
     if any(is_lora(name) for name in there):
-        task = told["config"]["task"]
+        task = known["config"]["task"]
         factor = task["lora_alpha"] / task["lora_rank"]
         merged = {name: factor for name, own in names.items() if own.endswith(".base_layer.weight")}
-        said.append(f"low-rank changes of {len(merged)} tensors added to the encoder")
+        remarks.append(f"low-rank changes of {len(merged)} tensors added to the encoder")
     left = sorted({name.split(".")[1] for name in there if not name.startswith(ENCODER)})
     new = sorted({name.split(".")[1] for name in here if not name.startswith(ENCODER)})
     count = sum(torch.Size(here[name]).numel() for name in names)
-    said.append(f"encoder taken: {len(names)} tensors, {count:,} parameters")
-    said.append(f"left out there: {', '.join(left) or 'nothing'}; new here: {', '.join(new)}")
-    contract, data = told.get("contract", {}), cfg.data
+    remarks.append(f"encoder taken: {len(names)} tensors, {count:,} parameters")
+    remarks.append(f"left out there: {', '.join(left) or 'nothing'}; new here: {', '.join(new)}")
+    contract, data = known.get("contract", {}), cfg.data
     changed = [
         f"{name} {contract[name]} -> {getattr(data, name)}"
         for name in _CONTRACT
         if name in contract and contract[name] != getattr(data, name)
     ]
     if changed:
-        said.append(f"clips differ from those of its training: {', '.join(changed)}")
-    return Start(source, names, {name: here[name] for name in names}, said, seen, merged)
+        remarks.append(f"clips differ from those of its training: {', '.join(changed)}")
+    return TaskWeights(source, names, {name: here[name] for name in names}, remarks, seen, merged)
 
 
 def _fits(name: str, there: list[int], here: list[int]) -> bool:

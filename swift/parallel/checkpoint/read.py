@@ -114,13 +114,12 @@ def metadata_of(manifest: Manifest) -> dict[str, Any]:
     data = next((value for value in state.values() if isinstance(value, dict) and "contract" in value), {})
     contract = data.get("contract", {})
     tr = {"tr": data["tr"]} if contract and data.get("tr") else {}
-    told = {
-        name: value for name, value in (("subjects", data.get("subjects")), ("target", state.get("target"))) if value
-    }
-    return {"config": state["config"], "contract": contract | tr, "step": manifest.step, **told}
+    found = {"config": state["config"], "contract": contract | tr, "step": manifest.step}
+    optional = {"subjects": data.get("subjects"), "target": state.get("target")}
+    return found | {name: value for name, value in optional.items() if value}
 
 
-def known_of(weights: Weights) -> dict[str, Any]:
+def weights_metadata(weights: Weights) -> dict[str, Any]:
     """What comes with weights beside the tensors, as `metadata_of` has it; {} where nothing does."""
     if isinstance(weights, CheckpointWeights):
         return metadata_of(weights.manifest)
@@ -156,7 +155,7 @@ def find_checkpoint(path: Path, which: str = "latest") -> tuple[Path, Manifest]:
         UserError: none there, or all of them damaged.
     """
     if (path / checkpoint.MANIFEST).exists():
-        return path, _whole([path])[1]
+        return path, _first_undamaged([path])[1]
     folder = next((place for place in (path / "checkpoints", path) if checkpoint.exists(place)), None)
     if folder is None:
         raise UserError(f"{path} holds no checkpoint of swift")
@@ -168,17 +167,17 @@ def find_checkpoint(path: Path, which: str = "latest") -> tuple[Path, Manifest]:
         found = [best]
     elif which != "latest":
         found = [folder / which]
-    return _whole(found)
+    return _first_undamaged(found)
 
 
-def _whole(found: list[Path]) -> tuple[Path, Manifest]:
-    said = []
+def _first_undamaged(found: list[Path]) -> tuple[Path, Manifest]:
+    damage = []
     for path in found:
         try:
             manifest = Manifest.read(path)
             checkpoint.verify(path, manifest)
         except Damaged as error:
-            said.append(f"{path.name}: {error}")
+            damage.append(f"{path.name}: {error}")
             continue
         return path, manifest
-    raise UserError(f"{found[0].parent}: no checkpoint can be read ({'; '.join(said)})")
+    raise UserError(f"{found[0].parent}: no checkpoint can be read ({'; '.join(damage)})")

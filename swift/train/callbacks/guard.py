@@ -24,7 +24,6 @@ from swift.train.callbacks import incident
 from swift.train.callbacks.log import JsonlLogger
 from swift.train.callbacks.nonfinite import Trace, describe
 from swift.train.callbacks.spike import GRADIENT, NEW_LEVEL, Verdict, Watch
-from swift.train.callbacks.suspects import clips_of, read_again
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ class Guard(pl.Callback):
         if micro.whole:
             return micro.batch
         rows = list(zip(*(micro.batch[name].long().tolist() for name in ROWS)))
-        dense = read_again(trainer.datamodule, rows)  # type: ignore[attr-defined]
+        dense = incident.read_again(trainer.datamodule, rows)  # type: ignore[attr-defined]
         return micro.batch | {name: dense[name].to(trainer.strategy.root_device) for name in CLIPS}
 
     def _details(self, trainer: pl.Trainer, place: int, found: dict[int, Any]) -> dict[str, Any]:
@@ -218,7 +217,7 @@ class Guard(pl.Callback):
             "loss": float("nan") if micro.loss is None else float(micro.loss) * trainer.accumulate_grad_batches,
             "first": found.get(place),
             "input": describe(batch["bold"]) if "bold" in batch else None,
-            "clips": clips_of(data, batch) if data is not None else [],
+            "clips": incident.clips_of(data, batch) if data is not None else [],
             "batch": incident.batch_name(trainer.global_rank),
             "read_again": not micro.whole,
         }
@@ -230,7 +229,7 @@ class Guard(pl.Callback):
         module = trainer.lightning_module
         size = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()) * 4 / 1e6
         saved = sorted(path.name for path in self.checkpoints.glob("step-*"))
-        weights = f"{incident.WEIGHTS}" if size <= self.guard.weights_mb else None
+        weights = incident.WEIGHTS if size <= self.guard.weights_mb else None
         if weights:
             strategy.save_weights(place / weights, trainer.global_step, {"config": asdict(self.cfg)})
         rank = trainer.global_rank

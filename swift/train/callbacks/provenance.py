@@ -50,7 +50,8 @@ def packages() -> dict[str, str]:
     Run from a bare source tree, swift's own list is not at hand: then the versions of what is imported.
     """
     try:
-        names = [DISTRIBUTION, *(_requirement(line) for line in metadata.requires(DISTRIBUTION) or [] if _plain(line))]
+        required = [line for line in metadata.requires(DISTRIBUTION) or [] if "extra ==" not in line]
+        names = [DISTRIBUTION, *(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in required)]
     except metadata.PackageNotFoundError:
         loaded = {module.partition(".")[0] for module in sys.modules}
         by_module = metadata.packages_distributions()
@@ -62,16 +63,6 @@ def packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def _plain(requirement: str) -> bool:
-    return "extra ==" not in requirement
-
-
-def _requirement(line: str) -> str:
-    found = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line)
-    assert found is not None, line
-    return found.group()
 
 
 def host() -> dict[str, Any]:

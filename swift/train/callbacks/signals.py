@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 
+from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.utils.entry import STOPPED_STATUS
 
 log = logging.getLogger(__name__)
@@ -26,24 +27,12 @@ STARTUP = "startup.jsonl"
 """In a run directory: seconds of every phase from the start of a job to its first step."""
 
 
-class Saves(Protocol):
-    """What saves the checkpoints of a run."""
-
-    folder: Path
-    saved: int
-    """Optimizer step of the last checkpoint."""
-
-    @property
-    def saver(self) -> Any:
-        """Its finish() waits until the last checkpoint is on the disk."""
-
-
 class StopOnSignal(pl.Callback):
     """SIGUSR1 or SIGTERM on any rank: all ranks save after the same optimizer step, then end with status 75.
 
     The handlers only set a flag; data workers leave it to their rank (`swift.utils.signals`). The ranks compare their
     flags at the start of every step, when everything of the step before has been done and logged, so the run goes on
-    from there as if nothing had been.
+    from there as if it had not stopped.
 
     Args:
         saves: Saves the checkpoints of the run.
@@ -51,7 +40,7 @@ class StopOnSignal(pl.Callback):
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
-    def __init__(self, saves: Saves) -> None:
+    def __init__(self, saves: SaveCheckpoints) -> None:
         self.saves = saves
         self.asked = 0
         """The signal, 0 before one has come."""

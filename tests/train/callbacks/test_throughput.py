@@ -109,20 +109,14 @@ def test_validation_is_left_out():
     assert trainer.loggers[0].lines[0][1]["perf/clips_per_second"] == pytest.approx(1.0)
 
 
-def test_other_actions_are_handed_on_and_not_counted():
-    class Inner(PassThroughProfiler):
-        def start(self, action_name):
-            names.append(action_name)
-
-    names: list[str] = []
-    clock, inner = Clock(), Inner()
-    timer = FetchTimer(inner, clock)
+def test_other_actions_are_not_counted():
+    clock = Clock()
+    timer = FetchTimer(clock)
     with timer.profile("run_training_batch"):
         clock.now += 5
     with timer.profile("[_EvaluationLoop].val_next"):
         clock.now += 5
     assert timer.seconds == 0
-    assert names == ["run_training_batch", "[_EvaluationLoop].val_next"]
 
 
 class Tiny(pl.LightningModule):

@@ -8,23 +8,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from swift.config.schema import ParallelConfig
 
 
-class HasBlocks(Protocol):
-    """A model that names its repeated parts."""
-
-    def blocks(self) -> list[nn.Module]:
-        """In the order they run."""
-
-
-def _kept_operations() -> set[Any]:
+def _kept_operations() -> list[Any]:
     """Operations whose results selective checkpointing keeps: matrix products and attention, dear to compute again."""
     aten = torch.ops.aten
     names = (
@@ -37,11 +29,7 @@ def _kept_operations() -> set[Any]:
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_fused_attention_overrideable",
     )
-    return {getattr(aten, name).default for name in names if hasattr(aten, name)}
-
-
-def _policy(kept: set[Any], _: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return [getattr(aten, name).default for name in names if hasattr(aten, name)]
 
 
 def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
@@ -54,12 +42,12 @@ def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
     assert how in ("block", "selective"), how
     extra: dict[str, Any] = {}
     if how == "selective":
-        extra["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _kept_operations()))
+        extra["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_operations())
     return partial(checkpoint, forward, use_reentrant=False, **extra)
 
 
-def prepare_blocks(model: HasBlocks, cfg: ParallelConfig) -> None:
-    """Apply activation checkpointing and torch.compile to the blocks of a model, in place; names stay as they are."""
+def prepare_blocks(model: Any, cfg: ParallelConfig) -> None:
+    """Apply activation checkpointing and torch.compile to `model.blocks()`, in place; names stay as they are."""
     blocks = model.blocks()
     if cfg.compile:
         # Blocks share their code: one graph for each kind of them, with and without gradients. Beyond torch's limit of

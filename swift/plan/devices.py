@@ -55,22 +55,10 @@ DEVICES = {
     ),
     # NVIDIA's A100 data sheet: 312 TFLOP/s bf16, 156 TF32, 1555 and 2039 GB/s (SXM), NVLink 600 GB/s both ways.
     "a100_40": Device(
-        "NVIDIA A100 40 GB",
-        312 * TERA,
-        156 * TERA,
-        39.4 * GIB,
-        1555 * GIGA,
-        300 * GIGA,
-        r"(NVIDIA )?A100-SXM4-40GB",
+        "NVIDIA A100 40 GB", 312 * TERA, 156 * TERA, 39.4 * GIB, 1555 * GIGA, 300 * GIGA, r"(NVIDIA )?A100-SXM4-40GB"
     ),
     "a100_80": Device(
-        "NVIDIA A100 80 GB",
-        312 * TERA,
-        156 * TERA,
-        79.1 * GIB,
-        2039 * GIGA,
-        300 * GIGA,
-        r"(NVIDIA )?A100-SXM4-80GB",
+        "NVIDIA A100 80 GB", 312 * TERA, 156 * TERA, 79.1 * GIB, 2039 * GIGA, 300 * GIGA, r"(NVIDIA )?A100-SXM4-80GB"
     ),
     # NVIDIA's H100 data sheet, without sparsity: SXM 989.4 TFLOP/s bf16, 494.7 TF32, 3.35 TB/s, NVLink 900 GB/s; PCIe
     # 756, 378, 2.0 TB/s, and PCIe 5 (64 GB/s a way) where no bridge joins two cards.

@@ -22,8 +22,13 @@ def plain(value: Any) -> Any:
     """`value` as something strict JSON can hold.
 
     Args:
-        value: A scalar, a string, or any object with `item()` (a one-element tensor or NumPy scalar).
+        value: A scalar, a string, any object with `item()` (a one-element tensor or NumPy scalar), or these nested in
+            mappings, lists and tuples.
     """
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

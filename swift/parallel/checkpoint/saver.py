@@ -241,18 +241,20 @@ class SaveCheckpoints(pl.Callback):
         self.saved = -1
         """Optimizer step of the last save."""
         self._score: float | None = None
+        self._data: Any = None
         self._consumed: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What a resumed run starts from is saved already."""
         self.saved = trainer.global_step if trainer.global_step else -1
-        self._consumed = self._counted(trainer)
+        self._data = trainer.datamodule  # type: ignore[attr-defined]  # set at run time
+        self._consumed = getattr(self._data, "consumed", None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note how far the data have been used, and save between validations."""
-        self._consumed = self._counted(trainer)
+        self._consumed = getattr(self._data, "consumed", None)
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not self.every or trainer.global_step % self.every:
             return
         if not self._validates(trainer):
@@ -275,14 +277,7 @@ class SaveCheckpoints(pl.Callback):
         """Add the score; count the samples of finished steps, also when the next batch has been fetched already."""
         checkpoint["score"] = self._score
         if self._consumed is not None:
-            checkpoint[type(self._data(trainer)).__qualname__]["consumed"] = self._consumed
-
-    @staticmethod
-    def _data(trainer: pl.Trainer) -> Any:
-        return trainer.datamodule  # type: ignore[attr-defined]  # set at run time
-
-    def _counted(self, trainer: pl.Trainer) -> int | None:
-        return getattr(self._data(trainer), "consumed", None)
+            checkpoint[type(self._data).__qualname__]["consumed"] = self._consumed
 
     def _validates(self, trainer: pl.Trainer) -> bool:
         """Whether a validation follows this batch, after which the checkpoint is saved with its score."""

@@ -22,8 +22,8 @@ from torch import Tensor
 from swift.data.clips.scatter import to_dense
 from swift.data.store.format import CorruptData
 from swift.train.callbacks.nonfinite import describe
-from swift.utils import jsonl
 from swift.utils.errors import UserError
+from swift.utils.jsonl import plain
 
 FOLDER = "guard"
 """In a run directory."""
@@ -46,15 +46,6 @@ def step_folder(run_dir: Path, step: int) -> Path:
 def batch_name(rank: int) -> str:
     """File with the batch of a rank."""
     return f"batch-rank-{rank:05d}.safetensors"
-
-
-def plain(value: Any) -> Any:
-    """Nested plain values with numbers that strict JSON has."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return jsonl.plain(value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

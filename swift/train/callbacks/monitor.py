@@ -1,6 +1,7 @@
 """What a run does to its machine: device memory and busy time, host memory and CPU, as mon/* in the loggers.
 
-Read by the training process itself at the end of a step, every so many seconds: no thread that could hang.
+Read by the training process itself at the end of a step, every so many seconds: no thread that could hang. Lightning's
+DeviceStatsMonitor reads at every batch, knows neither the workers' memory nor how busy a device is.
 """
 
 from __future__ import annotations

@@ -17,43 +17,23 @@ from tqdm import tqdm
 
 def clock_text(seconds: float) -> str:
     """Seconds as 0:07, 12:30 or 3:05:00; "?" where they are not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Rate:
-    """Clips a second over the last `window` optimizer steps, leaving out validation.
-
-    Args:
-        window: Steps to average over.
-    """
-
-    def __init__(self, window: int = 50) -> None:
-        self._steps: deque[tuple[float, int]] = deque(maxlen=window)
-
-    def add(self, seconds: float, clips: int) -> None:
-        """One optimizer step that took `seconds` for `clips` clips (of all ranks)."""
-        self._steps.append((seconds, clips))
-
-    def value(self) -> float:
-        """Clips/s; NaN before the first step."""
-        seconds = sum(step[0] for step in self._steps)
-        return sum(step[1] for step in self._steps) / seconds if seconds > 0 else math.nan
+    return tqdm.format_interval(round(seconds)).removeprefix("0") if math.isfinite(seconds) else "?"
 
 
 class ClipProgress(ProgressBar):
     """Steps done of max_steps, the mean loss since the last refresh, clips/s of all ranks, and the time that is left.
 
-    Starts at the step a resumed run starts at. Clips/s leaves out validation; the time left counts everything, at the
-    pace of this session so far. The loss is read from the device at a refresh only, so the bar never waits for a step.
+    Lightning's own bars count the batches of an epoch, which never ends here, and write no plain lines into files.
+
+    A resumed run starts at its own step. Clips/s is over the last `window` steps and leaves out validation. The time left
+    counts everything, at the pace of this session so far. The loss is read from the device at a refresh only, so the
+    bar never waits for a step.
 
     Args:
         stream: Where to write; standard error by default.
         line_seconds: Seconds between lines where `stream` is not a terminal.
         val_key: Metric shown once there is one.
+        window: Optimizer steps that clips/s is averaged over.
         clock: Gives monotonic seconds.
     """
 
@@ -62,6 +42,7 @@ class ClipProgress(ProgressBar):
         stream: TextIO | None = None,
         line_seconds: float = 10.0,
         val_key: str = "val/l1",
+        window: int = 50,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
@@ -72,7 +53,8 @@ class ClipProgress(ProgressBar):
         self._clock = clock
         self._enabled = True
         self._bar: tqdm | None = None
-        self._rate = Rate()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window)
+        """Seconds and clips (of all ranks) of the last optimizer steps."""
         self._loss_sum: torch.Tensor | None = None
         self._loss_count = 0
         self._loss = math.nan
@@ -129,7 +111,7 @@ class ClipProgress(ProgressBar):
         if trainer.global_step == self._step:
             return
         now = self._clock()
-        self._rate.add(now - self._mark, self._clips)
+        self._recent.append((now - self._mark, self._clips))
         self._step, self._mark, self._clips = trainer.global_step, now, 0
         if now - self._shown >= self._every:
             self._show(now)
@@ -190,7 +172,9 @@ class ClipProgress(ProgressBar):
             timing = f"ETA {clock_text(left)}"
         parts = [f"loss {self._loss:.4f}"] if math.isfinite(self._loss) or self._loss_count else []
         parts += [f"{self._val_key} {self._val:.4f}"] if math.isfinite(self._val) else []
-        parts += [f"{self._rate.value():.3g} clips/s", timing]
+        busy = sum(taken for taken, _ in self._recent)
+        rate = sum(clips for _, clips in self._recent) / busy if busy > 0 else math.nan
+        parts += [f"{rate:.3g} clips/s", timing]
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(parts), refresh=False)
             self._bar.n = self._step

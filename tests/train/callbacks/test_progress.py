@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from swift.train.callbacks.progress import ClipProgress, Rate, clock_text
+from swift.train.callbacks.progress import ClipProgress, clock_text
 
 
 class Terminal(io.StringIO):
@@ -62,10 +62,11 @@ def test_clock_text(seconds, text):
 
 
 def test_rate_is_clips_over_seconds_of_the_window():
-    rate = Rate(window=2)
+    stream, clock, trainer = io.StringIO(), Clock(), fake_trainer()
+    bar = make(stream, clock, trainer, line_seconds=104, window=2)
     for seconds, clips in ((100.0, 1), (1.0, 4), (3.0, 4)):
-        rate.add(seconds, clips)
-    assert rate.value() == 2.0
+        run(bar, trainer, clock, 1, seconds=seconds, clips=clips)
+    assert "  2 clips/s  " in stream.getvalue().splitlines()[1]
 
 
 def test_lines_in_a_file_every_ten_seconds():

@@ -1,4 +1,4 @@
-"""Cross-field checks: everything that can be said to be wrong before a model is built or a scan is read."""
+"""Checks of the settings: every mistake that shows before a model is built or a scan is read."""
 
 from __future__ import annotations
 

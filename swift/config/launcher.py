@@ -1,4 +1,4 @@
-"""Checks of `+launcher=`: what can be said to be wrong with a job before anything is queued."""
+"""Checks of `+launcher=`: mistakes that show before a job is queued."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift.inference.options import add_model_options
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
-from swift.utils.options import add_model_options
 
 if TYPE_CHECKING:
     import nibabel as nib

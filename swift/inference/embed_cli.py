@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.inference.embedding_table import PLACE, NpzWriter, ParquetWriter, SubjectMeans, Writer, check_out
+from swift.inference.options import add_model_options
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
-from swift.utils.options import add_model_options
 
 if TYPE_CHECKING:
     from swift.inference.embedding import Embedded, Embedding

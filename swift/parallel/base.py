@@ -1,4 +1,4 @@
-"""Lightning strategies that save and load named pieces: what all strategies of swift have in common."""
+"""What all strategies of swift add to Lightning's: checkpoints of named pieces, and the step gate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointingStrategy(StepGate):
-    """What every strategy of swift adds to Lightning's: checkpoints of named pieces, and the gradient norm.
+    """A Lightning strategy that saves and loads named pieces; mixed into each strategy of swift.
 
     `trainer.save_checkpoint(FOLDER)` and `trainer.fit(ckpt_path=FOLDER)` take the folder of all checkpoints of a run.
     """
@@ -39,7 +39,7 @@ class CheckpointingStrategy(StepGate):
     precision_plugin: Any
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """As Lightning's; a module that comes on the meta device gets memory before and its initial values after.
+        """Set up as Lightning does; a module on the meta device gets memory before and its initial values after that.
 
         Each rank draws the elements that it holds, in float32 also where the engine computes in bf16.
         """
@@ -59,14 +59,14 @@ class CheckpointingStrategy(StepGate):
             self.refresh()
 
     def materialize(self) -> None:
-        """Give a model on the meta device memory on that of this rank (not the metrics beside it: they have values)."""
+        """Give a model on the meta device memory on this rank's device. The metrics beside it have values already."""
         self.lightning_module.model.to_empty(device=self.root_device)
         with torch.no_grad():
             for parameter in self.lightning_module.parameters():
                 parameter.zero_()
 
     def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
-        """What this rank holds; `steps` sets Adam's count, before a load."""
+        """The pieces that this rank holds; before a load, `steps` sets Adam's count."""
         saver, optimizer = self.saver, self.optimizers[0] if moments else None
         return module_pieces(self.lightning_module, optimizer, saver.rank, saver.world, steps)
 

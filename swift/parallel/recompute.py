@@ -17,7 +17,7 @@ from swift.config.schema import ParallelConfig
 
 
 def _kept_operations() -> list[Any]:
-    """Operations whose results selective checkpointing keeps: matrix products and attention, dear to compute again."""
+    """Operations whose results selective checkpointing keeps, as they are expensive: matrix products and attention."""
     aten = torch.ops.aten
     names = (
         "mm",

@@ -89,7 +89,7 @@ class _Fsdp(CheckpointingStrategy, DDPStrategy):
         super().materialize()
 
     def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
-        """What this rank holds; `steps` sets Adam's count, before a load."""
+        """The pieces that this rank holds; before a load, `steps` sets Adam's count."""
         for module in self.lightning_module.modules():
             # After a validation the outermost weights are still whole, and not those that the optimizer knows.
             if isinstance(module, FSDPModule):
@@ -131,7 +131,7 @@ class _DeepSpeed(DeepSpeedStepGate, CheckpointingStrategy, DeepSpeedStrategy):
         import deepspeed
 
         if self.root_device.type == "cpu":
-            # A faster all-reduce for inference, that would be compiled for half a minute: training never calls it.
+            # A faster all-reduce for inference. Training never calls it, and compiling it takes half a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -147,7 +147,7 @@ class _DeepSpeed(DeepSpeedStepGate, CheckpointingStrategy, DeepSpeedStrategy):
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
-        """What this rank holds; `steps` sets Adam's count, before a load."""
+        """The pieces that this rank holds; before a load, `steps` sets Adam's count."""
         return (zero3_pieces if self.zero_stage_3 else zero12_pieces)(self.deepspeed_engine, steps, moments)
 
     def materialize(self) -> None:

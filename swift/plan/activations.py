@@ -1,7 +1,7 @@
 """What the backward pass of masked pre-training keeps, in closed form: bytes of one clip.
 
-Counted is every tensor autograd holds between forward and backward, once for each storage. Measured beside it by the
-tests with `torch.autograd.graph.saved_tensors_hooks`.
+Every tensor that autograd holds between forward and backward is counted, once for each storage. The tests measure the
+same with `torch.autograd.graph.saved_tensors_hooks`.
 
 Shapes: M tokens, C channels, H hidden channels of an MLP; all of one clip.
 """

@@ -16,7 +16,7 @@ STOPPED_STATUS = 75
 
 
 def set_up_logging() -> None:
-    """Messages of swift go to stderr as plain lines; libraries speak from warnings on."""
+    """Messages of swift go to stderr as plain lines; libraries from warnings on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("swift").setLevel(logging.INFO)
     workers, going_on = r".*does not have many workers.*", r"Checkpoint directory .* exists and is not empty.*"
@@ -30,7 +30,7 @@ def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: Tr
 
     Args:
         work: What the command does.
-        speaks: Whether this process is the one to say it, of several that fail together.
+        speaks: Whether this process prints the message, where several fail together.
     """
     try:
         work()

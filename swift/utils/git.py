@@ -10,7 +10,7 @@ from typing import Any
 
 NOT_GIT = "not a git checkout"
 REVISION_FILE = "swift-revision.json"
-"""Stands in the package in a copy of the code; holds what `git_state` said where the copy was made."""
+"""Stands in the package in a copy of the code; holds what `git_state` returned where the copy was made."""
 
 
 def git_state(folder: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def task_weights(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Task
         name for name, own in wanted.items() if own not in plain or not _fits(own, there[plain[own]], here[name])
     ]
     different += [name for own, name in plain.items() if own not in wanted.values()]
-    if remarks:  # of SwiFT v1, whose report has named what it does not give
+    if remarks:  # weights of SwiFT v1: its report has named what they lack
         different = [name for name in different if wanted.get(name, name) in plain]
     if different:
         shapes = {name: there[names.get(name, name)] for name in different if names.get(name, name) in there}

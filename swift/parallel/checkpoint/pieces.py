@@ -1,7 +1,7 @@
 """What a rank holds under each strategy, as named flat pieces: the part of checkpoints that knows the engines.
 
-The tensors of a piece are the live storage: reading them saves, writing them loads. After writing, `refresh` tells the
-engine, which keeps copies (bf16 weights, gathered small parameters).
+The tensors of a piece are the live storage: reading them saves, writing them loads. After writing, `refresh` updates
+the engine, which keeps copies (bf16 weights, gathered small parameters).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 HELD_BYTES = 2 << 30
 """Batches of an optimizer step that are held on the device until it is over; those beyond are read again."""
 ROWS, CLIPS = ("sample_id", "scan", "start", "valid"), ("bold", "brain")
-"""What says where the clips of a batch come from, and the clips themselves."""
+"""Entries of a batch: where its clips come from, and the clips themselves."""
 RANKS = 2
 """Ranks whose batches are kept of one step."""
 
@@ -74,17 +74,17 @@ class Guard(pl.Callback):
         self._looking = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything later decisions depend on."""
+        """Everything that later decisions depend on."""
         return {"watch": self.watch.state_dict(), "records": self.records, "batches": self.batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Decide as the run that was saved."""
+        """Decide like the run that was saved."""
         self.watch.load_state_dict(state_dict["watch"])
         self.records, self.batches = state_dict["records"], state_dict["batches"]
 
     # ------------------------------------------------------------------------------------------ in every step
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Be asked at every step from now on."""
+        """Decide about every step from now on."""
         strategy: Any = trainer.strategy
         strategy.skip_steps_by(lambda norm: self._is_bad(trainer, norm))
 
@@ -223,7 +223,7 @@ class Guard(pl.Callback):
         }
 
     def _keep(self, trainer: pl.Trainer, place: Path, chosen: dict[int, int], found: dict[int, Any]) -> str:
-        """Write the batches of the ranks in question and, where small, the weights; says which weights belong to it."""
+        """Write the batches of the chosen ranks and, where small, the weights; returns which weights belong to them."""
         self.batches += 1
         strategy: Any = trainer.strategy
         module = trainer.lightning_module

@@ -49,7 +49,7 @@ def batch_name(rank: int) -> str:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """All of a record.json or nothing."""
+    """Write a record.json whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")

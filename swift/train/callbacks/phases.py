@@ -105,7 +105,7 @@ class Phases(pl.Callback):
 
     Args:
         every: Optimizer steps between windows; 0: never.
-        throughput: Comes before this callback; tells when batches are fetched.
+        throughput: Comes before this callback; its timer knows when batches are fetched.
         steps: Optimizer steps of a window.
     """
 
@@ -177,7 +177,7 @@ class Phases(pl.Callback):
         self._throughput.pause()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         self._synchronize()
-        # Else the profiler speaks of every start and stop, and of GPUs that are not there.
+        # Otherwise the profiler reports every start and stop, and GPUs that are not there.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = profile(activities=activities)
         self._profile.start()
@@ -185,7 +185,7 @@ class Phases(pl.Callback):
         self._enter(WINDOW)
 
     def _close(self) -> None:
-        """End the window, if there is one; without a word about it."""
+        """End the window, if there is one, and log nothing."""
         while self._spans:
             self._spans.pop().__exit__(None, None, None)
         if self._profile is not None:

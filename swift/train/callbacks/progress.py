@@ -25,9 +25,9 @@ class ClipProgress(ProgressBar):
 
     Lightning's own bars count the batches of an epoch, which never ends here, and write no plain lines into files.
 
-    A resumed run starts at its own step. Clips/s is over the last `window` steps and leaves out validation. The time left
-    counts everything, at the pace of this session so far. The loss is read from the device at a refresh only, so the
-    bar never waits for a step.
+    A resumed run starts at its own step. Clips/s covers the last `window` steps and leaves out validation. The time
+    left counts everything, at the pace of this session so far. The loss is read from the device at a refresh only, so
+    the bar never waits for a step.
 
     Args:
         stream: Where to write; standard error by default.

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, and signs of life for whoever watches it."""
+"""Stopping a run by a signal, and signs of life for whoever watches it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands have in common; nothing heavy is imported."""
+"""Options that the commands here have in common; nothing heavy is imported."""
 
 from __future__ import annotations
 

@@ -34,11 +34,6 @@ CHOICES = {
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
     "task.pooling": ("mean", "mean_std"),
     "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r"),
-    "task.target.kind": ("binary", "multiclass", "regression"),
-    "task.target.per": ("subject", "frame"),
-    "task.target.source": ("manifest", "events", "confounds"),
-    "task.target.others": ("refuse", "leave_out"),
-    "task.target.response": ("shift", "hrf"),
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
@@ -46,11 +41,18 @@ CHOICES = {
     "trainer.precision": ("auto", "32", "bf16"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
 }
+TARGET_CHOICES = {
+    "kind": ("binary", "multiclass", "regression"),
+    "per": ("subject", "frame"),
+    "source": ("manifest", "events", "confounds"),
+    "others": ("refuse", "leave_out"),
+    "response": ("shift", "hrf"),
+}
 
 
 def _check_choices(section: str, cfg: object) -> None:
     for name, choices in CHOICES.items():
-        head, _, field = name.rpartition(".")
+        head, field = name.split(".")
         if head == section:
             require(getattr(cfg, field) in choices, name, getattr(cfg, field), "must be one of " + ", ".join(choices))
 
@@ -194,7 +196,9 @@ def check_target(task: TaskConfig, init: str | None) -> None:
         require(task.adapt == "scratch", "task.adapt", task.adapt, "is for tasks with task.target")
         return
     require(task.name != "pretrain", "task.name", task.name, "a task with task.target needs a name of its own")
-    _check_choices("task.target", target)
+    for name, choices in TARGET_CHOICES.items():
+        value = getattr(target, name)
+        require(value in choices, f"task.target.{name}", value, "must be one of " + ", ".join(choices))
     for name in ("delay_seconds", "bridge_seconds"):
         value = getattr(target, name)
         require(value >= 0 and math.isfinite(value), f"task.target.{name}", value, "must be seconds, 0 or more")

@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from swift.config.check import check
 from swift.config.schema import Config
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 
 FROZEN = "config.yaml"
 """The settings of a run, in its directory."""
@@ -104,9 +105,7 @@ def _complaint(error: OmegaConfBaseException, plain: Any) -> str:
 
 def freeze(cfg: Config, path: Path) -> None:
     """Write the settings as YAML that `load_frozen` and Hydra's --config-path read back; all of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, OmegaConf.to_yaml(OmegaConf.structured(cfg)))
 
 
 def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:

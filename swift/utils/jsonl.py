@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -38,7 +38,7 @@ def plain(value: Any) -> Any:
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line to `path`. It has left the process when this returns, so a killed run keeps it."""
-    line = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False) + "\n"
+    line = json.dumps(plain(record), allow_nan=False) + "\n"
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line)
 
@@ -65,10 +65,4 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def rewrite(path: Path, records: list[dict[str, Any]]) -> None:
     """Replace `path` by `records`: readers see the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    lines = (json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + "\n" for record in records)
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    replace_text(path, "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records), sync=True)

@@ -32,8 +32,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swift.parallel.checkpoint.write import Written, disk_error, file_xxh3, sync_folder, write_text
+from swift.parallel.checkpoint.write import Written, disk_error, file_xxh3, write_text
 from swift.utils.errors import UserError
+from swift.utils.files import sync_folder
 
 log = logging.getLogger(__name__)
 

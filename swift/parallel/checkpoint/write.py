@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.uint8: "U8"}
 _READ_BYTES = 1 << 24
@@ -104,28 +105,13 @@ def file_xxh3(path: Path) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_text(path: Path, text: str) -> None:
     """Put a whole text file in place: readers see the old one or the new one, also after a power cut.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+        replace_text(path, text, sync=True)
     except OSError as error:
         raise disk_error(path, error) from error

@@ -23,6 +23,7 @@ from swift.data.clips.scatter import to_dense
 from swift.data.store.format import CorruptData
 from swift.train.callbacks.nonfinite import describe
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 from swift.utils.jsonl import plain
 
 FOLDER = "guard"
@@ -49,11 +50,9 @@ def batch_name(rank: int) -> str:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record.json whole, or not at all."""
+    """Write a record.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
 
 
 def write_batch(path: Path, batch: Mapping[str, Any], loss: Tensor, facts: Mapping[str, Any]) -> None:

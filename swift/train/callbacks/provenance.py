@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 from swift.utils.git import git_state
 
 FILE = "provenance.json"
@@ -121,9 +122,7 @@ def record(run_dir: str | Path, now: dict[str, Any], step: int = 0) -> dict[str,
             changed = {k: v for k, v in now.items() if k != "time" and v != content.get(k)}
             content["restarts"].append({"time": now["time"], "step": step, "changed": changed})
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another run_dir=") from error
     return content

@@ -18,6 +18,7 @@ import torch
 
 from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.utils.entry import STOPPED_STATUS
+from swift.utils.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -159,9 +160,7 @@ class Heartbeat(pl.Callback):
         self._beat["train_seconds"] = round(self._beat["train_seconds"], 3)
         path = self.run_dir / HEARTBEATS / f"{self.attempt}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self._beat) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(self._beat) + "\n")
 
     def _phase(self, name: str, trainer: pl.Trainer | None = None) -> None:
         """End a start-up phase of a job; those before it are written by the job's script."""

@@ -98,7 +98,7 @@ def depth_rates(names: Iterable[str], encoder: SwinEncoder, decay: float) -> dic
     first = [sum(depths[:stage]) for stage in range(len(depths))]
     top = sum(depths) + 1
 
-    def level(name: str) -> int:
+    def steps_up(name: str) -> int:
         if not name.startswith("encoder.") or name.startswith("encoder.norm."):
             return top
         if (match := re.match(r"encoder\.stages\.(\d+)\.(\w+)(?:\.(\d+))?", name)) is None:
@@ -108,4 +108,4 @@ def depth_rates(names: Iterable[str], encoder: SwinEncoder, decay: float) -> dic
             return 1 + first[stage] + int(block)
         return 1 + first[stage] + (depths[stage] - 1 if part == "downsample" else 0)
 
-    return {name: decay ** (top - level(name)) for name in names}
+    return {name: decay ** (top - steps_up(name)) for name in names}

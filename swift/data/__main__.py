@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swift.data.labels import split_cli
 from swift.data.synthetic import cli as synthetic
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
@@ -150,31 +151,6 @@ def _repair(options: argparse.Namespace) -> int:
     return 1 if outcome.left else 0
 
 
-def _split(options: argparse.Namespace) -> int:
-    from swift.data.labels.splits import audit, k_fold, make_split, save_splits
-    from swift.data.labels.subjects import people_of
-    from swift.data.store.reader import Store
-
-    scans = [scan for path in options.stores for scan in Store(path).scans]
-    people = people_of(scans, label=options.label, family=options.family, continuous=options.continuous)
-    if options.folds:
-        splits = k_fold(people, options.folds, options.val, options.seed, options.repeats)
-    else:
-        splits = [make_split(people, options.val, options.test, options.seed)]
-    seen = {scan.subject for path in options.pretrained for scan in Store(path).scans}
-    for warning in sorted({warning for split in splits for warning in audit(split, people, seen)}):
-        log.warning("%s", warning)
-    hashes = save_splits(options.out, splits)
-    rows, lines = [], []
-    for number, (digest, split) in enumerate(zip(hashes, splits, strict=True)):
-        found = {"hash": digest, **{part: len(names) for part, names in split.parts.items()}}
-        rows.append({**found, "how": split.how})
-        found_text, how_text = ("  ".join(f"{k} {v}" for k, v in some.items()) for some in (found, split.how))
-        lines.append(f"{options.out}:{number}  {found_text}  ({how_text})")
-    _show(options, rows, lines)
-    return 0
-
-
 def _copy(options: argparse.Namespace) -> int:
     from swift.data.store.check import copy
 
@@ -246,7 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("store", type=Path)
     check.add_argument("--workers", type=int, default=2, help="shards read at once (2)")
     _add_repair(add("repair", _repair, "write damaged bytes anew from a replica or from the sources"))
-    _add_split(add("split", _split, "train, validation and test subjects, saved to a file with a hash"))
+    split_cli.add_arguments(
+        add("split", split_cli.run, "train, validation and test subjects, saved to a file with a hash")
+    )
     copy = add("copy", _copy, "copy a store elsewhere, verified; run it again to go on where it stopped")
     copy.add_argument("store", type=Path)
     copy.add_argument("target", type=Path)
@@ -291,20 +269,6 @@ def _add_repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replica", type=Path, metavar="STORE", help="another copy of the store")
     parser.add_argument("--source", type=Path, nargs="+", default=[], help="what the store was ingested from")
     _add_places(parser)
-
-
-def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stores", type=Path, nargs="+", metavar="store")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--val", type=float, default=0.15, help="share of validation subjects (0.15)")
-    parser.add_argument("--test", type=float, default=0.15, help="share of test subjects (0.15)")
-    parser.add_argument("--folds", type=int, default=0, help="k folds instead; --val is then of the rest")
-    parser.add_argument("--repeats", type=int, default=1, help="repeats of the folds (1)")
-    parser.add_argument("--label", help="stratify by this phenotype column")
-    parser.add_argument("--continuous", action="store_true", help="the label is a number: stratify by quantiles")
-    parser.add_argument("--family", help="phenotype column whose members must stay together")
-    parser.add_argument("--pretrained", type=Path, nargs="+", default=[], help="stores that a model has seen: warn")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def main(arguments: list[str] | None = None) -> None:

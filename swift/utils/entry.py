@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from swift.utils.errors import UserError
 
 USER_ERROR_STATUS = 2
+DISK = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+"""Errors of files that say enough in one line; others are faults of ours and keep their traceback."""
 STOPPED_STATUS = 75
 """Of a run that was asked to stop and has saved: it can go on (EX_TEMPFAIL of sysexits.h)."""
 
@@ -28,6 +31,8 @@ def set_up_logging() -> None:
 def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: True) -> None:
     """Run `work`; a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130.
 
+    So does a file that cannot be opened, read or written where the disk or its rights forbid it: read-only, full, ...
+
     Args:
         work: What the command does.
         speaks: Whether this process prints the message, where several fail together.
@@ -37,6 +42,12 @@ def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: Tr
     except UserError as error:
         if speaks():
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+    except OSError as error:
+        if error.errno not in DISK or not error.filename:
+            raise
+        if speaks():
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         if speaks():

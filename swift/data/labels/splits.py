@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,11 +81,39 @@ def _families(people: Sequence[Person]) -> list[list[Person]]:
     return [groups[key] for key in sorted(groups)]
 
 
+def part_sizes(count: int, shares: Sequence[float]) -> list[int]:
+    """Subjects of each part: shares of `count` by largest remainders; at least 1 for a share above 0, if they last.
+
+    Raises:
+        UserError: shares below 0, or whose sum is not 1.
+    """
+    if any(share < 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"shares {list(shares)}: must be 0 or more and sum to 1")
+    sizes = [int(share * count + 1e-9) for share in shares]
+    rest = sorted(range(len(shares)), key=lambda k: sizes[k] - shares[k] * count)
+    for k in rest[: count - sum(sizes)]:
+        sizes[k] += 1
+    for k, share in enumerate(shares):
+        largest = max(range(len(shares)), key=lambda one: sizes[one])
+        if share and not sizes[k] and sizes[largest] > 1:
+            sizes[k], sizes[largest] = 1, sizes[largest] - 1
+    return sizes
+
+
+def small_strata(people: Sequence[Person], shares: Sequence[float]) -> set[tuple[str, str]]:
+    """Strata (label, site) with too few subjects for one of them in every part that has a share."""
+    least = 1 / min(share for share in shares if share > 0)
+    total = Counter((person.label, person.site) for person in people)
+    return {stratum for stratum, count in total.items() if count < least - 1e-9} if len(total) > 1 else set()
+
+
 def deal(people: Sequence[Person], shares: Sequence[float], seed: int) -> list[list[str]]:
     """Deal subjects into parts of given shares, alike in label and site.
 
-    Groups (families) go one by one, large ones and those of rare strata first, to the part that lacks most of what the
-    group brings; ties are broken by a seeded order.
+    Groups (families) go one by one, large ones and those of rare strata first, to the part that lacks most at that
+    moment: of the group's strata, labels and sites and of subjects in all together (minimisation: Pocock and Simon,
+    Biometrics 31, 1975). Small strata do not count by themselves: they are merged, so that only their labels and sites
+    do. A part that is full gets no more; ties are broken by a seeded order.
 
     Args:
         people: Subjects, each once.
@@ -94,26 +123,31 @@ def deal(people: Sequence[Person], shares: Sequence[float], seed: int) -> list[l
     Returns:
         Subjects of each part, sorted.
     """
-    if any(share < 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"shares {list(shares)}: must be 0 or more and sum to 1")
+    sizes = part_sizes(len(people), shares)
     groups = _families(people)
     rng = np.random.Generator(np.random.Philox(key=seed & ((1 << 64) - 1)))
     groups = [groups[i] for i in rng.permutation(len(groups))]
-    stratum = {p.subject: (p.label, p.site) for p in people}
-    total = Counter(stratum.values())
-    groups.sort(key=lambda g: (-len(g), min(total[stratum[p.subject]] for p in g)))
-    want = [{s: share * n for s, n in total.items()} for share in shares]
-    room = [share * len(people) for share in shares]
+    total = Counter((p.label, p.site) for p in people)
+    small = small_strata(people, shares)
+    groups.sort(key=lambda g: (-len(g), min(total[p.label, p.site] for p in g)))
     parts: list[list[str]] = [[] for _ in shares]
+    dealt: Counter[Any] = Counter()
+    placed: list[Counter[Any]] = [Counter() for _ in shares]
+
+    def kinds(person: Person) -> list[Any]:
+        stratum = (person.label, person.site)
+        own = [] if stratum in small else [stratum]
+        return ["all", ("label", person.label), ("site", person.site), *own]
+
     for group in groups:
-        brings = Counter(stratum[p.subject] for p in group)
-        # First the strata that the group brings, then the size of the whole part.
-        lack = [(sum(want[k][s] * n for s, n in brings.items()), room[k]) if shares[k] else (-np.inf, -np.inf)
-                for k in range(len(shares))]  # fmt: skip
-        best = max(range(len(shares)), key=lambda k: lack[k])
-        for s, n in brings.items():
-            want[best][s] -= n
-        room[best] -= len(group)
+        brings = Counter(kind for person in group for kind in kinds(person))
+        dealt.update(brings)
+        room = [size - len(part) for size, part in zip(sizes, parts, strict=True)]
+        open_ = [k for k in range(len(parts)) if room[k] >= len(group)] or [room.index(max(room))]
+        share = [size / max(len(people), 1) for size in sizes]
+        lack = {k: sum(n * (share[k] * dealt[kind] - placed[k][kind]) for kind, n in brings.items()) for k in open_}
+        best = max(open_, key=lambda k: (round(lack[k], 9), room[k]))
+        placed[best].update(brings)
         parts[best] += [p.subject for p in group]
     return [sorted(part) for part in parts]
 
@@ -152,6 +186,8 @@ def k_fold(people: Sequence[Person], folds: int, val: float, seed: int, repeats:
         for fold, test in enumerate(tested):
             rest = [person for person in people if person.subject not in set(test)]
             train, held = deal(rest, (1 - val, val), seed + repeat)
+            if val and not held:
+                raise UserError(f"{len(rest)} subjects beside the test ones are too few: part val ({val:g}) is empty")
             how = {"seed": seed, "folds": folds, "fold": fold, "repeat": repeat, "val": val}
             splits.append(Split({"train": tuple(train), "val": tuple(held), "test": tuple(test)}, how))
     return splits
@@ -169,7 +205,8 @@ def save_splits(path: str | os.PathLike[str], splits: Sequence[Split]) -> list[s
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too
+            temp.unlink(missing_ok=True)
     return [s.hash for s in splits]
 
 
@@ -186,8 +223,12 @@ def load_splits(path: str | os.PathLike[str]) -> list[Split]:
         read = [(Split({p: tuple(e[p]) for p in PARTS}, e["how"]), e["hash"]) for e in content["splits"]]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of splits made by `python -m swift.data split` ({error!r})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Of bytes that are no text the error would hold the whole file.
+        why = "not text" if isinstance(error, UnicodeDecodeError) else repr(error)[:120]
+        raise UserError(f"{path}: not a file of splits made by `python -m swift.data split` ({why})") from error
     for number, (split, digest) in enumerate(read):
         if split.hash != digest:
             raise UserError(

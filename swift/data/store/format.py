@@ -321,8 +321,9 @@ def read_json(path: Path) -> dict[str, Any]:
         version = content["format_version"]
         grid, spacing = content["grid"], content["spacing"]
         well = len(grid) == 3 and all(isinstance(n, int) and n > 0 for n in grid) and float(spacing) > 0
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent}: no {path.name}; not a swift store") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        kind = "a file, not the folder of" if path.parent.is_file() else f"no {path.name}; not"
+        raise UserError(f"{path.parent}: {kind} a swift store") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the description of a swift store ({error!r})") from error
     if version != FORMAT_VERSION:

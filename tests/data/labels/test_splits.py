@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,9 @@ from swift.data.labels.splits import (
     load_split,
     load_splits,
     make_split,
+    part_sizes,
     save_splits,
+    small_strata,
 )
 from swift.utils.errors import UserError
 
@@ -63,6 +66,37 @@ def test_strata_are_alike() -> None:
         for key, number in total.items():
             assert abs(counts[key] - share * number) <= 3, (part, key)
     assert make_split(people, 0.15, 0.25, 6).parts != split.parts
+
+
+def test_sizes_of_parts_by_largest_remainders() -> None:
+    assert part_sizes(100, (0.7, 0.15, 0.15)) == [70, 15, 15]
+    assert part_sizes(10, (0.7, 0.15, 0.15)) == [7, 2, 1]
+    assert part_sizes(4, (0.9, 0.1, 0.0)) == [3, 1, 0]
+    assert part_sizes(3, (1 / 3, 1 / 3, 1 / 3)) == [1, 1, 1]
+    assert part_sizes(1, (0.5, 0.5)) == [1, 0]
+
+
+@pytest.mark.parametrize("sites", [20, 100])
+def test_shares_are_kept_where_strata_are_small(sites: int) -> None:
+    people = [Person(f"{i:03d}", "", "ab"[i % 2], str(i * 7919 % sites)) for i in range(100)]
+    assert len(small_strata(people, (0.7, 0.15, 0.15))) == sites
+    for seed in range(5):
+        split = make_split(people, 0.15, 0.15, seed)
+        assert [len(split.parts[part]) for part in PARTS] == [70, 15, 15]
+        labels = {p.subject: p.label for p in people}
+        assert all(abs(Counter(labels[s] for s in split.parts[part])["a"] - n / 2) <= 1 for part, n in
+                   zip(PARTS, (70, 15, 15)))  # fmt: skip
+    for fold in k_fold(people[:12], 5, 0.1, 0):
+        assert len(fold.parts["val"]) == 1
+    with pytest.raises(UserError, match=r"part val .* is empty"):
+        k_fold(people[:2], 2, 0.1, 0)
+
+
+def test_which_strata_are_small() -> None:
+    people = [Person(f"{i:03d}", "", "", "AAAAAAAB"[i % 8]) for i in range(40)]
+    assert small_strata(people, (0.6, 0.2, 0.2)) == set()
+    assert small_strata(people, (0.7, 0.15, 0.15)) == {("", "B")}
+    assert small_strata(people[:7], (0.9, 0.1)) == set()  # one stratum alone is merged with none
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 9))
@@ -108,8 +142,26 @@ def test_files_keep_splits_and_find_edits(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="not a file of splits"):
         load_splits(path)
+    path.write_bytes(bytes(range(256)) * 4000)
+    with pytest.raises(UserError, match="not text") as caught:
+        load_splits(path)
+    assert len(str(caught.value)) < 300
+    path.write_text(json.dumps({"version": 1, "splits": [{"a" * 9999: 1}]}))
+    with pytest.raises(UserError, match="not a file of splits") as caught:
+        load_splits(path)
+    assert len(str(caught.value)) < 400
     with pytest.raises(UserError, match="No such file"):
         load_splits(tmp_path / "none.json")
+
+
+def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=r"x\.json: cannot be written: Read-only file system"):
+        save_splits(tmp_path / "x.json", k_fold(cohort(30), 3, 0.1, 4))
 
 
 def test_places_of_scans() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from swift.models.heads import TargetModel
 
 DTYPES = ("fp32", "bf16")
+LEFT_OUT = "left-out-by-export"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Exported:
 def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> dict[str, Any]:
     """Write the weights of a checkpoint to one file, tensor by tensor.
 
+    The file can be shared: of the data it says the input contract and how many subjects there were; it names neither a
+    subject nor a path. Beside it lies the list of subjects (`swift.parallel.checkpoint.read.subjects_file`), for those
+    who go on with the weights and must not test on them; it is not for sharing.
+
     Args:
         run: A run directory, its folder of checkpoints, or one checkpoint.
         out: The file; must not exist.
@@ -50,20 +55,29 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
         which: latest | best | the name of a checkpoint.
 
     Returns:
-        {"file", "checkpoint", "step", "tensors", "parameters", "bytes", "xxh3"}.
+        {"file", "subjects_file" (None: not recorded), "checkpoint", "step", "tensors", "parameters", "bytes", "xxh3"}.
 
     Raises:
         UserError: nothing to export, a file that exists already, or a full disk.
     """
     import torch
 
-    from swift.parallel.checkpoint.read import FORMAT, PREFIX, CheckpointWeights, find_checkpoint, metadata_of
-    from swift.parallel.checkpoint.write import Entry, write_safetensors
+    from swift.parallel.checkpoint.read import (
+        FORMAT,
+        PREFIX,
+        CheckpointWeights,
+        find_checkpoint,
+        metadata_of,
+        subjects_file,
+    )
+    from swift.parallel.checkpoint.write import Entry, write_sealed, write_text
 
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
-    if out.exists():
-        raise UserError(f"--out {out}: exists already")
+    listed = subjects_file(out)
+    for there in (out, listed):
+        if there.exists():
+            raise UserError(f"--out {out}: {there.name if there != out else 'it'} exists already")
     path, manifest = find_checkpoint(run, which)
     weights = CheckpointWeights(path, manifest)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -75,17 +89,25 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
         )
 
     said = metadata_of(manifest) | {"score": manifest.score, "base_shapes": manifest.state.get("base_shapes")}
+    said["config"] = shareable(said["config"])
+    subjects = said.pop("subjects", None)
+    if subjects is not None:
+        said["subject_count"] = len(subjects)
     metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in said.items()}
     partial = out.with_name(f".{out.name}.partial")
     partial.unlink(missing_ok=True)
     try:
-        written = write_safetensors(partial, [entry(*item) for item in manifest.shapes.items()], metadata)
+        written = write_sealed(partial, [entry(*item) for item in manifest.shapes.items()], metadata)
+        if subjects is not None:
+            content = {"weights": written.xxh3, "subjects": sorted(subjects)}
+            write_text(listed, json.dumps(content, indent=1) + "\n")
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     parameters = sum(torch.Size(shape).numel() for shape in manifest.shapes.values())
     return {
         "file": str(out),
+        "subjects_file": str(listed) if subjects is not None else None,
         "checkpoint": str(path),
         "step": manifest.step,
         "tensors": len(manifest.shapes),
@@ -93,6 +115,20 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
         "bytes": written.bytes,
         "xxh3": written.xxh3,
     }
+
+
+def shareable(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run without what tells where it ran: `LEFT_OUT` for every path, and no launcher."""
+
+    def hidden(part: dict[str, Any], *names: str) -> dict[str, Any]:
+        return part | {name: LEFT_OUT for name in names if part.get(name) is not None}
+
+    mixture = [cohort | {"path": f"{LEFT_OUT}-{place}"} for place, cohort in enumerate(config["data"]["mixture"])]
+    data = hidden(config["data"], "path", "split", "stage_dir") | {"mixture": mixture}
+    task = dict(config["task"])
+    if task.get("target"):
+        task["target"] = hidden(task["target"], "events")
+    return hidden(config, "run_dir", "init", "resume") | {"data": data, "task": task, "launcher": None}
 
 
 def load(path: str | Path) -> Exported:

@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(done, indent=2))
         else:
             print(f"{done['file']}: {done['parameters']:,} parameters of step {done['step']}, {done['bytes']:,} bytes")
+            if done["subjects_file"]:
+                print(f"{done['subjects_file']}: the subjects it was trained on, for checks of leaks; not for sharing")
 
     reported(work)
 

@@ -78,6 +78,11 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
         UserError: a test subject that the weights of init= have seen.
     """
     if not isinstance(data, TargetDataModule):
+        if module.seen_before is None:
+            log.warning(
+                "init=%s does not say which subjects it was trained on: what is trained from it cannot say it either",
+                module.cfg.init,
+            )
         data.seen_before = list(module.seen_before or [])
         return
     assert isinstance(module, FinetuneModule)

@@ -19,7 +19,7 @@ from swift.inference.fit_scan import Fitting, find_scans, fit
 from swift.inference.model import Trained, load_trained
 from swift.models.heads import build_model
 from swift.parallel.checkpoint.read import FORMAT
-from swift.parallel.checkpoint.write import Entry, write_safetensors
+from swift.parallel.checkpoint.write import Entry, write_sealed
 from tests.data import scans
 from tests.small import settings
 
@@ -43,7 +43,7 @@ def finetuned(path: Path, *overrides: str) -> Path:
     target |= {"mean": 10.0, "std": 4.0} if cfg.task.target.kind == "regression" else {}
     said = {"config": asdict(cfg), "contract": contract, "step": 5, "target": target}
     metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in said.items()}
-    write_safetensors(path, [entry(name, value.detach()) for name, value in model.named_parameters()], metadata)
+    write_sealed(path, [entry(name, value.detach()) for name, value in model.named_parameters()], metadata)
     return path
 
 

@@ -245,6 +245,7 @@ def test_a_mistake_is_one_line(
     from safetensors.torch import save_file
 
     from swift.parallel.checkpoint.read import FORMAT
+    from swift.parallel.checkpoint.write import write_sealed
     from tests.data.stores import build
 
     places = {"run": finished, "scan": files / "sub-1_task-a.nii.gz", "store": ingested, "empty": tmp_path / "empty"}
@@ -257,7 +258,7 @@ def test_a_mistake_is_one_line(
         build(places["other"], [1])
     save_file({"a": torch.zeros(1)}, places["bare"])
     config = {"format": FORMAT, "config": '{"seed": 0}', "step": "1"}
-    save_file({"a": torch.zeros(1)}, places["loose"], metadata=config)
+    write_sealed(places["loose"], [], config)
     given = [one.format(**places) for one in arguments]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out.npz")]
     capsys.readouterr()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from swift.data.store.reader import Store
 from swift.inference.export import export, load, load_into
 from swift.inference.export_cli import main
 from swift.models.autoencoder import MaskedAutoencoder
+from swift.parallel.checkpoint.read import FileWeights, find_checkpoint, subjects_file
 from swift.parallel.setup import resolve
 from swift.train.init_weights import start_from
 from swift.train.wiring import build_module
@@ -113,7 +117,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path, name: str) -> None:
 
 def test_what_it_is_not(exported: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match=r"was not written by swift.export: its format is None, not swift-weights-1"):
+    with pytest.raises(UserError, match=r"was not written by swift.export: its format is None, not swift-weights-2"):
         load(tmp_path / "foreign.safetensors")
     cfg = settings("model.depths=[1,1]")
     other = MaskedAutoencoder(cfg.model, cfg.data.grid, cfg.data.frames)
@@ -123,13 +127,101 @@ def test_what_it_is_not(exported: Path, tmp_path: Path) -> None:
     assert str(caught.value).count(" there, nothing here") == 5
 
 
+def test_every_byte_is_under_the_checksum(exported: Path, tmp_path: Path) -> None:
+    whole = exported.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    start = whole.index(b'"xxh3":"') + 8
+    zeros = whole[:start] + b"0" * 16 + whole[start + 16 :]
+    assert whole[start : start + 16].decode() == xxhash.xxh3_64_hexdigest(zeros)
+    broken = tmp_path / "broken.safetensors"
+    for place in (8 + size, 8 + size + 5000, len(whole) - 1, whole.index(b"zscore_voxel"), start, start + 15):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        broken.write_bytes(changed)
+        for read in (load, FileWeights):
+            with pytest.raises(UserError, match=r"is damaged: it has another checksum than swift.export"):
+                read(broken)
+
+
+def test_a_file_of_before_there_was_a_checksum(
+    exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with safe_open(exported, framework="pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "xxh3"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = tmp_path / "old.safetensors"
+    save_file(tensors, old, metadata | {"format": "swift-weights-1"})
+    assert load(old).step == 6
+    assert f"{old} carries no checksum" in caplog.text
+
+
+def test_what_is_shared_names_no_subject_and_no_path(finished: Path, exported: Path, store: Path) -> None:
+    subjects = sorted({scan.subject for scan in Store(store).scans})
+    text = exported.read_bytes()
+    assert subjects
+    for secret in (*subjects, str(store), str(finished), str(finished.parent), str(Path.home())):
+        assert secret.encode() not in text, secret
+    assert str(store) in (finished / "config.yaml").read_text()  # it was there to be kept
+    assert FileWeights(exported).metadata["subject_count"] == len(subjects)
+    listed = json.loads(subjects_file(exported).read_text())
+    assert listed["subjects"] == subjects
+    module = build_module(resolve(settings()))
+    start_from(module, str(exported))
+    assert module.seen_before == subjects
+
+
+def test_the_list_of_subjects_belongs_to_its_file(exported: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    shutil.copy(exported, out)
+    module = build_module(resolve(settings()))
+    start_from(module, str(out))
+    assert module.seen_before is None  # as the list did not come along
+    export(finished, tmp_path / "half.safetensors", "bf16")
+    shutil.copy(subjects_file(tmp_path / "half.safetensors"), subjects_file(out))
+    with pytest.raises(UserError, match=r"model.subjects.json belongs to another file than model.safetensors"):
+        load(out)
+    subjects_file(out).write_text("[]")
+    with pytest.raises(UserError, match=r"model.subjects.json is no list of training subjects"):
+        load(out)
+    out.unlink()
+    with pytest.raises(UserError, match=r"model.subjects.json exists already"):
+        export(finished, out)
+
+
+def test_a_damaged_checkpoint_is_named_and_no_other_one_taken(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    *_, before, newest = sorted((run / "checkpoints").glob("step-*"))
+    weights_file = next(newest.glob("*.safetensors"))
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    broken = rf"{newest} is damaged \({weights_file.name} has another checksum\)"
+    says = rf"{broken}; {before} is whole \(--which {before.name}\)"
+    with pytest.raises(UserError, match=says):
+        export(run, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=says):
+        start_from(build_module(resolve(settings())), str(run))
+    assert export(run, tmp_path / "a.safetensors", which=before.name)["checkpoint"] == str(before)
+    assert find_checkpoint(before)[1].step == int(before.name[-7:])
+    (newest / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest.json cannot be read\): which checkpoint is the best is not known"):
+        find_checkpoint(run, "best")
+    shutil.rmtree(newest)  # `latest` still names it
+    with pytest.raises(UserError, match=rf"{newest} is damaged \(manifest.json cannot be read\); {before} is whole"):
+        find_checkpoint(run)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["{run}", "--out", "{tmp}/a.pt"], "must end in .safetensors"),
         (["{run}", "--out", "{file}"], "exists already"),
         (["{tmp}", "--out", "{tmp}/a.safetensors"], "holds no checkpoint of swift"),
-        (["{run}", "--out", "{tmp}/a.safetensors", "--which", "step-7"], "no checkpoint can be read"),
+        (
+            ["{run}", "--out", "{tmp}/a.safetensors", "--which", "step-7"],
+            "step-7 is damaged (manifest.json cannot be read)",
+        ),
         (["{run}", "--out", "{tmp}/gone/a.safetensors"], "{tmp}/gone"),
     ],
 )

@@ -72,7 +72,9 @@ def tuned(folder: Path, run: Path, *overrides: str, task: str = "synthetic_binar
 def said_of(folder: Path, weights: Path, part: str = "test") -> Predictions:
     """What an exported model says of a part of its split, worked out without the Trainer."""
     exported = load(weights)
-    data = build_data(exported.config)
+    # The file names no path.
+    places = replace(exported.config.data, path=str(folder / "store"), split=str(folder / "split.json"))
+    data = build_data(replace(exported.config, data=places))
     assert isinstance(data, TargetDataModule)
     module = FinetuneModule(exported.config, empty=True)
     module.model = exported.model

@@ -155,13 +155,17 @@ def finished(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
+def latest_name(folder: Path) -> str | None:
+    """The checkpoint that `latest` names; None where it cannot be read."""
+    try:
+        return (folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def candidates(folder: Path) -> list[Path]:
     """Checkpoints to go on from, the one that `latest` names first, then those before it."""
-    found = finished(folder)
-    try:
-        named = (folder / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return found
+    found, named = finished(folder), latest_name(folder)
     places = [place for place, path in enumerate(found) if path.name == named]
     return found[places[0] :] if places else found
 

@@ -6,6 +6,7 @@ All are read by name and flat range, so that a rank takes the elements that it h
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,14 @@ from torch import Tensor
 from swift.config.schema import ModelConfig
 from swift.parallel.checkpoint import files as checkpoint
 from swift.parallel.checkpoint.files import WEIGHT, Damaged, Manifest, Reader
+from swift.parallel.checkpoint.write import SEAL, broken_seal
 from swift.utils.errors import UserError
 
-FORMAT = "swift-weights-1"
+log = logging.getLogger(__name__)
+
+FORMAT = "swift-weights-2"
+_UNSEALED = "swift-weights-1"
+"""Files of before they carried a checksum."""
 PREFIX = "model."
 """Of a parameter of the training module; exported files carry the names of the model itself."""
 
@@ -74,10 +80,11 @@ class FileWeights:
 
     Attributes:
         path: Of the file.
-        metadata: config, contract, step and score of the run, as plain values.
+        metadata: config, contract, step and score of the run, as plain values; and `subjects`, those it was trained on,
+            where their list is kept beside the file (`subjects_file`).
 
     Raises:
-        UserError: no file of ours there, or a pickle.
+        UserError: no file of ours there, a damaged one, or a pickle.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,9 +97,15 @@ class FileWeights:
                 f"{path} is no safetensors file ({str(error).splitlines()[0]}): pickled weights are refused, as they "
                 "can run code; make a file with python -m swift.export RUN --out FILE.safetensors"
             ) from error
-        if raw.get("format") != FORMAT:
+        if raw.get("format") not in (FORMAT, _UNSEALED):
             raise UserError(f"{path} was not written by swift.export: its format is {raw.get('format')}, not {FORMAT}")
-        self.metadata: dict[str, Any] = {name: json.loads(text) for name, text in raw.items() if name != "format"}
+        seal = raw.pop(SEAL, "")
+        if raw.pop("format") == _UNSEALED:
+            log.warning("%s carries no checksum, as an earlier version of swift wrote it: damage is not seen", path)
+        elif broken_seal(path, seal):
+            raise UserError(f"{path} is damaged: it has another checksum than swift.export gave it; copy it again")
+        self.metadata: dict[str, Any] = {name: json.loads(text) for name, text in raw.items()}
+        self.metadata |= _subjects_beside(path, seal)
         self.shapes = {PREFIX + name: list(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
 
     def tensor(self, name: str) -> Tensor:
@@ -103,6 +116,26 @@ class FileWeights:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Flat elements start..stop of a tensor."""
         return self.tensor(name).reshape(-1)[start:stop]
+
+
+def subjects_file(path: Path) -> Path:
+    """Where the training subjects of an exported file are listed: beside it, as it is shared and they are not."""
+    return path.with_name(f"{path.stem}.subjects.json")
+
+
+def _subjects_beside(path: Path, seal: str) -> dict[str, list[str]]:
+    """{"subjects": [...]}; {} where there is no list, or that of another file."""
+    listed = subjects_file(path)
+    if not listed.is_file():
+        return {}
+    try:
+        content = json.loads(listed.read_text(encoding="utf-8"))
+        subjects, weights = [str(name) for name in content["subjects"]], content["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{listed} is no list of training subjects ({error})") from error
+    if weights != seal:
+        raise UserError(f"{listed} belongs to another file than {path.name}: their checksums differ")
+    return {"subjects": subjects}
 
 
 def metadata_of(manifest: Manifest) -> dict[str, Any]:
@@ -145,39 +178,58 @@ def check_attention(weights: CheckpointWeights | FileWeights, model: ModelConfig
 
 
 def find_checkpoint(path: Path, which: str = "latest") -> tuple[Path, Manifest]:
-    """A whole checkpoint of a run.
+    """A whole checkpoint of a run: the one that is asked for, never another one in its place.
 
     Args:
         path: A run directory, its folder of checkpoints, or one checkpoint.
         which: latest | best | the name of a checkpoint.
 
     Raises:
-        UserError: none there, or all of them damaged.
+        UserError: none there, or it is damaged; then the newest one that is whole is named.
     """
     if (path / checkpoint.MANIFEST).exists():
-        return path, _first_undamaged([path])[1]
+        return path, _whole(path, [])
     folder = next((place for place in (path / "checkpoints", path) if checkpoint.exists(place)), None)
     if folder is None:
         raise UserError(f"{path} holds no checkpoint of swift")
-    found = checkpoint.candidates(folder)
+    found = checkpoint.finished(folder)
     if which == "best":
-        best = checkpoint.best(folder)
-        if best is None:
-            raise UserError(f"{folder}: no checkpoint has a score, as none was saved after a validation; take latest")
-        found = [best]
-    elif which != "latest":
-        found = [folder / which]
-    return _first_undamaged(found)
+        chosen = _best(folder, found)
+    elif which == "latest":
+        chosen = folder / (checkpoint.latest_name(folder) or found[0].name)
+    else:
+        chosen = folder / which
+    return chosen, _whole(chosen, found)
 
 
-def _first_undamaged(found: list[Path]) -> tuple[Path, Manifest]:
-    damage = []
+def _best(folder: Path, found: list[Path]) -> Path:
     for path in found:
         try:
-            manifest = Manifest.read(path)
-            checkpoint.verify(path, manifest)
+            Manifest.read(path)
         except Damaged as error:
-            damage.append(f"{path.name}: {error}")
-            continue
-        return path, manifest
-    raise UserError(f"{found[0].parent}: no checkpoint can be read ({'; '.join(damage)})")
+            raise UserError(
+                f"{path} is damaged ({error}): which checkpoint is the best is not known; --which NAME takes one"
+            ) from error
+    best = checkpoint.best(folder)
+    if best is None:
+        raise UserError(f"{folder}: no checkpoint has a score, as none was saved after a validation; take latest")
+    return best
+
+
+def _whole(path: Path, others: list[Path]) -> Manifest:
+    try:
+        manifest = Manifest.read(path)
+        checkpoint.verify(path, manifest)
+    except Damaged as error:
+        other = next((other for other in others if other != path and _is_whole(other)), None)
+        hint = f"; {other} is whole (--which {other.name})" if other else "; no other one is whole" if others else ""
+        raise UserError(f"{path} is damaged ({error}){hint}") from error
+    return manifest
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        checkpoint.verify(path, Manifest.read(path))
+    except (Damaged, UserError):
+        return False
+    return True

@@ -20,6 +20,11 @@ from torch import Tensor
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
 
+SEAL = "xxh3"
+"""Key of a file's own checksum, the first of its metadata."""
+_OPEN_SEAL = "0" * 16
+_SEAL_STARTS = 8 + len(f'{{"__metadata__":{{"{SEAL}":"')
+"""Byte of a sealed file at which the checksum begins."""
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.uint8: "U8"}
 _READ_BYTES = 1 << 24
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -85,6 +90,40 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
     except OSError as error:
         raise disk_error(path, error) from error
     return Written(8 + len(text) + place, digest.hexdigest())
+
+
+def write_sealed(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> Written:
+    """Write a new safetensors file that carries the checksum of all its bytes, see `broken_seal`.
+
+    Args, Raises: as `write_safetensors`.
+    """
+    written = write_safetensors(path, entries, {SEAL: _OPEN_SEAL} | metadata)
+    try:
+        with path.open("r+b") as stream:
+            stream.seek(_SEAL_STARTS)
+            stream.write(written.xxh3.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return written
+
+
+def broken_seal(path: Path, seal: str) -> bool:
+    """Whether a file's bytes have changed since `write_sealed`; the checksum is that of the file with zeros for it.
+
+    Args:
+        path: The whole file is read.
+        seal: The checksum in its metadata.
+    """
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as stream:
+        digest.update(stream.read(_SEAL_STARTS))
+        sealed = stream.read(len(_OPEN_SEAL)) == seal.encode()
+        digest.update(_OPEN_SEAL.encode())
+        while part := stream.read(_READ_BYTES):
+            digest.update(part)
+    return not sealed or digest.hexdigest() != seal
 
 
 def disk_error(path: Path, error: OSError) -> UserError:

@@ -1,4 +1,4 @@
-# Every target does its own set-up: it needs Python (3.10 or newer) and make, nothing else.
+# Every target does its own set-up: it needs Python (3.11 or newer) and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,8 +15,8 @@ help: ## Show this list
 setup: $(INSTALLED) ## Make .venv and install swift in it (again only when pyproject.toml changes)
 
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "swift needs Python 3.10 or newer; name one with make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "swift needs Python 3.11 or newer; name one with make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "could not make $(VENV): install Python's venv module (Debian: python3-venv)" >&2; exit 2; }
 	@echo "installing swift and what it needs into $(VENV) (about 6 GB with torch's CUDA libraries; minutes)"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from swift.config.check import CHOICES
-from swift.report.style import figure
+from swift.report.style import figure, gridded
 from swift.train import coord_check
 from swift.train.coord_check import Plan
 from swift.utils.entry import reported, set_up_logging
@@ -94,8 +94,7 @@ def _panel(ax: Axes, widths: np.ndarray, sizes: np.ndarray, colours: ScalarMappa
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.grid(axis="y", color="#E6E6E6", lw=0.6)
-    ax.set_axisbelow(True)
+    gridded(ax, "y")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -165,7 +165,7 @@ class Baselines:
 
 
 def summary_of(cfg: Config, data: Any, name: str, made: dict[str, Predictions], seconds: float) -> dict[str, Any]:
-    """What summary.json says, as that of a fine-tuned run."""
+    """Content of summary.json, in the form of a fine-tuned run."""
     train = len(data.subjects_of("train"))
     judged = judge(made["val"], made["test"], cfg.seed)
     return {

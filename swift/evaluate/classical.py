@@ -200,10 +200,7 @@ def connectivity(signals: Sequence[np.ndarray], train: np.ndarray, kind: str) ->
     usable = [s[:, alive] for s in signals]
     correlation = kind == "correlation"
     measure = ConnectivityMeasure(
-        kind=kind,
-        vectorize=True,
-        discard_diagonal=correlation,
-        standardize="zscore_sample" if correlation else None,
+        kind=kind, vectorize=True, discard_diagonal=correlation, standardize="zscore_sample" if correlation else None
     )
     measure.fit([s for s, mine in zip(usable, train, strict=True) if mine])
     values = np.asarray(measure.transform(usable), np.float64)

@@ -26,7 +26,6 @@ class Test:
     p: float
     low: float = float("nan")
     high: float = float("nan")
-    name: str = ""
 
 
 def corrected_t(differences: Sequence[float], train: float, test: float) -> Test:
@@ -54,10 +53,10 @@ def corrected_t(differences: Sequence[float], train: float, test: float) -> Test
     mean = float(d.mean())
     error = float(np.sqrt((1 / len(d) + test / train) * d.var(ddof=1)))
     if error <= 1e-15 * max(1.0, abs(mean)):
-        return Test(mean, float(mean == 0), mean, mean, "corrected t")
+        return Test(mean, float(mean == 0), mean, mean)
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(d) - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, len(d) - 1))
-    return Test(mean, p, mean - half, mean + half, "corrected t")
+    return Test(mean, p, mean - half, mean + half)
 
 
 def need_same_units(a: Predictions, b: Predictions) -> None:
@@ -101,7 +100,7 @@ def from_draws(difference: float, drawn: np.ndarray, subjects: int) -> Test:
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     p = min(1.0, max(2 * (tail + 1) / (len(drawn) + 1), 2.0 ** (1 - subjects)))
-    return Test(difference, p, float(low), float(high), "paired bootstrap")
+    return Test(difference, p, float(low), float(high))
 
 
 # ------------------------------------------------------------------------------------------------------- permutations
@@ -168,7 +167,7 @@ def against_labels(some: Predictions, seed: int = 0, permutations: int = PERMUTA
         parts.append(main_score(some.kind, target, some.scores))
     found = np.concatenate(parts)
     p = (int((found >= observed - 1e-12).sum()) + 1) / (permutations + 1)
-    return Test(observed - float(found.mean()), p, name="permutation of labels")
+    return Test(observed - float(found.mean()), p)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -124,7 +124,7 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 
 def method_of(summary: dict[str, Any]) -> str:
-    """What a table calls the method of a run."""
+    """Name of a run's method in a table."""
     if summary.get("method"):
         return str(summary["method"])
     adapt = str(summary.get("adapt") or "scratch")
@@ -175,7 +175,7 @@ def results(paths: Iterable[Path]) -> list[Result]:
 
 
 def place(method: str) -> tuple[int, int, str]:
-    """Sorts methods as rows of a table."""
+    """Sort key that puts methods in the order of a table's rows."""
     if method in BASELINES:
         return 0, BASELINES.index(method), method
     family, _, adapt = method.partition(", ")

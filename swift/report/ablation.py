@@ -44,7 +44,7 @@ def factors(points: Sequence[Point]) -> dict[str, list[str]]:
 
 
 def skill(p: Point) -> float:
-    """1 - L1 / L1 of the best baseline; above 0 the model beats them all.
+    """1 - L1 / L1 of the best baseline. Above 0 the model beats all baselines.
 
     Raises:
         UserError: the run's summary has no baselines.
@@ -116,7 +116,7 @@ def effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """As text."""
+    """The ranking and the effect of each value, as text."""
     names, scores = list(rows[0]["settings"]), list(rows[0]["scores"])
     lines = [["rank", *names, "val L1", *scores, "sum of z"]]
     for row in rows:

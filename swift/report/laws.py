@@ -107,17 +107,15 @@ class Fit:
         """Robust standard deviation of the residuals of log loss."""
         return spread_of(self.residuals)
 
-    def interval(self, values: Array, level: float = 0.95, log: bool = False) -> tuple[float, float]:
-        """Central part of (R,) values of the draws, widened about their median (of positive ones in logarithms)."""
+    def interval(self, values: Array, log: bool = False) -> tuple[float, float]:
+        """Central 95 % of (R,) values of the draws, widened about their median; `log`: in logarithms."""
         values = np.log(values) if log else values
         middle = np.median(values)
-        low, high = middle + self.wider * (np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - middle)
+        low, high = middle + self.wider * (np.quantile(values, [0.025, 0.975]) - middle)
         return (float(np.exp(low)), float(np.exp(high))) if log else (float(low), float(high))
 
 
-def robust_fit(
-    model: Model, starts: Array, target: Array, bounds: tuple[Array, Array], draws: int, seed: int, delta: float | None
-) -> Fit:
+def robust_fit(model: Model, starts: Array, target: Array, bounds: tuple[Array, Array], draws: int, seed: int) -> Fit:
     """Best of all starts, then a bootstrap of its residuals.
 
     Bootstrap: residuals are divided by sqrt(1 - leverage), which undoes that a fit of P parameters to few points runs
@@ -130,7 +128,6 @@ def robust_fit(
         bounds: Of the parameters.
         draws: Of the bootstrap.
         seed: Of the draws.
-        delta: Huber's threshold; None: from the residuals.
     """
 
     def best(threshold: float, begin: Array) -> Array:
@@ -138,14 +135,11 @@ def robust_fit(
         found = minimise(model, begin, rows, bounds, threshold)
         return found[np.argmin(huber(model(found)[0] - rows, threshold))]
 
-    used = 1e-2 if delta is None else delta
-    theta = best(used, starts)
-    if delta is None:
-        parameters = starts.shape[1]
-        # Free parameters bring the residuals closer to zero than the noise is.
-        inflate = np.sqrt(len(target) / max(len(target) - parameters, 1))
-        used = max(HUBER * spread_of(model(theta[None])[0][0] - target) * inflate, LEAST_DELTA)
-        theta = best(used, np.concatenate([theta[None], starts]))
+    theta = best(1e-2, starts)
+    # Free parameters bring the residuals closer to zero than the noise is.
+    inflate = np.sqrt(len(target) / max(len(target) - starts.shape[1], 1))
+    used = max(HUBER * spread_of(model(theta[None])[0][0] - target) * inflate, LEAST_DELTA)
+    theta = best(used, np.concatenate([theta[None], starts]))
     fitted, jacobian = (part[0] for part in model(theta[None]))
     residuals = target - fitted
     basis, _ = np.linalg.qr(jacobian)
@@ -181,11 +175,11 @@ class JointLaw:
                 "b": b,
             }
 
-    def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
-        """Of E, A, a, B, b."""
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Intervals of E, A, a, B, b."""
         found = {}
         for name, values in self.quantities(self.fit.draws).items():
-            low, high = self.fit.interval(values, level, log=name not in "ab")
+            low, high = self.fit.interval(values, log=name not in "ab")
             found[name] = (max(low, EXPONENTS[0]), min(high, EXPONENTS[1])) if name in "ab" else (low, high)
         return found
 
@@ -202,13 +196,13 @@ class JointLaw:
         data = np.exp(log_b0 - b * (np.log(d) - self.log_d0))
         return np.exp(log_e) + size + data
 
-    def predict(self, n: float, d: float, seed: int = 0, level: float = 0.95) -> tuple[float, tuple[float, float]]:
+    def predict(self, n: float, d: float, seed: int = 0) -> tuple[float, tuple[float, float]]:
         """Loss of a run that was not made, and an interval that holds such a run: law and noise both uncertain."""
         generator = np.random.default_rng(seed)
         noise = generator.choice(self.fit.residuals - self.fit.residuals.mean(), len(self.fit.draws))
         noise *= np.sqrt(len(self.fit.residuals) / max(len(self.fit.residuals) - 5, 1))
         many = self.loss(n, d, self.fit.draws) * np.exp(noise)
-        return float(self.loss(n, d)), self.fit.interval(many, level, log=True)
+        return float(self.loss(n, d)), self.fit.interval(many, log=True)
 
     def optimal(self, compute: float, cost: tuple[float, float], theta: Array | None = None) -> tuple[Array, Array]:
         """Size and data of the lowest loss at a compute C = kappa N^gamma D (Hoffmann: kappa = 6, gamma = 1).
@@ -235,9 +229,7 @@ def _joint_model(x: Array, y: Array) -> Model:
     return model
 
 
-def fit_joint(
-    n: Array, d: Array, loss: Array, draws: int = 1000, seed: int = 0, delta: float | None = None
-) -> JointLaw:
+def fit_joint(n: Array, d: Array, loss: Array, draws: int = 1000, seed: int = 0) -> JointLaw:
     """Fit L = E + A / N^a + B / D^b.
 
     Args:
@@ -246,7 +238,6 @@ def fit_joint(
         loss: (n,) losses.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
-        delta: Huber's threshold in log loss; None: from the residuals.
 
     Raises:
         UserError: fewer than three different sizes or budgets, or fewer than six runs.
@@ -276,7 +267,7 @@ def fit_joint(
         indexing="ij",
     )
     starts = np.stack([axis.ravel() for axis in grid], -1)
-    fit = robust_fit(model, starts, log_loss, bounds, draws, seed, delta)
+    fit = robust_fit(model, starts, log_loss, bounds, draws, seed)
     return JointLaw(fit, float(log_n.mean()), float(log_d.mean()))
 
 
@@ -298,12 +289,12 @@ class PowerLaw:
         """log10 c: at a small exponent c itself leaves the range of a float."""
         return float((self.log_x0 + self.fit.theta[0] / self.fit.theta[1]) / np.log(10))
 
-    def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
-        """Of the exponent and of log10 c."""
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Intervals of the exponent and of log10 c."""
         level_at, a = self.fit.draws.T
         return {
-            "exponent": self.fit.interval(a, level),
-            "log10_constant": self.fit.interval((self.log_x0 + level_at / a) / np.log(10), level),
+            "exponent": self.fit.interval(a),
+            "log10_constant": self.fit.interval((self.log_x0 + level_at / a) / np.log(10)),
         }
 
     def loss(self, x: Array | float, theta: Array | None = None) -> Array:
@@ -312,7 +303,7 @@ class PowerLaw:
         return np.exp(at - a * (np.log(x) - self.log_x0))
 
 
-def fit_power(x: Array, loss: Array, draws: int = 1000, seed: int = 0, delta: float | None = None) -> PowerLaw:
+def fit_power(x: Array, loss: Array, draws: int = 1000, seed: int = 0) -> PowerLaw:
     """Fit L = (c / x)^a.
 
     Raises:
@@ -330,7 +321,7 @@ def fit_power(x: Array, loss: Array, draws: int = 1000, seed: int = 0, delta: fl
 
     bounds = (np.array([log_loss.min() - 10, -EXPONENTS[1]]), np.array([log_loss.max() + 10, EXPONENTS[1]]))
     starts = np.array([[log_loss.mean(), exponent] for exponent in (0.0, 0.05, 0.3, 1.0)])
-    return PowerLaw(robust_fit(model, starts, log_loss, bounds, draws, seed, delta), float(log_x.mean()))
+    return PowerLaw(robust_fit(model, starts, log_loss, bounds, draws, seed), float(log_x.mean()))
 
 
 def cost_law(n: Array, d: Array, compute: Array) -> tuple[float, float]:

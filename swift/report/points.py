@@ -55,12 +55,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Of the run directory."""
+        """Name of the run directory."""
         return self.run.name
 
     @property
     def parameters(self) -> float:
-        """Of the model in pre-training (encoder, mask token, decoder)."""
+        """Parameters of the model in pre-training (encoder, mask token, decoder)."""
         return float(self.run.summary["parameters"])
 
     @property
@@ -78,7 +78,7 @@ class Point:
         }[axis]
 
     def total(self, axis: str) -> float:
-        """Of the whole run."""
+        """Steps, clips, tokens or FLOPs of the whole run."""
         return self.steps * self.per_step(axis)
 
 

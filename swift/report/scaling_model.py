@@ -253,7 +253,7 @@ def findings(points: Measured, model: StepModel, predict: Sequence[float]) -> di
 
 
 def table(found: dict[str, Any]) -> str:
-    """As text."""
+    """The findings as text."""
     lines = [f"{found['series']}: clips/s", f"{'nodes':>6} {'measured':>10} {'efficiency':>11} {'model':>10}  95 %"]
     for row in found["rows"]:
         seen = "-" if row["measured"] is None else f"{row['measured']:.2f}"

@@ -1,6 +1,6 @@
 """Clips/s, efficiency and time of a step by phase over the nodes of a sweep, from run directories.
 
-Efficiency: clips/s a rank, as a part of that of the smallest run. Phases are parts of the steps that were profiled
+Efficiency: clips/s per rank, relative to the smallest run. Phases are parts of the steps that were profiled
 (`swift.train.callbacks.phases`), times the step time that was not. Communication is what nothing computed meanwhile; it
 includes the wait for the slowest rank, which stands beside it. Where a size was also run with data.repeat_batch=true,
 the difference of both step times is what input costs. Intervals: 95 % bootstrap over the logged intervals of a run.
@@ -31,12 +31,12 @@ class Row:
     """One run.
 
     Attributes:
-        run: Its folder's name.
-        nodes, ranks: Of the run.
-        clips_per_step: Of all ranks.
+        run: Name of its folder.
+        nodes, ranks: How many it used.
+        clips_per_step: Over all ranks.
         clips_per_second: Median over the logged intervals; the first holds the warm-up and is left out.
-        step_seconds: Of an optimizer step, likewise.
-        efficiency: Clips/s a rank, as a part of that of the smallest run.
+        step_seconds: Time of an optimizer step, also a median.
+        efficiency: Clips/s per rank, relative to the smallest run.
         seconds: Phase -> seconds of a step, mean over the ranks; {} where none was profiled.
         straggler: Seconds of a step that the average rank waits for the slowest; part of communication.
         input: Seconds by which a step is longer than in the run of that size without input; None: there is none.
@@ -80,7 +80,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def row(run: Run) -> Row:
-    """Figures of one run, its efficiency not yet known (1).
+    """The numbers of one run. Its efficiency is 1 until the smallest run is known.
 
     Raises:
         UserError: the run has logged no speed.
@@ -110,7 +110,7 @@ def row(run: Run) -> Row:
 
 
 def rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """A row a finished run with input, by nodes and ranks; and a line about each run that was left out.
+    """One row for each finished run with input, sorted by ranks and nodes, and a line for each run that is left out.
 
     Raises:
         UserError: no finished run, two of one size, or runs of different models or clips.
@@ -125,8 +125,8 @@ def rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
         if len(values) > 1:
             (a, first), (b, second) = list(values.items())[:2]
             raise UserError(f"{name} is {a} in {first} and {b} in {second}: runs of one series differ in nodes only")
-    without = {(r.nodes, r.ranks): r for r in _by_size(run for run in runs if _without_input(run))}
-    found = _by_size(run for run in runs if not _without_input(run))
+    without = {(r.nodes, r.ranks): r for r in _by_size(run for run in runs if run.setting("data.repeat_batch"))}
+    found = _by_size(run for run in runs if not run.setting("data.repeat_batch"))
     if not found:
         raise UserError("all of these runs are without input (data.repeat_batch=true)")
     base = found[0].clips_per_second / found[0].ranks
@@ -135,15 +135,11 @@ def rows(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
 
 
 def _beside(row: Row, bare: Row | None) -> Row:
-    """With what input costs: the step time less that of the run of its size without input."""
+    """Add what input costs: the step time minus that of the run of the same size without input."""
     if bare is None:
         return row
     spread = interval(medians(row.logged, 0) - medians(bare.logged, 1))
     return replace(row, input=row.step_seconds - bare.step_seconds, input_interval=spread)
-
-
-def _without_input(run: Run) -> bool:
-    return bool(run.setting("data.repeat_batch"))
 
 
 def _by_size(runs: Iterable[Run]) -> list[Row]:

@@ -198,7 +198,7 @@ def distance(scan: dict[str, Any], layer: str, condition: str) -> float:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """As text: a block a run."""
+    """The rows as text, one block for each run."""
 
     def cell(entry: dict[str, Any]) -> str:
         low, high = entry["interval"]

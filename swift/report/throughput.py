@@ -1,7 +1,6 @@
 """Step time and memory of masked pre-training by size, variant and clip length, measured here, beside the plan.
 
-Reads POINT/throughput.json (made by a study of kind throughput). A step: forward, backward and AdamW on one device and
-one clip of noise; each point in a process of its own, so that its peak of memory is its own.
+Reads POINT/throughput.json, which a study of kind throughput makes (`swift.study.throughput`).
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def rows(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """As text."""
+    """The rows as text."""
     lines = [
         f"{'variant':<11} {'model':<7} {'frames':>6} {'parameters':>12} {'GFLOP/clip':>11} {'step, s':>9} "
         f"{'planned':>9} {'GFLOP/s':>8} {'peak MiB':>9} {'planned':>8}"

@@ -23,9 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "given", nargs="+", metavar="STUDY.yaml | SETTING", help="study files; NAME=VALUE for all points"
     )
-    parser.add_argument("--list", action="store_true", help="only say which points there are, and how far each is")
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the run directories (runs/STUDY)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for figures and tables (beside the study file)")
+    parser.add_argument("--list", action="store_true", help="only list the points and how far each is")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="folder of the run directories (runs/STUDY)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for figures and tables (beside the study file)"
+    )
     options = parser.parse_args(arguments)
     set_up_logging()
 

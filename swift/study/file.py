@@ -103,7 +103,7 @@ def _text(value: Any) -> str:
 
 
 def point_name(overrides: Sequence[str]) -> str:
-    """Of a run directory: the last part of each name and its value."""
+    """Name of a run directory: the last part of each setting's name and its value."""
     parts = []
     for override in overrides:
         key, _, value = override.partition("=")

@@ -26,10 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "scans", nargs="+", metavar="SCAN", help="stores, STORE:SCAN_ID, NIfTI files or folders of them"
     )
-    parser.add_argument("--count", type=int, default=0, help="of the scans found, so many (all)")
-    parser.add_argument("--frames", type=int, default=400, help="of each scan at most; 0: all (400)")
+    parser.add_argument("--count", type=int, default=0, help="describe only the first COUNT scans (all)")
+    parser.add_argument("--frames", type=int, default=400, help="use at most so many frames of each scan; 0: all (400)")
     parser.add_argument("--lag", type=float, default=60.0, help="largest lag, seconds (60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffled frames and of the series that are kept")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the shuffled frames and of the choice of series (0)"
+    )
     options = parser.parse_args(arguments)
     set_up_logging()
 

@@ -111,10 +111,7 @@ def measure(cfg: Config, rounds: int = ROUNDS) -> dict[str, Any]:
         "flops_per_clip": model_flops(plan.geometry).total,
         **seconds,
         "peak_bytes": peak,
-        "plan": {
-            "bytes": plan.chosen.memory.total,
-            "step_seconds": None if plan.time is None else plan.time.seconds,
-        },
+        "plan": {"bytes": plan.chosen.memory.total, "step_seconds": None if plan.time is None else plan.time.seconds},
     }
 
 

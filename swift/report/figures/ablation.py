@@ -63,9 +63,9 @@ def draw(rows: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report ablation`."""
+    """Options of `python -m swift.report ablation`."""
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="pre-trainings, or folders of some")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and CSV (.)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="folder for the figure and CSV (.)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

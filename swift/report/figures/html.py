@@ -230,12 +230,12 @@ def page(paths: Sequence[Path], title: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report html`."""
+    """Options of `python -m swift.report html`."""
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, folders of some, or folders of studies"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page")
-    parser.add_argument("--title", default="swift: runs and studies", help="of the page")
+    parser.add_argument("--title", default="swift: runs and studies", help="title of the page")
 
 
 def run(args: argparse.Namespace) -> int:

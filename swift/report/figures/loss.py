@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from swift.report.runs import Run, load_run
-from swift.report.style import BLUE, COLOURS, figure
+from swift.report.style import BLUE, COLOURS, figure, gridded
 from swift.utils.errors import UserError
 
 LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error", "cross_entropy": "cross entropy"}
@@ -25,6 +25,18 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     total = np.convolve(np.where(good, values, 0.0), ones, mode="same")
     count = np.convolve(good.astype(float), ones, mode="same")
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def extent(runs: Sequence[Run], also: Sequence[float] = ()) -> tuple[float, float]:
+    """Lowest and highest value that a plot of these curves (and of the values `also`) must show; no spike counts."""
+    shown = list(also)
+    for run in runs:
+        for key in ("train/loss", run.val_key):
+            values = run.series(key)[1]
+            values = values[np.isfinite(values)]
+            if len(values):
+                shown += [values.min(), values[: max(1, len(values) // 50)].max(), np.percentile(values, 99)]
+    return min(shown, default=0.0), max(shown, default=0.0)
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
@@ -117,15 +129,7 @@ def _draw_run(ax: Axes, run: Run, index: int, alone: bool) -> None:
 
 def _frame(ax: Axes, runs: Sequence[Run], baselines: dict[str, float]) -> None:
     """Axes: limits that hold every curve but no single spike, and labels with units."""
-    pieces, top = list(baselines.values()), 0.0
-    for run in runs:
-        for key in ("train/loss", run.val_key):
-            values = run.series(key)[1]
-            values = values[np.isfinite(values)]
-            if len(values):
-                pieces += [values.min()]
-                top = max(top, values[: max(1, len(values) // 50)].max(), np.percentile(values, 99))
-    low, high = min(pieces, default=0.0), max([top, *pieces])
+    low, high = extent(runs, list(baselines.values()))
     margin = 0.06 * (high - low) or 0.05
     ax.set_ylim(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
     last = max(
@@ -142,8 +146,7 @@ def _frame(ax: Axes, runs: Sequence[Run], baselines: dict[str, float]) -> None:
         if targets
         else f"mean absolute error at masked voxels\n({unit})"
     )
-    ax.grid(axis="y", color="#E6E6E6", lw=0.6)
-    ax.set_axisbelow(True)
+    gridded(ax, "y")
 
 
 def _draw_baselines(ax: Axes, baselines: dict[str, float]) -> None:

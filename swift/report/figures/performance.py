@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from swift.report.runs import Run, load_run
-from swift.report.style import COLOURS, figure
+from swift.report.style import COLOURS, figure, gridded
 from swift.utils.errors import UserError
 
 # Panels from top to bottom: label of the axis, and its curves as (metric, name, factor).
@@ -72,8 +72,7 @@ def performance(run_dir: str | Path, out: str | Path | None) -> Figure:
                 ax.plot(steps, factor * values, color=colour, lw=1.4, marker=marker, ms=3.5, label=name, gid=name)
             ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
             ax.set_ylabel(label)
-            ax.grid(axis="y", color="#E6E6E6", lw=0.6)
-            ax.set_axisbelow(True)
+            gridded(ax, "y")
             ax.legend(loc="upper right", ncols=len(found), borderaxespad=0.1)
         axes[-1].set_xlabel("optimizer step")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from swift.report.figures.loss import smooth
+from swift.report.figures.loss import extent, smooth
 from swift.report.output import say, write_csv
 from swift.report.points import OBJECTIVE, TOKENISATION, Point, differing, find_runs, point
 from swift.report.style import COLOURS, figure, gridded
@@ -95,7 +95,9 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
             gridded(ax, "y")
         for ax in panels[len(axes) :]:
             ax.set_axis_off()
-        _limits(panels[0], points)
+        low, high = extent([p.run for p in points])
+        margin = 0.05 * (high - low) or 0.05
+        panels[0].set_ylim(low - margin, high + margin)
         units = {p.run.unit for p in points}
         unit = units.pop() if len(units) == 1 else "normalized units of each run"
         for row_of_axes in grid:
@@ -127,26 +129,11 @@ def _curve(ax: Axes, p: Point, axis: str, colour: str, name: str) -> None:
         ax.axvline(step * factor, color=colour, lw=0.9, ls=":", label=once, gid=f"{p.name} restart")
 
 
-def _limits(ax: Axes, points: Sequence[Point]) -> None:
-    """Hold every curve, but no single spike."""
-    low, high = np.inf, -np.inf
-    for p in points:
-        for key in ("train/loss", p.run.val_key):
-            values = p.run.series(key)[1]
-            values = values[np.isfinite(values)]
-            if len(values):
-                low = min(low, float(values.min()))
-                high = max(high, float(np.percentile(values, 99)), float(values[: max(1, len(values) // 50)].max()))
-    margin = 0.05 * (high - low) or 0.05
-    if np.isfinite(low):
-        ax.set_ylim(low - margin, high + margin)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report pretraining`."""
+    """Options of `python -m swift.report pretraining`."""
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
     parser.add_argument("--x", nargs="+", choices=list(AXES), default=list(AXES), help="axes to draw (all)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and CSV (.)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="folder for the figure and CSV (.)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -169,15 +169,17 @@ def _amount(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report scaling_laws`."""
+    """Options of `python -m swift.report scaling_laws`."""
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure, JSON and CSV (.)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="folder for the figure, JSON and CSV (.)"
+    )
     parser.add_argument("--predict", type=_pair, nargs="+", default=[], metavar="N,D", help="loss of runs not made")
     parser.add_argument(
         "--compute", type=_amount, nargs="+", default=[], metavar="C", help="best size for so many FLOPs"
     )
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap (0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

@@ -136,7 +136,7 @@ def _shares(ax: Axes, points: Measured, model: StepModel, predict: Sequence[int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report scaling_model`."""
+    """Options of `python -m swift.report scaling_model`."""
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", type=Path, help="runs of a sweep over nodes or ranks")
     parser.add_argument(
         "--table", type=Path, metavar="CSV", help="columns nodes, clips_per_second[, machine, data_wait]"
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fit only points of at most N nodes (of one series: Aurora=64), predict the others",
     )
     parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N", help="further node counts")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and JSON (.)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="folder for the figure and JSON (.)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

@@ -1,6 +1,6 @@
 """Clips/s, efficiency and time of a step by phase over the nodes of a sweep, from run directories.
 
-Efficiency: clips/s a rank, as a part of that of the smallest run. Phases are parts of the steps that were profiled
+Efficiency: clips/s per rank, relative to the smallest run. Phases are parts of the steps that were profiled
 (`swift.train.callbacks.phases`), times the step time that was not. Communication is what nothing computed meanwhile; it
 includes the wait for the slowest rank, which stands beside it. Where a size was also run with data.repeat_batch=true,
 the difference of both step times is what input costs. Intervals: 95 % bootstrap over the logged intervals of a run.
@@ -24,7 +24,7 @@ from swift.report.style import BLUE, COLOURS, figure, gridded, plain_log
 
 
 def draw(found: Sequence[Row], out: str | Path | None) -> Figure:
-    """Clips/s with the ideal line, and the time that a clip costs on one rank by phase, with and without input."""
+    """Draw clips/s with the ideal line, and the time of a clip on one rank by phase, with and without input."""
     with figure(3.6, out) as fig:
         rate, parts = fig.subplots(1, 2)
         ranks = np.array([r.ranks for r in found])
@@ -62,7 +62,7 @@ def draw(found: Sequence[Row], out: str | Path | None) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report strong_scaling`."""
+    """Options of `python -m swift.report strong_scaling`."""
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_DIR", type=Path, help="runs of a sweep over nodes, or its folder"
     )

@@ -62,9 +62,9 @@ def draw(contents: Mapping[str, dict[str, Any]], out: str | Path | None) -> Figu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report temporal`."""
+    """Options of `python -m swift.report temporal`."""
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", type=Path, help="run directories, or folders of some")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and JSON (.)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="folder for the figure and JSON (.)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

@@ -81,9 +81,11 @@ def draw(found: Sequence[dict[str, Any]], out: str | Path | None) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m swift.report throughput`."""
-    parser.add_argument("runs", nargs="+", metavar="FOLDER", type=Path, help="of measured points, or a folder of them")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for the figure and CSV (.)")
+    """Options of `python -m swift.report throughput`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="FOLDER", type=Path, help="folders of measured points, or a folder that holds some"
+    )
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="folder for the figure and CSV (.)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 

@@ -1,6 +1,6 @@
 """`python -m swift.attribute`: which voxels a prediction rests on."""
 
-from swift.inference.attribute_cli import main
+from swift.utils.entry import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("swift.inference.attribute_cli")

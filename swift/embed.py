@@ -1,6 +1,6 @@
 """`python -m swift.embed`: embeddings of scans from a trained model."""
 
-from swift.inference.embed_cli import main
+from swift.utils.entry import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("swift.inference.embed_cli")

@@ -1,6 +1,6 @@
 """`python -m swift.export`: weights, settings and input contract in one file."""
 
-from swift.inference.export_cli import main
+from swift.utils.entry import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("swift.inference.export_cli")

@@ -1,6 +1,6 @@
 """`python -m swift.series`: time series of every layer, for temporal fidelity."""
 
-from swift.study.series_cli import main
+from swift.utils.entry import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command("swift.study.series_cli")

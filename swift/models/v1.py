@@ -67,16 +67,40 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: no tensors in the file, or it needs unsafe unpickling.
     """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(4)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as plain weights ({error.strerror})") from error
+    if not head.startswith((b"PK", b"\x80")):  # a zip archive, or the first byte of a pickle
+        kind = "a NIfTI image" if path.name.endswith((".nii", ".nii.gz")) else "neither zip nor pickle"
+        raise ValueError(f"{path} cannot be read as plain weights (it is {kind})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds, none of which says what the user can do
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if foreign := _foreign_objects(path, str(error)):
+            raise ValueError(
+                f"{path} cannot be read as plain weights: it holds other objects too ({', '.join(foreign)}), and reading "
+                'those can run code; if you trust the file, make one of its tensors alone: python -c "import torch; '
+                f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pt')\""
+            ) from error
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as plain weights ({reason})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no state dict")
     return tensors
+
+
+def _foreign_objects(path: Path, reason: str) -> list[str]:
+    """Names of what a file holds beside tensors and plain values."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an old format, or a damaged file: torch's own reason names the first
+        found = []
+    return sorted(set(found)) or re.findall(r"GLOBAL (\S+) was not an allowed", reason)[:1]
 
 
 def load_v1(encoder: SwinEncoder, tensors: dict[str, Tensor]) -> ImportReport:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,7 +14,19 @@ from collections.abc import Callable
 from swift.utils.errors import UserError
 
 USER_ERROR_STATUS = 2
-DISK = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+NO_MEMORY_STATUS = 1
+DISK = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.EIO,
+    errno.ESTALE,
+}
 """Errors of files that say enough in one line; others are faults of ours and keep their traceback."""
 STOPPED_STATUS = 75
 """Of a run that was asked to stop and has saved: it can go on (EX_TEMPFAIL of sysexits.h)."""
@@ -31,7 +45,8 @@ def set_up_logging() -> None:
 def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: True) -> None:
     """Run `work`; a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130.
 
-    So does a file that cannot be opened, read or written where the disk or its rights forbid it: read-only, full, ...
+    So does a file that cannot be opened, read or written where the disk or its rights forbid it: read-only, full, gone,
+    ...; memory that is not enough, of the machine or of a GPU, ends with status 1.
 
     Args:
         work: What the command does.
@@ -53,3 +68,31 @@ def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: Tr
         if speaks():
             print("stopped", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        lacks = no_memory(error)
+        if lacks is None:
+            raise
+        if speaks():
+            print(f"error: {lacks}", file=sys.stderr)
+        sys.exit(NO_MEMORY_STATUS)
+
+
+def no_memory(error: BaseException) -> str | None:
+    """One line for an error that says that memory is not enough; None for any other one. Torch need not be imported."""
+    told = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "can't allocate memory" in told:
+        asked = re.search(r"tried to allocate (\d+) bytes|[Uu]nable to allocate ([\d.]+ \w+)", told)
+        size = f" ({asked[1] + ' bytes' if asked[1] else asked[2]} more were asked for)" if asked else ""
+        return f"this machine's memory is not enough{size}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the GPU's memory is not enough ({told.split('. ')[0]}): try a smaller batch"
+    return None
+
+
+def run_command(module: str) -> None:
+    """The `main` of a module, where Ctrl-C is one line already while its imports run.
+
+    Args:
+        module: Its full name.
+    """
+    reported(lambda: importlib.import_module(module).main())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -183,6 +185,39 @@ def test_files_of_both_styles_are_read(tmp_path: Path, style: str) -> None:
     expected = v1_state() if style == "bare" else lightning_state()
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_harmless_objects_beside_the_weights_are_named(
+    tmp_path: Path, old_format: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "v1.ckpt"
+    extras = {"best": np.float64(0.5), "hyper_parameters": argparse.Namespace(depths=[2, 2])}
+    torch.save({"state_dict": lightning_state(), **extras}, path, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(ValueError, match=r"plain weights: it holds other objects too \(.+\), and reading") as said:
+        read_weights(path)
+    line = str(said.value)
+    assert "multiarray.scalar" in line
+    assert old_format or "argparse.Namespace" in line  # of an old format torch names the first only
+    assert "\n" not in line
+    assert "\x1b" not in line
+    # What it tells the user to do works.
+    command = line.split('python -c "')[1].rstrip('"')
+    monkeypatch.chdir(tmp_path)
+    exec(command, {})
+    found = read_weights(tmp_path / "weights.pt")
+    assert all(torch.equal(found[name], value) for name, value in lightning_state().items())
+
+
+def test_a_scan_is_no_file_of_weights(tmp_path: Path) -> None:
+    for name, content, says in (
+        ("scan.nii.gz", b"\x1f\x8b\x08", "a NIfTI image"),
+        ("notes.txt", b"hello", "neither zip nor pickle"),
+        ("empty.ckpt", b"", "neither zip nor pickle"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as plain weights \(it is {says}\)$"):
+            read_weights(tmp_path / name)
 
 
 class Payload:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from swift.utils.entry import reported
+from swift.utils.entry import no_memory, reported
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
@@ -34,3 +36,61 @@ def test_faults_of_ours_keep_their_traceback() -> None:
 
     with pytest.raises(OSError, match="closed too early"):
         reported(work)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "this machine's memory is not enough"),
+        (
+            MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,) and data type float64"),
+            "this machine's memory is not enough (7.45 GiB more were asked for)",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+            "this machine's memory is not enough (99 bytes more were asked for)",
+        ),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),
+            "the GPU's memory is not enough (CUDA out of memory): try a smaller batch",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as status:
+        reported(work)
+    assert status.value.code == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        reported(lambda: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+
+
+def test_torch_says_so_as_is_expected() -> None:
+    import numpy as np
+    import torch
+
+    for ask in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            ask()
+        said = no_memory(caught.value)
+        assert said is not None
+        assert said.startswith("this machine's memory is not enough (")
+
+
+@pytest.mark.parametrize("command", ["embed", "attribute", "export", "series"])
+def test_ctrl_c_while_a_command_is_imported(command: str) -> None:
+    """The first thing that the imports of a command reach for raises what Ctrl-C does."""
+    code = (
+        "import runpy, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.startswith(('swift.inference', 'swift.study')):\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        f"runpy.run_module('swift.{command}', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swift.data.ingest.listing import add_places
 from swift.data.labels import split_cli
 from swift.data.synthetic import cli as synthetic
 from swift.utils.entry import reported, set_up_logging
@@ -23,7 +24,8 @@ log = logging.getLogger("swift.data")
 def _ingest(options: argparse.Namespace) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from swift.data.ingest.bids import find_sources
+    from swift.data.ingest.bids import find
+    from swift.data.ingest.listing import choice_of, listing
     from swift.data.ingest.pipeline import ingest
     from swift.data.ingest.prepare import Recipe
 
@@ -39,30 +41,36 @@ def _ingest(options: argparse.Namespace) -> int:
         confounds=not options.no_confounds,
     )
     recipe.check()
-    sources = find_sources(
-        options.inputs,
-        layout=options.layout,
-        space=options.space,
-        task=options.task,
-        participants=options.participants,
-    )
+    found = find(options.inputs, choice_of(options))
+    if options.frame_spacing is not None and not any(source.is_frames for source in found.sources):
+        raise UserError(f"--frame-spacing {options.frame_spacing:g}: is for SwiFT v1 frames, and there are none")
     if options.list:
-        rows = [{"scan_id": s.scan_id, "path": str(s.path), "mask": str(s.mask or "")} for s in sources]
-        lines = [f"{row['scan_id']}  {row['path']}  mask: {row['mask'] or 'to be computed'}" for row in rows]
-        _show(options, rows, lines)
-        return 0
+        figures, lines = listing(found)
+        _show(options, figures, lines)
+        return 1 if figures["left_out"] else 0
+    for line in [*found.kinds, *found.told()]:
+        log.info("%s", line)
+    for note in found.notes:
+        log.warning("%s", note)
     if options.out is None:
         raise UserError("--out STORE is missing: the folder of the store to make or add to")
     shard_bytes = int(options.shard_gb * 1e9) or 1
     with logging_redirect_tqdm():
         report = ingest(
-            sources, options.out, recipe, workers=options.workers, shard_bytes=shard_bytes, progress=not options.quiet
+            found.sources,
+            options.out,
+            recipe,
+            workers=options.workers,
+            shard_bytes=shard_bytes,
+            progress=not options.quiet,
+            notes=[*found.notes, *found.told()],
         )
     figures = report.summary()
     line = (
         "{store}: {added} added, {present} there already, {changed} changed, {failed} failed, "
         "{seconds:g} s, {scans_per_minute:g} scans/min"
     )
+    line += "; labels of {relabelled} taken anew" if report.relabelled else ""
     _show(options, figures, [line.format(**figures)])
     if report.exit_code:
         print(f"what failed or has changed is named in {options.out / 'ingest_report.csv'}", file=sys.stderr)
@@ -135,11 +143,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    from swift.data.ingest.bids import find_sources
+    from swift.data.ingest.bids import find
+    from swift.data.ingest.listing import choice_of
     from swift.data.ingest.repair import repair
     from swift.data.store.check import describe
 
-    sources = find_sources(options.source, layout=options.layout, space=options.space) if options.source else []
+    sources = find(options.source, choice_of(options)).sources if options.source else []
     outcome = repair(options.store, replica=options.replica, sources=sources)
     lines = [f"restored from {giver}: {describe(one)}" for one, giver in outcome.fixed]
     lines += [f"still damaged: {describe(one)}: {why}" for one, why in outcome.left]
@@ -237,11 +246,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", default="auto", help="auto | bids | folder | table | frames (SwiFT v1)")
-    parser.add_argument("--space", help="BIDS: only this space, such as MNI152NLin2009cAsym")
-
-
 def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
@@ -257,18 +261,18 @@ def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frame-spacing", type=float, help="voxel size of SwiFT v1 frames, mm (as --spacing)")
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="target size of a shard; 0: one scan each (4)")
-    parser.add_argument("--task", help="BIDS: only this task")
-    parser.add_argument("--participants", type=Path, help="BIDS: participants.tsv that lies elsewhere")
+    parser.add_argument("--participants", type=Path, help="participants.tsv that does not lie in the data set")
+    parser.add_argument("--prefix", default="", help="put before subjects and scans: sub-01 of two data sets are two")
     parser.add_argument("--no-confounds", action="store_true", help="leave fMRIPrep's confounds out")
     parser.add_argument("--list", action="store_true", help="only say what would be ingested")
-    _add_places(parser)
+    add_places(parser)
 
 
 def _add_repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--replica", type=Path, metavar="STORE", help="another copy of the store")
     parser.add_argument("--source", type=Path, nargs="+", default=[], help="what the store was ingested from")
-    _add_places(parser)
+    add_places(parser)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swift.data.ingest.sources import one_file
+from swift.data.ingest.folder import one_file
 from swift.inference.attribution import (
     Share,
     attribute,

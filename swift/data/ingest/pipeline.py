@@ -13,11 +13,11 @@ import logging
 import multiprocessing
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from swift.data.ingest.nifti import sha256_file
 from swift.data.ingest.prepare import Recipe, prepare
-from swift.data.ingest.sources import Source, duplicates
+from swift.data.ingest.relabel import doubts, labels_of, relabel, write_path
+from swift.data.ingest.sources import Source, duplicates, why_twice
 from swift.data.store import format as fmt
 from swift.data.store.tables import REPORT, read_report
 from swift.data.store.writer import StoreWriter, tool_version
@@ -33,7 +34,9 @@ from swift.utils.errors import BadScan, UserError
 
 log = logging.getLogger("swift.data")
 SHARD_BYTES = 4 << 30
-_KEPT = ("frames", "voxels", "tr", "notes", "source_bytes", "source_modified", "source_sha256")
+SAID = 20
+"""Changed labels that are named on the screen; the report has all."""
+_KEPT = ("frames", "voxels", "tr", "notes", "source_bytes", "source_modified", "source_sha256", "dataset")
 _FIELDS = ("scan_id", "status", "reason", "source", "frames", "voxels", "tr", "seconds", "notes")
 
 
@@ -58,6 +61,11 @@ class Result:
     source_modified: int = 0
     """Time of the source file's last change, ns since 1970; with its size a cheap sign that it is another one now."""
     source_sha256: str = ""
+    subject: str = ""
+    dataset: str = ""
+    """The folder or table that the source was found in."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Subject, session, ..., phenotypes as they were last taken from the source."""
 
 
 @dataclass
@@ -68,6 +76,10 @@ class Report:
     recipe: Recipe
     results: list[Result]
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """What has to be said of the whole: assumptions, people in doubt."""
+    relabelled: int = 0
+    """Scans that were there already and whose labels were taken anew."""
 
     def having(self, status: str) -> list[Result]:
         """Results of one status."""
@@ -87,6 +99,7 @@ class Report:
             "present": len(self.having("present")),
             "changed": len(self.having("changed")),
             "failed": len(self.having("failed")),
+            "relabelled": self.relabelled,
             "seconds": round(self.seconds, 2),
             "scans_per_minute": round(60 * added / self.seconds, 2) if self.seconds > 0 else 0.0,
         }
@@ -100,10 +113,12 @@ def ingest(
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
+    notes: Sequence[str] = (),
 ) -> Report:
-    """Bring scans into a store; those that it has already are left as they are.
+    """Bring scans into a store; those that it has already are left as they are, but for their labels.
 
-    A scan whose source has become another file is refused by name, and the store keeps the one it has.
+    A scan whose source has become another file is refused by name, and the store keeps the one it has. Labels that were
+    corrected or added at the source are taken into the manifest, and said.
 
     Args:
         sources: From swift.data.ingest.bids.find_sources. Two of one name are both refused.
@@ -112,6 +127,7 @@ def ingest(
         workers: Processes; 1: this one.
         shard_bytes: Target size of a shard.
         progress: Show a bar with rate and time left.
+        notes: What was said in finding the sources; goes into the report.
 
     Returns:
         The report; `exit_code` is 1 when some scan failed.
@@ -138,11 +154,33 @@ def ingest(
                 results.append(result)
                 _say(result)
         writer.close()
+        _relabel(writer, sources, results, earlier)
     finally:
         report = Report(out, recipe, sorted(results, key=lambda result: (result.scan_id, result.source)))
         report.seconds = time.monotonic() - began
+        report.relabelled = sum(result.reason.startswith("labels taken anew") for result in results)
+        rows = {**earlier, **{result.scan_id: asdict(result) for result in results}}
+        new = doubts(rows.values(), notes)
+        for note in new:
+            log.warning("%s", note)
+        report.notes = [*notes, *new]
         _write_report(report, earlier)
     return report
+
+
+def _relabel(
+    writer: StoreWriter, sources: list[Source], results: list[Result], earlier: dict[str, dict[str, Any]]
+) -> None:
+    """Take corrected labels of scans that were there before; every change is said."""
+    there = {result.scan_id: result for result in results if result.status == "present"}
+    said = relabel(writer, [source for source in sources if source.scan_id in there], earlier)
+    for name, words in said.items():
+        taken = any(" -> " in word for word in words)
+        there[name].reason = ("labels taken anew: " if taken else "") + "; ".join(words)
+    for name in list(said)[:SAID]:
+        _say(there[name])
+    if len(said) > SAID:
+        log.warning("and %d more scans whose labels differ from the store's; all are in the report", len(said) - SAID)
 
 
 def _sort_out(
@@ -153,34 +191,43 @@ def _sort_out(
     twice = duplicates(sources)
     for source in sources:
         if source.scan_id in twice:
-            others = " and ".join(str(other.path) for other in twice[source.scan_id])
-            hint = "; choose one with --space" if all("space-" in s.path.name for s in twice[source.scan_id]) else ""
-            reason = f"{len(twice[source.scan_id])} runs have the name {source.scan_id}: {others}{hint}"
-            results.append(Result(source.scan_id, str(source.path), "failed", reason))
+            results.append(_result(source, "failed", why_twice(twice[source.scan_id])))
             _say(results[-1])
         elif source.scan_id in done:
             row = earlier.get(source.scan_id, {})
             kept = {key: row[key] for key in _KEPT if row.get(key)}
-            results.append(Result(source.scan_id, str(source.path), "present", **kept))
-            if _changed(source, row):
-                results[-1].status = "changed"
-                results[
-                    -1
-                ].reason = f"{source.path.name} has changed since; the store has the old scan: use another folder"
+            results.append(replace(_result(source, "present"), **kept))
+            if why := _changed(source, row):
+                results[-1].status, results[-1].reason = "changed", why
                 _say(results[-1])
         else:
             todo.append(source)
     return results, todo
 
 
-def _changed(source: Source, row: dict[str, Any]) -> bool:
-    """Whether a source is not the file that a line of the report tells of; False where the line does not say."""
+def _result(source: Source, status: str, reason: str = "") -> Result:
+    result = Result(source.scan_id, str(source.path), status, reason, subject=source.subject)
+    result.dataset, result.labels = write_path(source.dataset), labels_of(source)
+    return result
+
+
+def _changed(source: Source, row: dict[str, Any]) -> str:
+    """Why a source is not the file that a line of the report tells of; "" where it is, or the line does not say."""
+    if source.problem:
+        return f"{source.problem}; the store keeps the scan it has"
     if source.is_frames or not row.get("source_sha256"):
-        return False
-    stat = source.path.stat()
-    if (stat.st_size, stat.st_mtime_ns) == (row["source_bytes"], row["source_modified"]):
-        return False
-    return bool(sha256_file(source.path) != row["source_sha256"])
+        return ""
+    try:
+        stat = source.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) == (row["source_bytes"], row["source_modified"]):
+            return ""
+        if sha256_file(source.path) == row["source_sha256"]:
+            return ""
+    except OSError as error:
+        return f"{source.path.name}: cannot be read ({error.strerror or error}); the store keeps the scan it has"
+    if row.get("dataset") and row["dataset"] != write_path(source.dataset):
+        return f"the store has another scan of this name, from {row['source']}: give one data set a --prefix"
+    return f"{source.path.name} has changed since; the store has the old scan: use another folder"
 
 
 def _run(todo: list[Source], recipe: Recipe, writer: StoreWriter, workers: int) -> Generator[Result, None, None]:
@@ -213,7 +260,7 @@ def _run(todo: list[Source], recipe: Recipe, writer: StoreWriter, workers: int) 
 
 def ingest_present(source: Source) -> Result:
     """The result for a scan that is in the store already."""
-    return Result(source.scan_id, str(source.path), "present")
+    return _result(source, "present")
 
 
 def _alone(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
@@ -222,7 +269,7 @@ def _alone(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
             return pool.submit(ingest_one, source, recipe, writer).result()
         except BrokenProcessPool:
             reason = f"{source.path.name}: the process that read it died (killed for memory?)"
-            return Result(source.scan_id, str(source.path), "failed", reason)
+            return _result(source, "failed", reason)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -242,7 +289,7 @@ def ingest_one(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
         UserError: what concerns the store rather than the scan, such as a full disk.
     """
     began = time.monotonic()
-    result = Result(source.scan_id, str(source.path), "added")
+    result = _result(source, "added")
     try:
         scan = prepare(source, recipe)
         info = writer.add(scan.header, scan.mask, scan.bold)
@@ -291,7 +338,13 @@ def _write_report(report: Report, earlier: dict[str, dict[str, Any]]) -> None:
     rows = sorted(
         [*rows, *(row for name, row in earlier.items() if name not in now)], key=lambda row: str(row["scan_id"])
     )
-    content = {"tool_version": tool_version(), "recipe": asdict(report.recipe), **report.summary(), "scans": rows}
+    content = {
+        "tool_version": tool_version(),
+        "recipe": asdict(report.recipe),
+        **report.summary(),
+        "notes": report.notes,
+        "scans": rows,
+    }
     fmt.write_bytes(report.path / f"{REPORT}.json", (json.dumps(content, indent=1) + "\n").encode())
     text = io.StringIO()
     table = csv.DictWriter(text, _FIELDS, lineterminator="\n")

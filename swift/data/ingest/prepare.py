@@ -6,15 +6,14 @@ the source one frame at a time.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from swift.data.ingest.mask import Survey, compute_mask, read_mask, survey
 from swift.data.ingest.nifti import Volumes, plan_scan, sha256_file
 from swift.data.ingest.place import GridPlan, Sampler, plan_grid
+from swift.data.ingest.sidecar import Timing, read_timing
 from swift.data.ingest.sources import Source
 from swift.data.ingest.tr import resample_tr
 from swift.data.ingest.v1_frames import FrameFolder, plan_frames
@@ -77,7 +76,8 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
     brain, notes = _brain(source, scan, seen)
     grid = plan_grid(brain, scan.affine, recipe.grid, recipe.spacing)
     sampler = Sampler(grid, brain, seen.good, name)
-    notes = [*scan.notes, *notes, *_remarks(scan, seen, brain, grid)]
+    timing = timing_of(source, recipe)
+    notes = [*source.notes, *timing.notes, *scan.notes, *notes, *_remarks(scan, seen, brain, grid)]
     bold = np.empty((scan.frames, int(sampler.mask.sum())), dtype=np.float32)
     for frame, volume in enumerate(scan.read()):
         bold[frame] = sampler(volume)
@@ -100,6 +100,7 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
         run=source.run,
         site=source.site,
         tr=tr,
+        start_time=timing.start_time or 0.0,
         affine=grid.affine,
         source=name,
         source_sha256=scan.digest() if isinstance(scan, FrameFolder) else sha256_file(source.path),
@@ -120,24 +121,24 @@ def plan(source: Source, recipe: Recipe) -> Volumes | FrameFolder:
     Raises:
         BadScan: with a one-line reason.
     """
+    if source.problem:
+        raise BadScan(source.problem)
     tr = source.tr if source.tr is not None else recipe.tr
-    sidecar = _sidecar_tr(source.sidecar, source.path.name)
+    sidecar = timing_of(source, recipe).tr
     if source.is_frames:
         return plan_frames(source.path, recipe.frame_spacing or recipe.spacing, tr, sidecar)
     return plan_scan(source.path, tr=tr, sidecar_tr=sidecar)
 
 
-def _sidecar_tr(path: Path | None, name: str) -> float | None:
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadScan(f"{name}: JSON sidecar {path.name} not readable ({error})") from error
-    value = content.get("RepetitionTime") if isinstance(content, dict) else None
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise BadScan(f"{name}: RepetitionTime {value!r} in {path.name} is not a number of seconds")
-    return value
+def timing_of(source: Source, recipe: Recipe) -> Timing:
+    """What the source's JSON sidecars say of its TR and of the time that frame 0 stands for.
+
+    Raises:
+        BadScan: with a one-line reason.
+    """
+    told = source.tr is not None or recipe.tr is not None
+    timing = read_timing(source.sidecars, source.path.name, told)
+    return timing if source.start_time is None else replace(timing, start_time=source.start_time)
 
 
 def _brain(source: Source, scan: Volumes | FrameFolder, seen: Survey) -> tuple[np.ndarray, list[str]]:

@@ -1,23 +1,23 @@
-"""What there is to ingest: a folder or table of NIfTI files, or SwiFT v1 folders of per-frame tensors.
+"""One scan that is to be read, what was found and what was not taken, and which scans a user chose.
 
-`swift.data.ingest.bids` finds fMRIPrep derivatives. Nothing here opens a scan.
+`swift.data.ingest.bids` finds them. Nothing here opens a scan.
 """
 
 from __future__ import annotations
 
-import csv
+import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from swift.data.ingest.nifti import SUFFIXES, strip_suffix
+from swift.data.ingest.names import legal_name, plain
+from swift.data.ingest.participants import bare
 from swift.utils.errors import UserError
 
-MASK_ENDINGS = ("_brainmask", "_desc-brain_mask", "_brain_mask", "_mask")
-FRAME = re.compile(r"frame_(\d+)\.pt")
 FIELDS = ("scan_id", "subject", "session", "task", "run", "site")
-_TABLE_FILES = ("mask", "confounds", "sidecar", "events")
 RESERVED = ("shard", "frames", "voxels", "tr")
+LAYOUTS = ("auto", "bids", "folder", "table", "frames")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Source:
     run: str = ""
     site: str = ""
     mask: Path | None = None
-    sidecar: Path | None = None
-    """JSON file with RepetitionTime."""
+    sidecars: tuple[Path, ...] = ()
+    """JSON files with RepetitionTime and the like; each key counts from the last one that has it."""
     confounds: Path | None = None
     events: Path | None = None
     """Tab-separated, with onset and duration in seconds (BIDS)."""
@@ -45,8 +45,16 @@ class Source:
     tool: str | None = None
     """Name of the program that made the files, where it is known."""
     start_time: float | None = None
-    """Seconds from the start of the run to the time that frame 0 stands for (BIDS StartTime); None: not known."""
+    """Seconds from the start of the run to the time that frame 0 stands for, of the table; None: the sidecars say."""
     phenotypes: dict[str, str] = field(default_factory=dict)
+    entities: dict[str, str] = field(default_factory=dict)
+    """BIDS entities, by which scans are chosen."""
+    dataset: Path | None = None
+    """The data set or folder that it was found in: a subject's label counts within one."""
+    notes: tuple[str, ...] = ()
+    """What was assumed in finding it."""
+    problem: str = ""
+    """Why it cannot be read, where that is known already; "": it can."""
 
     @property
     def is_frames(self) -> bool:
@@ -54,130 +62,59 @@ class Source:
         return self.path.is_dir()
 
 
-def legal_name(text: str) -> str:
-    """A scan_id from any text: letters, digits and _ . + - stay, the rest becomes a dash."""
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip(".+-")[:200]
+@dataclass(frozen=True)
+class Choice:
+    """Which scans are meant, as options say it."""
+
+    layout: str = "auto"
+    """auto | bids | folder | table | frames."""
+    entities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """BIDS entity -> labels that are taken; the label "" means that the entity is not named."""
+    participants: Path | None = None
+    """participants.tsv, when it does not lie in the data set."""
+    prefix: str = ""
+    """Put before every subject and scan, so that sub-01 of two data sets are two."""
+
+    def labels(self, key: str) -> tuple[str, ...]:
+        """Labels chosen for one entity; none: any."""
+        return tuple(self.entities.get(key, ()))
+
+
+@dataclass
+class Found:
+    """What there is in the named places."""
+
+    sources: list[Source] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    """One line a place: what it was taken for."""
+    passed: dict[str, list[Path]] = field(default_factory=dict)
+    """Files that are no scan of their own, by reason."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed, and what should be known: one sentence each."""
+
+    def pass_over(self, reason: str, path: Path) -> None:
+        """Keep a file that is not taken, with why."""
+        self.passed.setdefault(reason, []).append(path)
+
+    def told(self) -> list[str]:
+        """`passed` as sentences."""
+        return [
+            f"{len(paths)} not taken: {reason} ({', '.join(path.name for path in paths[:2])}"
+            + (", ...)" if len(paths) > 2 else ")")
+            for reason, paths in sorted(self.passed.items())
+        ]
+
+
+def scan_name(text: str) -> str:
+    """A scan_id from any text.
+
+    Raises:
+        UserError: nothing legal is left of it.
+    """
+    name = legal_name(text)
     if not name:
         raise UserError(f"no scan name can be made from {text!r}; use letters or digits")
     return name
-
-
-def is_nifti(path: Path) -> bool:
-    """By its name."""
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
-
-
-def is_mask_name(path: Path) -> bool:
-    """A file that belongs to a scan rather than being one."""
-    return strip_suffix(path).lower().endswith("mask")
-
-
-def mask_beside(scan: Path) -> Path | None:
-    """<scan>_brainmask.nii.gz or the like, next to a scan."""
-    stem = strip_suffix(scan)
-    for ending in MASK_ENDINGS:
-        for suffix in reversed(SUFFIXES):
-            candidate = scan.with_name(f"{stem}{ending}{suffix}")
-            if candidate.is_file():
-                return candidate
-    return None
-
-
-def sidecar_beside(scan: Path) -> Path | None:
-    """<scan>.json, next to a scan."""
-    candidate = scan.with_name(strip_suffix(scan) + ".json")
-    return candidate if candidate.is_file() else None
-
-
-def find_folder(root: Path) -> list[Source]:
-    """Every NIfTI file below a folder (masks are paired with their scans); names come from the relative path."""
-    files = sorted(path for path in root.rglob("*") if is_nifti(path) and path.is_file() and not is_mask_name(path))
-    return [one_file(path, path.relative_to(root)) for path in files]
-
-
-def one_file(path: Path, relative: Path | None = None) -> Source:
-    """A single NIfTI file. The subject is the first folder of the relative path, else the file's own name."""
-    relative = relative or Path(path.name)
-    parts = [*relative.parts[:-1], strip_suffix(relative)]
-    name = legal_name("_".join(parts))
-    entity = re.match(r"(?:.*_)?(sub-[A-Za-z0-9]+)(?:_|$)", parts[-1])
-    subject = entity.group(1) if entity else legal_name(parts[0])
-    space = re.search(r"(?:^|_)space-([A-Za-z0-9+]+)(?:_|$)", parts[-1])
-    return Source(
-        name,
-        path,
-        subject,
-        mask=mask_beside(path),
-        sidecar=sidecar_beside(path),
-        space=space.group(1) if space else None,
-    )
-
-
-def find_frames(root: Path) -> list[Source]:
-    """SwiFT v1: every folder at or below `root` that holds frame_0.pt, frame_1.pt, ..."""
-    folders = {path.parent for path in root.rglob("frame_*.pt") if FRAME.fullmatch(path.name)}
-    found = []
-    for folder in sorted(folders):
-        relative = folder.relative_to(root)
-        parts = [part for part in relative.parts if part != "img"] or [folder.name]
-        found.append(Source(legal_name("_".join(parts)), folder, legal_name(parts[0])))
-    return found
-
-
-def find_table(path: Path) -> list[Source]:
-    """A CSV or TSV file with a column `path`.
-
-    Known columns: scan_id, subject, session, task, run, site, mask, confounds, sidecar, events, tr. Every other one is
-    kept as a phenotype. Relative paths count from the table's folder.
-
-    Raises:
-        UserError: no such column, or a line without a path or with a TR that is no number.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not readable as a table ({error})") from error
-    if not rows or "path" not in rows[0]:
-        raise UserError(f"{path}: a table of scans has a header line with a column `path` and a line for each scan")
-    return [_table_row(path, number, row) for number, row in enumerate(rows, start=2)]
-
-
-def _table_row(table: Path, number: int, row: dict[str, str]) -> Source:
-    if None in row or None in row.values():
-        raise UserError(f"{table}, line {number}: has not as many fields as the header")
-    if not row["path"].strip():
-        raise UserError(f"{table}, line {number}: no path")
-    scan = table.parent / row["path"].strip()
-    files = {name: table.parent / row[name].strip() for name in _TABLE_FILES if row.get(name, "").strip()}
-    tr = row.get("tr", "").strip()
-    try:
-        seconds = float(tr) if tr else None
-    except ValueError as error:
-        raise UserError(f"{table}, line {number}: tr {tr!r} is not a number of seconds") from error
-    guess = one_file(scan) if is_nifti(scan) else Source(legal_name(scan.name), scan, legal_name(scan.name))
-    known = {name: row.get(name, "").strip() for name in FIELDS}
-    return Source(
-        scan_id=legal_name(known["scan_id"] or _joined(known) or guess.scan_id),
-        path=scan,
-        subject=known["subject"] or guess.subject,
-        session=known["session"],
-        task=known["task"],
-        run=known["run"],
-        site=known["site"],
-        mask=files.get("mask", guess.mask),
-        sidecar=files.get("sidecar", guess.sidecar),
-        confounds=files.get("confounds"),
-        events=files.get("events"),
-        tr=seconds,
-        phenotypes=phenotypes({k: v for k, v in row.items() if k not in ("path", *FIELDS, *_TABLE_FILES, "tr")}),
-    )
-
-
-def _joined(known: dict[str, str]) -> str:
-    """subject_session_task_run, when a table gives more than a subject."""
-    parts = [known[name] for name in ("subject", "session", "task", "run") if known[name]]
-    return "_".join(parts) if len(parts) > 1 else ""
 
 
 def phenotypes(columns: dict[str, str]) -> dict[str, str]:
@@ -186,9 +123,124 @@ def phenotypes(columns: dict[str, str]) -> dict[str, str]:
     return {f"given_{name}" if name in taken else name: value for name, value in columns.items() if name}
 
 
-def duplicates(sources: list[Source]) -> dict[str, list[Source]]:
+def duplicates(sources: Iterable[Source]) -> dict[str, list[Source]]:
     """Names that more than one source has, with those sources."""
     groups: dict[str, list[Source]] = {}
     for source in sources:
         groups.setdefault(source.scan_id, []).append(source)
     return {name: group for name, group in groups.items() if len(group) > 1}
+
+
+def why_twice(same: list[Source]) -> str:
+    """One sentence on sources of one name: which files, and the option that tells them apart."""
+    files = " and ".join(str(one.path) for one in same)
+    keys = dict.fromkeys(key for one in same for key in one.entities)
+    hints = []
+    for key in keys:
+        labels = sorted({one.entities.get(key, "") for one in same})
+        if len(labels) > 1:
+            option = f"--{key}" if key in OPTIONS else f"--entity {key}="
+            hints.append(f"{option} ({', '.join(label or 'none' for label in labels)})")
+    if hints:
+        hint = f"; choose one with {' or '.join(hints)}"
+    elif len({one.dataset for one in same}) > 1:
+        hint = "; if these are two people, ingest one data set with --prefix"
+    else:
+        hint = ""
+    return f"{len(same)} runs have the name {same[0].scan_id}: {files}{hint}"
+
+
+OPTIONS = ("space", "task", "res", "desc", "ses", "acq", "ce", "rec", "dir", "run", "echo", "den", "cohort")
+"""Entities with an option of their own; `--entity KEY=LABEL` takes any."""
+
+
+def parse_choice(pairs: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """Entities as typed -> as they are compared; `--space X:res-2` is space X and res 2, as fMRIPrep writes it."""
+    found: dict[str, list[str]] = {}
+    for key, labels in pairs.items():
+        for label in labels:
+            first, *more = label.split(":") if key == "space" else [label]
+            found.setdefault(key, []).append(first.removeprefix(f"{key}-"))
+            for part in more:
+                name, mark, value = part.partition("-")
+                if not mark or not value:
+                    raise UserError(f"--{key} {label!r}: write it as SPACE:res-2 or SPACE:cohort-1")
+                found.setdefault(name, []).append(value)
+    return {key: tuple(dict.fromkeys(labels)) for key, labels in found.items()}
+
+
+def choose(sources: list[Source], choice: Choice, where: str) -> list[Source]:
+    """The sources that an entity filter lets through; desc is left to the finder of BIDS.
+
+    Raises:
+        UserError: nothing is left, or no scan names the entity at all, so that the option would do nothing.
+    """
+    for key, labels in choice.entities.items():
+        option = f"--{key}" if key in OPTIONS else f"--entity {key}="
+        there = sorted({source.entities.get(key, "") for source in sources})
+        if sources and there == [""] and "" not in labels:
+            raise UserError(f"{option} {' '.join(labels)}: no scan of {where} names its {key}, so there is no choice")
+        wanted = {plain(key, label) for label in labels}
+        kept = [source for source in sources if plain(key, source.entities.get(key, "")) in wanted]
+        if sources and not kept:
+            listed = ", ".join(label or f"(no {key})" for label in there)
+            raise UserError(f"{option} {' '.join(labels)}: no scan of {where}; there are {listed}")
+        sources = kept
+    return sources
+
+
+# ----------------------------------------------------------------------------------------------- whose scan is it
+def subject_label(path: Path) -> tuple[str, str]:
+    """The label of `sub-LABEL` in a file's name, and of the nearest folder of that name; "" where there is none."""
+    match = re.match(r"(?:.*_)?(sub-[A-Za-z0-9][A-Za-z0-9+.-]*?)(?:_|\.nii|$)", path.name)
+    absolute = Path(os.path.abspath(path))
+    folder = next((one.name for one in absolute.parents if re.fullmatch(r"sub-[^_]+", one.name)), "")
+    return match.group(1) if match else "", folder
+
+
+def same_person(name: str) -> str:
+    """One text for the spellings of a label: without sub-, small letters, no leading zeros, no marks between."""
+    text = re.sub(r"0*(\d+)", lambda match: match.group(1), bare(name).casefold())
+    return re.sub(r"[^0-9a-z]+", "", text)
+
+
+def two_spellings(subjects: Iterable[str]) -> list[list[str]]:
+    """Subjects whose names differ by no more than spelling (sub-1, sub-01, 01): they may be one person."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(set(subjects)):
+        groups.setdefault(same_person(name), []).append(name)
+    return [names for key, names in sorted(groups.items()) if key and len(names) > 1]
+
+
+def one_file_once(sources: list[Source]) -> tuple[list[Source], list[str]]:
+    """Sources without those that are a second name of a file (link, hard link), and what is to be said of them."""
+    first: dict[tuple[int, int], int] = {}
+    kept: list[Source] = []
+    same, people = [], []
+    for source in sorted(sources, key=lambda one: one.path.is_symlink()):
+        try:
+            stat = source.path.stat()
+        except OSError:
+            kept.append(source)
+            continue
+        place = first.setdefault((stat.st_dev, stat.st_ino), len(kept))
+        if place == len(kept):
+            kept.append(source)
+            continue
+        other = kept[place]
+        same.append(f"{source.path} is {other.path}")
+        if other.subject != source.subject:
+            people.append(f"{other.subject} and {source.subject}")
+            note = f"the same file is also found as {source.path}: taken once, for {other.subject}"
+            kept[place] = replace(other, notes=(*other.notes, note))
+    notes = []
+    if same:
+        notes.append(f"{len(same)} files are another name of one that is taken: taken once ({_some(same)})")
+    if people:
+        notes.append(f"one file under the names of two subjects ({_some(people)}): whose it is, is a guess")
+    order = {source.path: place for place, source in enumerate(sources)}
+    return sorted(kept, key=lambda one: order[one.path]), notes
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from swift.data.ingest.sources import FRAME
+from swift.data.ingest.names import FRAME
 from swift.data.ingest.tr import resolve_tr
 from swift.utils.errors import BadScan
 

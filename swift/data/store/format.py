@@ -86,6 +86,7 @@ class ScanHeader:
     Attributes:
         scan_id: Unique in the store; letters, digits, `_ . + -`.
         tr: Seconds.
+        start_time: Seconds from the start of the run to the time that frame 0 stands for (BIDS StartTime).
         affine: (4, 4) from voxel indices of the stored grid to mm, RAS+.
         orientation: Axis codes of the stored grid.
         source: Name of the file that it came from (not a path of the machine); `source_sha256` its hash.
@@ -116,6 +117,7 @@ class ScanHeader:
     confounds: np.ndarray | None = None
     confound_names: list[str] = field(default_factory=list)
     events: str = ""
+    start_time: float = 0.0
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:
@@ -278,7 +280,7 @@ def encode_manifest(scans: list[ScanInfo]) -> bytes:
 def decode_manifest(path: Path) -> list[ScanInfo]:
     """Read manifest.csv; UserError names the line that cannot be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))

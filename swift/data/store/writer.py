@@ -138,6 +138,8 @@ class StoreWriter:
         attributes["constant_voxels"] = np.int64(summary.constant)
         if header.events:  # only where there are some: other scans keep the bytes they had before events were known
             attributes["events"] = header.events
+        if header.start_time:
+            attributes["start_time"] = np.float64(header.start_time)
 
         def blocks() -> Iterator[np.ndarray]:
             step = max(1, BLOCK // (8 * voxels))
@@ -192,6 +194,12 @@ class StoreWriter:
                 number += 1
             self._tidy({scan.shard for scan in scans})
             self._names = frozenset(scan.scan_id for scan in scans)
+
+    def replace_lines(self, lines: dict[str, ScanInfo]) -> None:
+        """Write lines of the manifest anew, such as those of scans whose labels were corrected; by scan_id."""
+        with self._lock():
+            scans = [lines.get(scan.scan_id, scan) for scan in self.packed()]
+            fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest(scans))
 
     def _commit(
         self, name: str, staged: list[Path], before: list[ScanInfo], shards: dict[str, dict[str, Any]]

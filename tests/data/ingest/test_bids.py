@@ -71,7 +71,7 @@ def test_two_spaces_of_one_run_are_refused_unless_one_is_chosen(tmp_path: Path) 
     assert [row.status for row in report.results] == ["failed", "failed"]
     assert all("--space" in row.reason and "space-T1w" in row.reason for row in report.results)
     assert len(find_sources([root], space="MNI152NLin2009cAsym")) == 1
-    with pytest.raises(UserError, match="no \\*_desc-preproc_bold"):
+    with pytest.raises(UserError, match=r"--space fsLR: no scan of .*; there are MNI152NLin2009cAsym, T1w"):
         find_sources([root], space="fsLR")
 
 

@@ -27,11 +27,11 @@ from swift.data.ingest.sources import (
     parse_choice,
     phenotypes,
     scan_name,
-    two_spellings,
 )
 from swift.data.ingest.table import find_table
 from swift.data.ingest.tools import bids_tool
 from swift.data.ingest.tree import Tree, list_tree
+from swift.data.labels.subjects import two_spellings
 from swift.utils.errors import UserError
 
 EXPORTED = "exported.csv"
@@ -262,7 +262,7 @@ def _people_in_doubt(sources: list[Source]) -> list[str]:
         )
     twins = two_spellings(homes)
     if twins:
-        shown = "; ".join(" and ".join(names) for names in twins[:3])
+        shown = "; ".join(" and ".join(sorted(names)) for names in twins[:3])
         notes.append(
             f"{len(twins)} pairs of subjects differ in spelling only ({shown}): if they are one person, rename them"
         )

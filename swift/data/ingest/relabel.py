@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from swift.data.ingest.sources import Source, two_spellings
+from swift.data.ingest.sources import Source
+from swift.data.labels.subjects import two_spellings
 from swift.data.store.format import ScanInfo
 from swift.data.store.reader import Store
 from swift.data.store.writer import StoreWriter
@@ -115,7 +116,7 @@ def doubts(rows: Iterable[Mapping[str, Any]], found: Iterable[str] = ()) -> list
         )
     twins = two_spellings(str(row["subject"]) for row in rows if row.get("subject"))
     if twins and not any("differ in spelling only" in note for note in found):
-        shown = "; ".join(" and ".join(names) for names in twins[:3])
+        shown = "; ".join(" and ".join(sorted(names)) for names in twins[:3])
         notes.append(
             f"{len(twins)} pairs of subjects differ in spelling only ({shown}): `split` keeps them together; if they "
             "are one person, rename them"

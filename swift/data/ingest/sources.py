@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swift.data.ingest.names import legal_name, plain
-from swift.data.ingest.participants import bare
 from swift.utils.errors import UserError
 
 FIELDS = ("scan_id", "subject", "session", "task", "run", "site")
@@ -196,20 +195,6 @@ def subject_label(path: Path) -> tuple[str, str]:
     absolute = Path(os.path.abspath(path))
     folder = next((one.name for one in absolute.parents if re.fullmatch(r"sub-[^_]+", one.name)), "")
     return match.group(1) if match else "", folder
-
-
-def same_person(name: str) -> str:
-    """One text for the spellings of a label: without sub-, small letters, no leading zeros, no marks between."""
-    text = re.sub(r"0*(\d+)", lambda match: match.group(1), bare(name).casefold())
-    return re.sub(r"[^0-9a-z]+", "", text)
-
-
-def two_spellings(subjects: Iterable[str]) -> list[list[str]]:
-    """Subjects whose names differ by no more than spelling (sub-1, sub-01, 01): they may be one person."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(set(subjects)):
-        groups.setdefault(same_person(name), []).append(name)
-    return [names for key, names in sorted(groups.items()) if key and len(names) > 1]
 
 
 def one_file_once(sources: list[Source]) -> tuple[list[Source], list[str]]:

@@ -93,14 +93,19 @@ def same_person(subjects: Iterable[str], sources: Mapping[str, Collection[str]])
     Returns:
         Why -> groups of subjects, by their first names.
     """
-    spelled: dict[tuple[str, ...], set[str]] = {}
-    for subject in subjects:
-        spelled.setdefault(_spelling(subject), set()).add(subject)
     copies = {frozenset(some) for digest, some in sources.items() if digest and len(set(some)) > 1}
     return {
         "the same file (source_sha256) is a scan of": sorted(map(set, copies), key=min),
-        "one person in two spellings may be": sorted((some for some in spelled.values() if len(some) > 1), key=min),
+        "one person in two spellings may be": two_spellings(subjects),
     }
+
+
+def two_spellings(subjects: Iterable[str]) -> list[set[str]]:
+    """Groups of subjects whose names differ by spelling only (sub-1, sub-01, 01), by their first names."""
+    spelled: dict[tuple[str, ...], set[str]] = {}
+    for subject in subjects:
+        spelled.setdefault(_spelling(subject), set()).add(subject)
+    return sorted((some for some in spelled.values() if len(some) > 1), key=min)
 
 
 def _spelling(subject: str) -> tuple[str, ...]:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swift.inference.embedding import Embedder
 
 __all__ = ["Embedder"]
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C while a command still imports what it needs: one line; Python then ends with the signal's status."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# As a command only (python -m calls itself "-m" for now), never for who imports swift.
+if sys.argv and (sys.argv[0] == "-m" or sys.argv[0].endswith("swift-fmri")):
+    sys.excepthook = _quiet_interrupt
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Where this process stands among the ranks of a run, and starting the ranks of one machine.
 
 Ranks come from srun, torchrun, mpirun, a PyTorchJob, or from `start_ranks`:
-`python -m swift.train parallel=ddp parallel.devices=2` starts two copies of itself and watches them. Importing this module is cheap: no torch, no Lightning.
+`python -m swift.train parallel=ddp parallel.devices=2` starts two copies of itself and watches them. Importing this
+module is cheap: no torch, no Lightning.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -15,8 +16,9 @@ from omegaconf import OmegaConf
 from swift.config.compose import CHECKPOINTS, FROZEN, differences, load_frozen, typed, writable
 from swift.config.schema import Config
 from swift.parallel.ranks import current_place, start_ranks
+from swift.train.run_lock import only_training_in
 from swift.utils import jsonl
-from swift.utils.entry import STOPPED_STATUS
+from swift.utils.entry import INTERRUPTED_STATUS, STOPPED_STATUS
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,15 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: something the user can mend; nothing was trained.
     """
-    if ranks := ranks_to_start(cfg):
-        return start(cfg, overrides, ranks)
+    ranks, place = ranks_to_start(cfg), current_place()
+    # The first rank holds the lock for all; or what has started them, on one machine.
+    owner = place.rank == 0 and place.source != "swift"
+    with only_training_in(Path(cfg.run_dir)) if owner else contextlib.nullcontext():
+        return start(cfg, overrides, ranks) if ranks else train_here(cfg, overrides)
+
+
+def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
+    """`train` in this process, alone or as one of the ranks."""
     # Torch and Lightning take seconds to import: --help and a wrong option should not wait for them.
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
@@ -93,9 +102,12 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=before, weights_only=True)
     except SystemExit as stop:
-        # What Lightning makes of Ctrl-C; a run that was asked to stop has saved.
+        # What Lightning makes of a second Ctrl-C; a run that was asked to stop has saved.
         if not trainer.interrupted or stop.code == STOPPED_STATUS:
             raise
+        if stop.code == INTERRUPTED_STATUS:
+            log.info("saved; python -m swift.train resume=%s goes on from step %d", run_dir, trainer.global_step)
+            raise KeyboardInterrupt from stop
         from swift.parallel.checkpoint import files as checkpoint
 
         trainer.strategy.saver.settle()  # type: ignore[attr-defined]  # all of ours have one

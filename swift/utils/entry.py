@@ -30,6 +30,8 @@ DISK = {
 """Errors of files that say enough in one line; others are faults of ours and keep their traceback."""
 STOPPED_STATUS = 75
 """Of a run that was asked to stop and has saved: it can go on (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED_STATUS = 130
+"""After Ctrl-C, as shells number it."""
 
 
 def set_up_logging() -> None:
@@ -67,7 +69,7 @@ def reported(work: Callable[[], object], speaks: Callable[[], bool] = lambda: Tr
     except KeyboardInterrupt:
         if speaks():
             print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED_STATUS)
     except (MemoryError, RuntimeError) as error:
         lacks = no_memory(error)
         if lacks is None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import swift
 from swift.utils.entry import no_memory, reported
 
 
@@ -94,3 +97,16 @@ def test_ctrl_c_while_a_command_is_imported(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
+    """As if it came in the middle of an import, before the command's own code runs."""
+    (tmp_path / "omegaconf.py").write_text("raise KeyboardInterrupt\n")
+    paths = os.pathsep.join([str(tmp_path), str(Path(swift.__file__).parents[1])])
+    command = [sys.executable, "-m", "swift.train"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    # What a shell calls status 130.
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "stopped\n")
+    # Who imports swift keeps what Python does.
+    code = "import sys, swift; sys.exit(sys.excepthook is not sys.__excepthook__)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}).returncode == 0

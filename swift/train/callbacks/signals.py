@@ -17,7 +17,8 @@ import lightning.pytorch as pl
 import torch
 
 from swift.parallel.checkpoint.saver import SaveCheckpoints
-from swift.utils.entry import STOPPED_STATUS
+from swift.parallel.ranks import current_place
+from swift.utils.entry import INTERRUPTED_STATUS, STOPPED_STATUS
 from swift.utils.files import replace_text
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ STARTUP = "startup.jsonl"
 class StopOnSignal(pl.Callback):
     """SIGUSR1 or SIGTERM on any rank: all ranks save after the same optimizer step, then end with status 75.
 
+    Ctrl-C does the same and ends with status 130; a second one stops at once, without saving.
+
     The handlers only set a flag; data workers leave it to their rank (`swift.utils.signals`). The ranks compare their
     flags at the start of every step, when everything of the step before has been done and logged, so the run goes on
     from there as if it had not stopped.
@@ -39,7 +42,7 @@ class StopOnSignal(pl.Callback):
         saves: Saves the checkpoints of the run.
     """
 
-    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, saves: SaveCheckpoints) -> None:
         self.saves = saves
@@ -50,7 +53,14 @@ class StopOnSignal(pl.Callback):
         """Take the signals from Lightning, whose own SIGTERM handler communicates; it gives them back at the end."""
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                signal.signal(number, self._note)
+                # A command in the background of a shell is not meant by that shell's Ctrl-C.
+                if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._note)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No step follows: from here on Ctrl-C stops at once."""
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -60,6 +70,11 @@ class StopOnSignal(pl.Callback):
             self._stop(trainer, asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked:
+            signal.default_int_handler(number, frame)
+        if number == signal.SIGINT and not current_place().rank:
+            # Neither print nor logging: they may be what this has interrupted.
+            os.write(2, b"\nsaving and stopping at the end of this step; Ctrl-C again stops now\n")
         self.asked = number
 
     def _agreed(self, trainer: pl.Trainer) -> int:
@@ -75,6 +90,8 @@ class StopOnSignal(pl.Callback):
         if self.saves.saved != step:
             trainer.save_checkpoint(self.saves.folder)
         self.saves.saver.finish()
+        if asked == signal.SIGINT:
+            raise SystemExit(INTERRUPTED_STATUS)
         if trainer.is_global_zero:
             log.info("%s: saved step %d and stopped; the run can go on from there", signal.Signals(asked).name, step)
         raise SystemExit(STOPPED_STATUS)
@@ -148,7 +165,9 @@ class Heartbeat(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Why this start ended."""
-        stopped = isinstance(exception, SystemExit) and exception.code == STOPPED_STATUS
+        stopped = isinstance(exception, KeyboardInterrupt) or (
+            isinstance(exception, SystemExit) and exception.code in (STOPPED_STATUS, INTERRUPTED_STATUS)
+        )
         self._write(trainer, "stopped" if stopped else "failed", force=True)
 
     def _write(self, trainer: pl.Trainer, state: str, force: bool = False) -> None:

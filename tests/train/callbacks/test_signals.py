@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import swift.train.wiring
+from swift.cluster.status import describe
 from swift.train.callbacks.signals import Heartbeat, StopOnSignal
 from swift.utils import jsonl
-from swift.utils.entry import STOPPED_STATUS
+from swift.utils.entry import INTERRUPTED_STATUS, STOPPED_STATUS
 from tests.runs import assert_same_run, restarts, start
 from tests.small import command
 
@@ -62,6 +64,48 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     start(*command(store, tmp_path / "run"))
     assert_same_run(finished, tmp_path / "run")
     assert restarts(tmp_path / "run") == [step + 1]
+
+
+@pytest.mark.usefixtures("alone")
+def test_ctrl_c_saves_too(
+    store: Path, finished: Path, tmp_path: Path, ask_at: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A shell's background ignores Ctrl-C, and these tests may run in one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ask_at(3, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        start(*command(store, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "saving and stopping at the end of this step; Ctrl-C again stops now" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-0000004"
+    assert describe(tmp_path / "run", time.time()).state == "stopped"
+    ask_at(100, signal.SIGINT)
+    start(f"resume={tmp_path / 'run'}")
+    assert_same_run(finished, tmp_path / "run")
+    assert restarts(tmp_path / "run") == [4]
+
+
+def test_a_second_ctrl_c_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    callback = StopOnSignal(Saves(0))
+    callback._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback._note(signal.SIGINT, None)
+    assert capfd.readouterr().err.count("saving and stopping") == 1
+
+
+def test_ctrl_c_that_a_shell_keeps_from_its_background_is_ignored(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in StopOnSignal.SIGNALS}
+    callback = StopOnSignal(Saves(0))
+    try:
+        for handler, taken in ((signal.SIG_IGN, signal.SIG_IGN), (signal.default_int_handler, callback._note)):
+            signal.signal(signal.SIGINT, handler)
+            callback.on_train_start(fake_trainer(Saves(0)), None)
+            assert signal.getsignal(signal.SIGINT) == taken
+        callback.on_train_end(fake_trainer(Saves(0)), None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Saves:
@@ -155,10 +199,12 @@ def test_signs_of_life_and_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     clock.now = 1_031.0
     callback.on_train_batch_end(trainer, None, None, None, 2)
     assert beat()["train_seconds"] == 3.0  # validation is no part of it
-    callback.on_exception(trainer, None, KeyboardInterrupt())
+    callback.on_exception(trainer, None, RuntimeError())
     assert beat()["state"] == "failed"
-    callback.on_exception(trainer, None, SystemExit(STOPPED_STATUS))
-    assert beat()["state"] == "stopped"
+    for stop in (SystemExit(STOPPED_STATUS), SystemExit(INTERRUPTED_STATUS), KeyboardInterrupt()):
+        callback.on_exception(trainer, None, RuntimeError())
+        callback.on_exception(trainer, None, stop)
+        assert beat()["state"] == "stopped"
     lines = jsonl.read(tmp_path / "startup.jsonl")
     assert [(line["phase"], line["seconds"]) for line in lines] == [
         ("python", 10.0),

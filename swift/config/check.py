@@ -28,6 +28,7 @@ CHOICES = {
     "model.mlp": ("shared", "each"),
     "model.decoder": ("local", "linear"),
     "data.name": ("sample", "synthetic", "store"),
+    "data.layout": ("swift", "swift_v1"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy"),
@@ -109,6 +110,9 @@ def check_data(cfg: DataConfig) -> None:
     require(cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0")
     require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
     require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
+    if cfg.layout == "swift_v1":
+        legal = "data.layout=swift_v1 needs zscore_global, as SwiFT v1 was trained on"
+        require(cfg.normalization == "zscore_global", "data.normalization", cfg.normalization, legal)
     _check_sources(cfg)
     _check_augment(cfg.augment)
 

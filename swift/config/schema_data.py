@@ -87,5 +87,8 @@ class DataConfig:
     augment: AugmentConfig
     stage_dir: Optional[str]
     """Folder on this node's own disk (environment variables are expanded) to copy the needed shards to; null: none."""
+    layout: str = "swift"
+    """How clips lie in the model's input: swift (RAS, `background` outside the brain) | swift_v1 (as SwiFT v1's weights
+    know them: LAS, the scan's smallest value outside the brain, v1's box where a scan lies in a template's)."""
     repeat_batch: bool = False
     """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""

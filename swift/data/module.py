@@ -19,11 +19,11 @@ from swift.data.clips.index import ClipIndex, ClipSpec, time_split, whole_scans
 from swift.data.clips.mixture import Stores
 from swift.data.clips.order import MixedOrder, Order, TrainBatches, ValBatches
 from swift.data.clips.ring import PREFETCH, check_fresh
-from swift.data.clips.scatter import PACKED, to_dense
+from swift.data.clips.scatter import AS_KEPT, PACKED, Layout, to_dense
 from swift.data.clips.subset import spend
 from swift.data.labels.splits import load_split
 from swift.data.store.staging import stage
-from swift.data.store.stats import KINDS
+from swift.data.store.stats import KINDS, MINIMUM, least
 from swift.utils.errors import UserError
 from swift.utils.signals import leave_stopping_to_parent
 
@@ -83,6 +83,9 @@ class ClipDataModule(lightning.LightningDataModule):
         self.order = self._order()
         on = is_on(data.augment)
         self.augment = Augment(data.augment, seed, data.spacing, data.background) if on else None
+        self._v1 = data.layout == "swift_v1"
+        self._layout = self._v1_layout() if self._v1 else AS_KEPT
+        self._least: dict[int, float] = {}
         self.consumed = 0
         self.seen_before: list[str] = []
         """Subjects that the weights of init= were trained on."""
@@ -123,9 +126,13 @@ class ClipDataModule(lightning.LightningDataModule):
                 raise UserError(f"data.mixture: {cohort.path} has no training clip; leave it out or change the split")
         return MixedOrder(clips, weights, self.seed)
 
+    def _v1_layout(self) -> Layout:
+        return Layout(mirrored=True)
+
     def contract(self) -> dict[str, Any]:
         """What a model trained on these batches must be given: plain values, to be kept with its weights."""
         data = self.data
+        like_v1 = {"orientation": "LAS", "background": MINIMUM} if self._v1 else {}
         return {
             "grid": list(self.store.grid),
             "spacing": self.store.spacing,
@@ -135,6 +142,7 @@ class ClipDataModule(lightning.LightningDataModule):
             "clip_stride": data.clip_stride,
             "normalization": data.normalization,
             "background": data.background,
+            **like_v1,
         }
 
     def tr_range(self) -> list[float]:
@@ -142,10 +150,14 @@ class ClipDataModule(lightning.LightningDataModule):
         found = [self.store.scans[scan].tr for scan in np.unique(self.train_index.scan)]
         return [min(found), max(found)]
 
+    def beside_contract(self) -> dict[str, Any]:
+        """What more is known of the training scans: the range of their TR, and where their grids lie."""
+        return {"tr": self.tr_range()}
+
     def state_dict(self) -> dict[str, Any]:
         """All that exact continuation needs, and what it must find again."""
         # Beside the contract, not in it: runs that began without it must still be able to go on.
-        told = {"tr": self.tr_range(), "subjects": self.seen_subjects()}
+        told = self.beside_contract() | {"subjects": self.seen_subjects()}
         return {"consumed": self.consumed, "contract": self.contract(), **told, **self._stream()}
 
     def _stream(self) -> dict[str, Any]:
@@ -236,14 +248,33 @@ class ClipDataModule(lightning.LightningDataModule):
         check_fresh(batch)
         if batch["train"] and self._train_batches is not None:
             self.consumed = self._train_batches.consumed_after(int(batch["meta"][0, 0]))
-        return {name: batch[name] for name in (*PACKED, "voxels", "train")}
+        kept = {name: batch[name] for name in (*PACKED, "voxels", "train")}
+        return kept | ({"background": self._smallest(batch["meta"])} if self._v1 else {})
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
         """Packed to dense, as `swift.data.clips.scatter.to_dense` describes; training clips augmented."""
         if "codes" not in batch:
             return batch
-        dense = to_dense(batch, self.store.grid, self.data.frames, self.data.background, self.dtype)
+        dense = self.scattered(batch)
         return self.augment(dense) if self.augment is not None and batch["train"] else dense
+
+    def scattered(self, packed: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A packed batch as the model takes it, not augmented; see `swift.data.clips.scatter.to_dense`.
+
+        With data.layout=swift_v1 also background (B,): the smallest normalized value of each clip's scan.
+        """
+        grid, frames = self.store.grid, self.data.frames
+        if not self._v1:
+            return to_dense(packed, grid, frames, self.data.background, self.dtype)
+        background = packed["background"] if "background" in packed else self._smallest(packed["meta"])
+        dense = to_dense(packed, grid, frames, background, self.dtype, self._layout)
+        return dense | {"background": background.to(dense["bold"])}
+
+    def _smallest(self, meta: torch.Tensor) -> torch.Tensor:
+        """(B,) float32: the smallest normalized value of the scan of each row; 0 for padding rows."""
+        for scan in {int(scan) for scan in meta[:, 1] if scan >= 0} - self._least.keys():
+            self._least[scan] = least(self.data.normalization, self.store.attributes(scan))
+        return torch.tensor([self._least.get(int(scan), 0.0) for scan in meta[:, 1]])
 
     def dense(self, packed: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Both steps at once, on the CPU, without a Trainer."""

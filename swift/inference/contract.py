@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from swift.data.clips.index import ClipSpec
+from swift.data.store.stats import MINIMUM, least
+from swift.models.v1 import INPUT
+from swift.parallel.checkpoint.init_from import TR_TOLERANCE
 from swift.utils.errors import BadScan, UserError
 
-TR_TOLERANCE = 0.01
-"""Relative difference of two TRs that count as the same."""
+ORIENTATIONS = ("RAS", "LAS")
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,10 @@ class Contract:
         spacing: mm.
         frames, frame_stride: Of a clip.
         normalization: See `swift.data.store.stats.fold`.
-        background: Value outside the brain.
+        background: Value outside the brain; None: the smallest normalized value of the scan.
         tr: Shortest and longest TR of the scans that it was trained on, seconds; None: not recorded.
+        orientation: RAS | LAS: whether x counts from left to right, or from right to left.
+        placement: Where the grids of the training scans lay, a name of `swift.data.store.spaces`; "": not recorded.
     """
 
     grid: tuple[int, int, int]
@@ -30,8 +35,10 @@ class Contract:
     frames: int
     frame_stride: int
     normalization: str
-    background: float
+    background: float | None
     tr: tuple[float, float] | None = None
+    orientation: str = "RAS"
+    placement: str = ""
 
     @staticmethod
     def of(values: dict[str, Any], source: object) -> Contract:
@@ -46,8 +53,8 @@ class Contract:
             raise UserError(
                 f"{source} carries no input contract ({', '.join(missing)} missing): swift made no such file"
             )
-        if values.get("orientation", "RAS") != "RAS":
-            raise UserError(f"{source}: wants orientation {values['orientation']}; swift brings scans to RAS only")
+        if values.get("orientation", "RAS") not in ORIENTATIONS:
+            raise UserError(f"{source}: wants orientation {values['orientation']}; legal are {', '.join(ORIENTATIONS)}")
         x, y, z = values["grid"]
         low, high = values.get("tr") or (0.0, 0.0)
         return Contract(
@@ -56,8 +63,29 @@ class Contract:
             int(values["frames"]),
             int(values["frame_stride"]),
             str(values["normalization"]),
-            float(values["background"]),
+            None if values["background"] == MINIMUM else float(values["background"]),
             (float(low), float(high)) if high else None,
+            str(values.get("orientation", "RAS")),
+            str(values.get("placement", "")),
+        )
+
+    @staticmethod
+    def of_swift_v1(grid: Sequence[int], frames: int, frame_stride: int) -> Contract:
+        """What the published SwiFT v1 models were given (Kim et al. 2023): arrays as HCP and FSL store them."""
+        clips = {"grid": grid, "frames": frames, "frame_stride": frame_stride}
+        return Contract.of(INPUT | clips, "SwiFT v1")
+
+    def background_of(self, brain: dict[str, float]) -> float:
+        """Value outside the brain of a scan with these statistics (`swift.data.store.stats.Summary.brain`)."""
+        return least(self.normalization, brain) if self.background is None else self.background
+
+    def __str__(self) -> str:
+        """One line for people."""
+        outside = "the scan's smallest value" if self.background is None else f"{self.background:g}"
+        tr = f"TR {self.tr[0]:g} to {self.tr[1]:g} s" if self.tr else "TR not recorded"
+        return (
+            f"grid {list(self.grid)} of {self.spacing:g} mm, placed by {self.placement or 'a rule not recorded'}, "
+            f"orientation {self.orientation}, {self.normalization}, background {outside}, {tr}"
         )
 
     @property

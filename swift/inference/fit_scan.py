@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from swift.data.clips.index import ClipIndex
-from swift.data.clips.scatter import to_dense
+from swift.data.clips.scatter import Layout, to_dense
 from swift.data.ingest.nifti import Volumes
 from swift.data.ingest.prepare import Recipe, plan, prepare
 from swift.data.ingest.sources import Source, duplicates
@@ -83,8 +83,8 @@ class FittedScan:
         scan_id, subject: Names.
         frames: Of the whole scan.
         tr: Seconds between them.
-        affine: (4, 4) from the model's grid to world mm, RAS+.
-        mask: (X, Y, Z) bool.
+        affine: (4, 4) from the model's grid to world mm.
+        mask: (X, Y, Z) bool, on the model's grid.
         notes: What was assumed or corrected.
         origin: The file's own grid; None for a scan of a store.
         contract: What it was brought to.
@@ -99,6 +99,10 @@ class FittedScan:
     notes: tuple[str, ...]
     origin: Volumes | FrameFolder | None
     contract: Contract
+    _cells: np.ndarray
+    """(V,) flat cells of the brain voxels on the grid that they are kept on, which `_layout` brings to the model's."""
+    _layout: Layout
+    _background: float
     _a: np.ndarray
     _b: np.ndarray
     _read: Callable[[int], np.ndarray]
@@ -120,19 +124,18 @@ class FittedScan:
             bold (B, 1, X, Y, Z, T) float32, brain (B, X, Y, Z) bool, and what `swift.data.clips.scatter.to_dense` adds.
         """
         count = len(starts)
-        cells = np.flatnonzero(self.mask).astype(np.int32)
         meta = np.stack([np.arange(count), np.zeros(count), np.asarray(starts), np.ones(count)], axis=1)
         packed = {
             "codes": np.concatenate([self._read(start).reshape(-1) for start in starts]),
-            "index": np.tile(cells, count),
+            "index": np.tile(self._cells, count),
             "a": np.tile(self._a, count),
             "b": np.tile(self._b, count),
             "meta": meta.astype(np.int64),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in packed.items()}
-        contract = self.contract
-        sizes = [len(cells)] * count
-        return to_dense(tensors | {"voxels": sizes}, contract.grid, contract.frames, contract.background)
+        tensors["voxels"] = [len(self._cells)] * count
+        grid, frames = self.contract.grid, self.contract.frames
+        return to_dense(tensors, grid, frames, self._background, layout=self._layout)
 
 
 def find_scans(inputs: Sequence[str | Path], contract: Contract) -> list[Scan]:
@@ -210,6 +213,7 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
     store, place = scan.store, scan.place
     info, mask = store.scans[place], store.mask(place)
     wanted = contract.resampled_tr(info.tr, info.scan_id, fitting.other_tr)
+    notes: tuple[str, ...] = ()
     if wanted is not None:
         bold = resample_tr(store.values(place), info.tr, wanted)
         notes = (f"TR {info.tr:g} s resampled to {wanted:g} s: {info.frames} frames became {len(bold)}",)
@@ -219,9 +223,9 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
     def read(start: int) -> np.ndarray:
         return store.read(place, start, start + contract.span, contract.frame_stride, verify=True)
 
-    return FittedScan(
-        info.scan_id, info.subject, info.frames, info.tr, store.affine(place), mask, (), None, contract, a, b, read
-    )
+    background = contract.background_of(store.attributes(place))
+    head = (info.scan_id, info.subject, info.frames, info.tr)
+    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read)
 
 
 def _packed(
@@ -245,15 +249,52 @@ def _packed(
     def read(start: int) -> np.ndarray:
         return np.ascontiguousarray(codes[start : start + contract.span : contract.frame_stride])
 
-    return FittedScan(scan.scan_id, scan.subject, len(bold), tr, affine, mask, notes, origin, contract, a, b, read)
+    background = contract.background_of(summary.brain)
+    head = (scan.scan_id, scan.subject, len(bold), tr)
+    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read)
+
+
+def _laid_out(
+    head: tuple[str, str, int, float],
+    mask: np.ndarray,
+    affine: np.ndarray,
+    notes: tuple[str, ...],
+    origin: Volumes | FrameFolder | None,
+    contract: Contract,
+    background: float,
+    a: np.ndarray,
+    b: np.ndarray,
+    read: Callable[[int], np.ndarray],
+) -> FittedScan:
+    """The scan in the orientation and the box that the model knows; mask and affine are those it is kept with."""
+    shift, said = _shift(affine, contract)
+    layout = Layout(contract.orientation == "LAS", shift)
+    cells = np.flatnonzero(mask).astype(np.int32)
+    there, on = layout.cells(torch.from_numpy(cells).long(), mask.shape)
+    if on is not None:
+        there = there[on]
+        said += (f"{100 * (1 - len(there) / len(cells)):.2g} % of its brain lies outside the model's grid",)
+    own: np.ndarray = np.zeros(mask.size, bool)
+    own[there.numpy()] = True
+    moved = np.eye(4)
+    moved[:3, 3] = shift
+    if layout.mirrored:
+        moved[0] = (-1, 0, 0, mask.shape[0] - 1 + shift[0])
+    own = own.reshape(mask.shape)
+    return FittedScan(*head, affine @ moved, own, notes + said, origin, contract, cells, layout, background, a, b, read)
+
+
+def _shift(affine: np.ndarray, contract: Contract) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Cells from the first of the grid that a scan is kept on to that of the model's box, and what is to be said."""
+    return (0, 0, 0), ()
 
 
 def mean_image(scan: Scan, fitted: FittedScan) -> nib.Nifti1Image:
     """The scan's mean over time, to draw maps on."""
     if isinstance(scan, StoredScan):
         mean = np.zeros(fitted.mask.shape, np.float32)
-        mean[fitted.mask] = scan.store.array(scan.place, "stats/mean")
-        return nib.Nifti1Image(mean, fitted.affine)
+        mean[scan.store.mask(scan.place)] = scan.store.array(scan.place, "stats/mean")
+        return nib.Nifti1Image(mean, scan.store.affine(scan.place))
     assert fitted.origin is not None
     total, count = np.zeros(fitted.origin.shape), 0
     for frame in fitted.origin.read():

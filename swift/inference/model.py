@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from swift.models.heads import build_model
 from swift.parallel.checkpoint import files as checkpoint
 from swift.parallel.checkpoint.read import PREFIX, CheckpointWeights, FileWeights, Weights, find_checkpoint, metadata_of
 from swift.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _fill(model: nn.Module, weights: Weights, source: object) -> None:
 
 
 def _load_v1(path: Path, config: str | Path | None) -> Trained:
-    from swift.models.v1 import load_v1, read_weights
+    from swift.models.v1 import has_v1_names, load_v1, read_weights
 
     try:
         tensors = read_weights(path)
@@ -126,8 +129,12 @@ def _load_v1(path: Path, config: str | Path | None) -> Trained:
     if used:
         raise UserError(f"{path}: the settings of {config} want {len(used)} tensors more, such as {used[0]}")
     data = cfg.data
-    x, y, z = data.grid
-    contract = Contract(
-        (x, y, z), data.spacing, data.frames, data.frame_stride, data.normalization, data.background, None
-    )
+    if has_v1_names(tensors):
+        contract = Contract.of_swift_v1(data.grid, data.frames, data.frame_stride)
+        log.info("%s: SwiFT v1 was trained on %s", path, contract)
+    else:
+        x, y, z = data.grid
+        contract = Contract(
+            (x, y, z), data.spacing, data.frames, data.frame_stride, data.normalization, data.background
+        )
     return Trained(str(path), model.eval(), cfg, contract, None)

@@ -11,6 +11,17 @@ from torch import Tensor
 
 from swift.models.encoder import SwinEncoder
 
+INPUT = {
+    "spacing": 2.0,
+    "orientation": "LAS",
+    "normalization": "zscore_global",
+    "background": "minimum",
+    "placement": "SwiFT v1",
+    "tr": [0.72, 0.8],
+}
+"""What SwiFT v1 was trained on, as input contracts of swift name it. Its code reads arrays as they are stored, which in
+HCP and FSL files is LAS; scales a scan by the mean and standard deviation of its voxels that are not 0, and gives the
+others the smallest value; and brings 91x109x91 voxels to 96x96x96: pads (3, 2), cuts (7, 6), pads (3, 2)."""
 _RENAMES = (
     (r"^patch_embed\.fc\.", "patch_embed.proj."),
     (r"^pos_embeds\.(\d+)\.pos_embed$", r"stages.\1.position.space"),
@@ -81,8 +92,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises several kinds, none of which says what the user can do
         if foreign := _foreign_objects(path, str(error)):
             raise ValueError(
-                f"{path} cannot be read as plain weights: it holds other objects too ({', '.join(foreign)}), and reading "
-                'those can run code; if you trust the file, make one of its tensors alone: python -c "import torch; '
+                f"{path} cannot be read as plain weights: it holds other objects too ({', '.join(foreign)}), and "
+                "reading those can run code; if you trust the file, make one of its tensors alone: "
+                'python -c "import torch; '
                 f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pt')\""
             ) from error
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__).splitlines()[0]
@@ -101,6 +113,11 @@ def _foreign_objects(path: Path, reason: str) -> list[str]:
     except Exception:  # an old format, or a damaged file: torch's own reason names the first
         found = []
     return sorted(set(found)) or re.findall(r"GLOBAL (\S+) was not an allowed", reason)[:1]
+
+
+def has_v1_names(tensors: dict[str, Tensor]) -> bool:
+    """Whether tensors carry SwiFT v1's own names; an encoder's own names stand for themselves in an import."""
+    return any(_rename(name) != name for name in (key.removeprefix("model.") for key in tensors))
 
 
 def load_v1(encoder: SwinEncoder, tensors: dict[str, Tensor]) -> ImportReport:

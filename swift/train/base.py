@@ -42,6 +42,8 @@ class TrainingModule(pl.LightningModule):
             encoder.norm.requires_grad_(False)
         self.first_weights: Any = None
         """Weights to begin with in place of the initial values, for a module that is still empty."""
+        self.first_contract: dict[str, Any] = {}
+        """What the model of the weights of init= was given, as far as known."""
         self.seen_before: list[str] | None = []
         """Subjects that the weights of init= were trained on; None: not recorded."""
         self._step_loss = torch.zeros(())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swift.config.compose import CHECKPOINTS
 from swift.models.encoder import SwinEncoder
-from swift.models.v1 import load_v1, read_weights
+from swift.models.v1 import INPUT, has_v1_names, load_v1, read_weights
 from swift.parallel.checkpoint import files as checkpoint
 from swift.parallel.checkpoint.init_from import task_weights
 from swift.parallel.checkpoint.read import (
@@ -40,9 +40,11 @@ def start_from(module: TrainingModule, source: str) -> str:
             here = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
             weights = start = task_weights(Path(source), module.cfg, here)
             module.seen_before, said = start.seen, "; ".join(start.remarks)
+            module.first_contract = weights_metadata(start.source).get("contract", {})
         else:
             weights, said = weights_at(Path(source), module)
-            module.seen_before = weights_metadata(weights).get("subjects")
+            known = weights_metadata(weights)
+            module.seen_before, module.first_contract = known.get("subjects"), known.get("contract", {})
     except ValueError as error:
         raise UserError(f"init={source}: {error}") from error
     module.first_weights = weights
@@ -72,7 +74,8 @@ def weights_at(path: Path, module: TrainingModule) -> tuple[Weights, str]:
             encoder = SwinEncoder(module.cfg.model, module.cfg.data.grid, module.cfg.data.frames)
             report = load_v1(encoder, tensors)
             taken = {name: value for name, value in encoder.state_dict().items() if name not in report.missing}
-            return TensorWeights({f"model.encoder.{name}": value for name, value in taken.items()}), str(report)
+            known = {"contract": INPUT} if has_v1_names(tensors) else {}
+            return TensorWeights({f"model.encoder.{name}": value for name, value in taken.items()}, known), str(report)
         weights = TensorWeights(tensors)
     here = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     checkpoint.compare_shapes("the source", weights.shapes, here)

@@ -21,6 +21,8 @@ from swift.data.locate import store_path
 from swift.data.module import ClipDataModule
 from swift.data.task_module import TargetDataModule, class_weights
 from swift.evaluate.judge import figures
+from swift.models.v1 import INPUT
+from swift.parallel.checkpoint.init_from import contract_differences
 from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.parallel.setup import Setup
 from swift.parallel.strategies import build_strategy
@@ -77,6 +79,11 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
     Raises:
         UserError: a test subject that the weights of init= have seen.
     """
+    changed = contract_differences(module.first_contract, data.contract() | data.beside_contract())
+    if changed:
+        v1 = module.first_contract.get("placement") == INPUT["placement"] and data.data.layout != "swift_v1"
+        hint = "; data.layout=swift_v1 data.normalization=zscore_global gives what v1 was trained on" if v1 else ""
+        log.warning("init=%s: clips differ from those of its training: %s%s", module.cfg.init, ", ".join(changed), hint)
     if not isinstance(data, TargetDataModule):
         if module.seen_before is None:
             log.warning(

@@ -22,6 +22,7 @@ from swift.evaluate.scores import choose_threshold, scores
 from swift.inference.export import export, load
 from swift.models.encoder import SwinEncoder
 from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.checkpoint.init_from import contract_differences
 from swift.parallel.checkpoint.read import FileWeights
 from swift.parallel.setup import resolve
 from swift.train.finetune import FinetuneModule
@@ -181,8 +182,10 @@ def test_the_encoder_is_taken_and_the_rest_is_named(folder: Path, pretrained: Pa
 
 def test_other_clips_than_in_pre_training(folder: Path, pretrained: Path) -> None:
     module = module_of(folder, f"init={pretrained}", "task.adapt=full", "data.frames=5", "data.grid=[10,14,12]")
-    said = start_from(module, str(pretrained))
-    assert "clips differ from those of its training: grid [12, 12, 12] -> [10, 14, 12], frames 8 -> 5" in said
+    start_from(module, str(pretrained))
+    here = {"grid": [10, 14, 12], "frames": 5, "orientation": "RAS", "tr": [2.0, 3.0]}
+    changed = ["grid [12, 12, 12] -> [10, 14, 12]", "frames 8 -> 5", "TR 2 to 2 s -> 2 to 3 s"]
+    assert contract_differences(module.first_contract, here) == changed
     out = module.model(torch.randn(1, 1, 10, 14, 12, 5), torch.ones(1, 10, 14, 12, dtype=torch.bool))
     assert torch.isfinite(out).all()
 

@@ -29,7 +29,7 @@ class Augment:
         cfg: Which changes, how large, how often.
         seed: Of the run.
         spacing: Voxel size, mm.
-        background: Value outside the brain.
+        background: Value outside the brain, of batches that do not carry their own (`background`, (B,)).
     """
 
     def __init__(self, cfg: AugmentConfig, seed: int, spacing: float, background: float) -> None:
@@ -41,10 +41,13 @@ class Augment:
         frames = batch["bold"][:, 0].permute(0, 4, 1, 2, 3).contiguous()  # (B, T, X, Y, Z), the memory as it lies
         bold, brain = torch.empty_like(frames), torch.empty_like(batch["brain"])
         for place, sample in enumerate(batch["sample_id"].tolist()):
-            bold[place], brain[place] = self._one(frames[place], batch["brain"][place], sample)
+            outside = float(batch["background"][place]) if "background" in batch else self.background
+            bold[place], brain[place] = self._one(frames[place], batch["brain"][place], sample, outside)
         return {**batch, "bold": bold.permute(0, 2, 3, 4, 1).unsqueeze(1), "brain": brain}
 
-    def _one(self, bold: torch.Tensor, brain: torch.Tensor, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _one(
+        self, bold: torch.Tensor, brain: torch.Tensor, sample: int, outside: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Change bold (T, X, Y, Z) and brain (X, Y, Z) of one sample."""
         key = np.array([self.seed & UINT64, sample], np.uint64)
         words = np.random.Philox(key=key).random_raw(4)  # for MONAI, to seed the noise, its strength, its chance
@@ -60,7 +63,7 @@ class Augment:
             generator = torch.Generator(bold.device).manual_seed(int(words[1]) >> 1)
             noise = torch.randn(bold.shape, generator=generator, device=bold.device, dtype=bold.dtype)
             changed = changed.add(noise, alpha=float(strength) * self.cfg.noise_std)
-        background = torch.tensor(self.background, dtype=bold.dtype, device=bold.device)
+        background = torch.tensor(outside, dtype=bold.dtype, device=bold.device)
         return torch.where(inside, changed, background), inside
 
     def _transforms(self, device: torch.device) -> tuple[Any, Any]:

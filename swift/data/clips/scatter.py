@@ -7,6 +7,7 @@ Legend: B batch, T frames, X Y Z grid, V brain voxels of a clip, N = X * Y * Z.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,41 @@ PACKED = ("codes", "index", "a", "b", "meta")
 """Tensors of a packed batch, see `swift.data.clips.dataset.ClipDataset`."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the cells of a model's grid lie to those of the grid that brain voxels are kept on.
+
+    Attributes:
+        mirrored: The model counts x from right to left (arrays in LAS order).
+        shift: Cells that the model's grid begins later, along x, y, z (RAS).
+    """
+
+    mirrored: bool = False
+    shift: tuple[int, int, int] = (0, 0, 0)
+
+    def cells(self, index: torch.Tensor, grid: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Flat cells (C order) on the kept grid -> those on the model's, and which lie on it (bool; None: all)."""
+        if not self.mirrored and not any(self.shift):
+            return index, None
+        x, y, z = (n - s for n, s in zip(torch.unravel_index(index, tuple(grid)), self.shift))
+        inside = torch.ones_like(index, dtype=torch.bool)
+        for place, size in zip((x, y, z), grid):
+            inside &= (place >= 0) & (place < size)
+        if self.mirrored:
+            x = grid[0] - 1 - x
+        return (x * grid[1] + y) * grid[2] + z, None if bool(inside.all()) else inside
+
+
+AS_KEPT = Layout()
+
+
 def to_dense(
     packed: dict[str, Any],
     grid: Sequence[int],
     frames: int,
-    background: float,
+    background: float | torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    layout: Layout = AS_KEPT,
 ) -> dict[str, torch.Tensor]:
     """Scatter a packed batch.
 
@@ -29,8 +59,9 @@ def to_dense(
             device; voxels: B ints (0: padding row).
         grid: X, Y, Z.
         frames: T.
-        background: Value outside the brain.
+        background: Value outside the brain; (B,): of each clip.
         dtype: Of the result; the multiply-add is done in float32.
+        layout: Of the result; voxels that are not on its grid are left out.
 
     Returns:
         bold (B, 1, X, Y, Z, T), a permuted view of (B, T, X, Y, Z) memory: codes * a + b in the brain, background
@@ -40,15 +71,19 @@ def to_dense(
     voxels: list[int] = packed["voxels"]
     codes, index, a, b, meta = (packed[name] for name in PACKED)
     cells = grid[0] * grid[1] * grid[2]
-    dense = torch.full((len(voxels), frames, cells), background, dtype=dtype, device=codes.device)
+    dense = torch.empty((len(voxels), frames, cells), dtype=dtype, device=codes.device)
+    dense[:] = background.to(dense)[:, None, None] if isinstance(background, torch.Tensor) else background
     brain = torch.zeros((len(voxels), cells), dtype=torch.bool, device=codes.device)
     row = at = 0
     for place, count in enumerate(voxels):
         if count:
             part = slice(at, at + count)
-            where = index[part].long()
+            where, on = layout.cells(index[part].long(), grid)
             clip = codes[row : row + frames * count].view(frames, count)
-            _scatter(dense[place], where, clip, a[part], b[part])
+            scale, offset = a[part], b[part]
+            if on is not None:
+                where, clip, scale, offset = where[on], clip[:, on], scale[on], offset[on]
+            _scatter(dense[place], where, clip, scale, offset)
             brain[place].index_fill_(0, where, True)
         row, at = row + frames * count, at + count
     bold = dense.view(len(voxels), frames, *grid).permute(0, 2, 3, 4, 1).unsqueeze(1)

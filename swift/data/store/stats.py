@@ -15,6 +15,8 @@ NEEDS = {"zscore_voxel": ("mean", "std"), "percent": ("mean",), "robust": ("medi
 """Per-voxel statistics that a kind is made from."""
 IQR_OF_NORMAL = 1.3489795003921634
 """Interquartile range of a normal distribution of standard deviation 1."""
+MINIMUM = "minimum"
+"""How an input contract says that the background is the scan's smallest normalized value, see `least`."""
 MIN_BASELINE = 0.01
 """Percent change of a voxel whose mean is below this part of the brain's mean is not defined, and set to 0."""
 BLOCK_BYTES = 1 << 25
@@ -108,6 +110,21 @@ def quantize(bold: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndar
     np.rint(codes, out=codes)
     np.clip(codes, -LEVELS, LEVELS, out=codes)
     return codes.astype("<i2")
+
+
+def least(kind: str, brain: dict[str, float]) -> float:
+    """The smallest normalized value of a scan, from its `Summary.brain`.
+
+    Raises:
+        UserError: a kind that scales each voxel by itself, where no smallest value is kept.
+    """
+    if kind == "zscore_global":
+        return (brain["global_min"] - brain["global_mean"]) / brain["global_std"]
+    if kind in ("minmax", "none"):
+        return 0.0 if kind == "minmax" else brain["global_min"]
+    raise UserError(
+        f"normalization {kind}: a background of the scan's smallest value needs zscore_global, minmax or none"
+    )
 
 
 def fold(

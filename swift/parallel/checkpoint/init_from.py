@@ -13,7 +13,7 @@ from torch import Tensor
 from swift.config.schema import Config
 from swift.models.adapt import is_lora, plain_name
 from swift.models.encoder import SwinEncoder
-from swift.models.v1 import load_v1, read_weights
+from swift.models.v1 import INPUT, has_v1_names, load_v1, read_weights
 from swift.parallel.checkpoint import files as checkpoint
 from swift.parallel.checkpoint.files import describe_differences
 from swift.parallel.checkpoint.read import (
@@ -26,9 +26,20 @@ from swift.parallel.checkpoint.read import (
     metadata_of,
 )
 
+TR_TOLERANCE = 0.01
+"""Relative difference of two TRs that count as the same."""
 ENCODER = "model.encoder."
 _TIME_TABLES = ("position.time", "position.t")
-_CONTRACT = ("grid", "spacing", "frames", "frame_stride", "normalization", "background")
+_CONTRACT = (
+    "grid",
+    "spacing",
+    "orientation",
+    "placement",
+    "frames",
+    "frame_stride",
+    "normalization",
+    "background",
+)
 
 
 @dataclass
@@ -87,7 +98,12 @@ def open_weights(path: Path, cfg: Config) -> tuple[Weights, dict[str, Any], list
     encoder = SwinEncoder(cfg.model, cfg.data.grid, cfg.data.frames)
     report = load_v1(encoder, tensors)
     kept = {name: value for name, value in encoder.state_dict().items() if name not in report.missing}
-    return TensorWeights({ENCODER + name: value for name, value in kept.items()}), {}, str(report).splitlines()
+    known = {"contract": INPUT} if has_v1_names(tensors) else {}
+    return (
+        TensorWeights({ENCODER + name: value for name, value in kept.items()}, known),
+        known,
+        str(report).splitlines(),
+    )
 
 
 def task_weights(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> TaskWeights:
@@ -134,15 +150,21 @@ def task_weights(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Task
     count = sum(torch.Size(here[name]).numel() for name in names)
     remarks.append(f"encoder taken: {len(names)} tensors, {count:,} parameters")
     remarks.append(f"left out there: {', '.join(left) or 'nothing'}; new here: {', '.join(new)}")
-    contract, data = known.get("contract", {}), cfg.data
-    changed = [
-        f"{name} {contract[name]} -> {getattr(data, name)}"
-        for name in _CONTRACT
-        if name in contract and contract[name] != getattr(data, name)
-    ]
-    if changed:
-        remarks.append(f"clips differ from those of its training: {', '.join(changed)}")
     return TaskWeights(source, names, {name: here[name] for name in names}, remarks, seen, merged)
+
+
+def contract_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """How clips differ from those of training, by both contracts, with `tr` and `placement` where known.
+
+    A TR differs where some scan's lies more than 1 % outside the range of training.
+    """
+    known = [name for name in _CONTRACT if name in there and name in here]
+    changed = [f"{name} {there[name]} -> {here[name]}" for name in known if there[name] != here[name]]
+    if there.get("tr") and here.get("tr"):
+        (low, high), (least, most) = there["tr"], here["tr"]
+        if least < low * (1 - TR_TOLERANCE) or most > high * (1 + TR_TOLERANCE):
+            changed.append(f"TR {low:g} to {high:g} s -> {least:g} to {most:g} s")
+    return changed
 
 
 def _fits(name: str, there: list[int], here: list[int]) -> bool:

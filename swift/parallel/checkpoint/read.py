@@ -39,10 +39,10 @@ class Weights(Protocol):
 
 
 class TensorWeights:
-    """Tensors in memory."""
+    """Tensors in memory, and what is known of them (`metadata_of`)."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
+        self.tensors, self.metadata = tensors, metadata or {}
         self.shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -146,8 +146,8 @@ def metadata_of(manifest: Manifest) -> dict[str, Any]:
     state = manifest.state
     data = next((value for value in state.values() if isinstance(value, dict) and "contract" in value), {})
     contract = data.get("contract", {})
-    tr = {"tr": data["tr"]} if contract and data.get("tr") else {}
-    found = {"config": state["config"], "contract": contract | tr, "step": manifest.step}
+    beside = {name: data[name] for name in ("tr", "placement") if contract and data.get(name)}
+    found = {"config": state["config"], "contract": contract | beside, "step": manifest.step}
     optional = {"subjects": data.get("subjects"), "target": state.get("target")}
     return found | {name: value for name, value in optional.items() if value}
 
@@ -156,7 +156,7 @@ def weights_metadata(weights: Weights) -> dict[str, Any]:
     """What comes with weights beside the tensors, as `metadata_of` has it; {} where nothing does."""
     if isinstance(weights, CheckpointWeights):
         return metadata_of(weights.manifest)
-    return weights.metadata if isinstance(weights, FileWeights) else {}
+    return weights.metadata if isinstance(weights, FileWeights | TensorWeights) else {}
 
 
 def check_attention(weights: CheckpointWeights | FileWeights, model: ModelConfig) -> None:

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swift.data.clips.scatter import to_dense
 from swift.data.store.format import CorruptData
 from swift.train.callbacks.nonfinite import describe
 from swift.utils.errors import UserError
@@ -192,5 +191,5 @@ def read_again(data: Any, rows: list[tuple[int, int, int, int]]) -> dict[str, Te
     for name, parts in zip(("index", "a", "b"), zip(*tables)):
         packed[name] = torch.from_numpy(np.concatenate(parts))
     packed["meta"] = torch.tensor(rows, dtype=torch.int64)
-    dense = to_dense(packed, data.store.grid, data.data.frames, data.data.background, data.dtype)
+    dense = data.scattered(packed)
     return dense if data.augment is None else data.augment(dense)

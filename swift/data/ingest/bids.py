@@ -135,12 +135,13 @@ def _in_place(places: list[Path], layout: str, choice: Choice, found: Found) -> 
 
 def _guess(tree: Tree) -> str:
     bids = (tree.root / "dataset_description.json").is_file()
-    for path in tree.walk():
-        if FRAME.fullmatch(path.name):
-            return "frames"
-        if path.name == EXPORTED and path.parent == tree.root:
-            return "table"
-        bids = bids or SERIES.fullmatch(path.name) is not None
+    if EXPORTED in tree.names(tree.root):
+        return "table"
+    for folder in tree.folders():
+        for name in tree.files[folder]:
+            if name.startswith("frame_") and FRAME.fullmatch(name):
+                return "frames"
+            bids = bids or (name.endswith(SUFFIXES) and SERIES.fullmatch(name) is not None)
     return "bids" if bids or dataset_above(tree.root) is not None else "folder"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swift.data.ingest.folder import NOT_MAGNITUDE, is_mask_name, one_file, without_echoes
 from swift.data.ingest.inherit import NIFTI, Relatives
-from swift.data.ingest.names import Name, is_nifti, is_surface, parse_name
+from swift.data.ingest.names import SUFFIXES, Name, is_surface, parse_name
 from swift.data.ingest.sources import Choice, Found, Source, scan_name, subject_label
 from swift.data.ingest.tools import BidsTool, bids_tool, describe, is_raw
 from swift.data.ingest.tree import Tree
@@ -40,9 +40,7 @@ def find_bids(tree: Tree, choice: Choice, found: Found) -> list[Source]:
     groups: dict[Path, list[tuple[Path, Name]]] = {}
     roots: dict[Path, Path] = {}
     surfaces, odd = [], []
-    for path in tree.walk():
-        if not is_nifti(path):
-            continue
+    for path in tree.walk(SUFFIXES):
         name = parse_name(path)
         if is_surface(path):
             surfaces.append(path)

@@ -13,13 +13,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from swift.data.ingest.names import FRAME, Name, is_nifti, is_surface, legal_name, parse_name, strip_suffix
+from swift.data.ingest.names import FRAME, Name, is_surface, legal_name, parse_name, strip_suffix
 from swift.data.ingest.sources import Found, Source, scan_name, subject_label
 from swift.data.ingest.tools import FOLDER_TOOLS, INSIDE, FolderTool
 from swift.data.ingest.tree import Tree
 
 MASK_ENDINGS = ("_brainmask", "_desc-brain_mask", "_brain_mask", "_mask")
-SUFFIXES = (".nii.gz", ".nii")
+NIFTI = (".nii.gz", ".nii")
 NO_BOLD = re.compile(
     r"(?i)sbref|boldref|epi|t1w|t2w|t2star|flair|pdw?|angio|dwi|phase\d?|phasediff|magnitude\d?|fieldmap|dseg|probseg|"
     r"boldmap|statmap|m0scan|asl|unit1|t1map|inplanet[12]|defacemask|xfm"
@@ -55,7 +55,7 @@ def mask_beside(scan: Path, tree: Tree | None = None) -> Path | None:
     there = set(tree.names(scan.parent))
     for start in stems:
         for ending in MASK_ENDINGS:
-            for suffix in SUFFIXES:
+            for suffix in NIFTI:
                 if f"{start}{ending}{suffix}" in there:
                     return scan.with_name(f"{start}{ending}{suffix}")
     return None
@@ -157,9 +157,8 @@ def _of_tools(tree: Tree, found: Found) -> tuple[list[Source], list[Path]]:
     inside: list[Path] = []
     rest: list[Path] = []
     by_folder: dict[Path, list[Path]] = {}
-    for path in tree.walk():
-        if is_nifti(path):
-            by_folder.setdefault(path.parent, []).append(path)
+    for path in tree.walk(NIFTI):
+        by_folder.setdefault(path.parent, []).append(path)
     for folder, paths in by_folder.items():
         place = Path(os.path.abspath(folder)).as_posix()
         for tool in FOLDER_TOOLS:
@@ -222,7 +221,7 @@ def _tool_source(tool: FolderTool, match: re.Match[str], path: Path, tree: Tree)
 
 def find_frames(tree: Tree) -> list[Source]:
     """SwiFT v1: every folder at or below the root that holds frame_0.pt, frame_1.pt, ..."""
-    folders = {path.parent for path in tree.walk() if FRAME.fullmatch(path.name)}
+    folders = {path.parent for path in tree.walk((".pt",)) if FRAME.fullmatch(path.name)}
     found = []
     for folder in sorted(folders):
         relative = folder.relative_to(tree.root)

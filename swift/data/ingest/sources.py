@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from swift.data.ingest.names import legal_name, plain
@@ -192,9 +193,13 @@ def choose(sources: list[Source], choice: Choice, where: str) -> list[Source]:
 def subject_label(path: Path) -> tuple[str, str]:
     """The label of `sub-LABEL` in a file's name, and of the nearest folder of that name; "" where there is none."""
     match = re.match(r"(?:.*_)?(sub-[A-Za-z0-9][A-Za-z0-9+.-]*?)(?:_|\.nii|$)", path.name)
-    absolute = Path(os.path.abspath(path))
-    folder = next((one.name for one in absolute.parents if re.fullmatch(r"sub-[^_]+", one.name)), "")
-    return match.group(1) if match else "", folder
+    return match.group(1) if match else "", _folder_label(str(path.parent))
+
+
+@lru_cache(maxsize=1024)
+def _folder_label(folder: str) -> str:
+    parts = os.path.abspath(folder).split(os.sep)
+    return next((part for part in reversed(parts) if re.fullmatch(r"sub-[^_]+", part)), "")
 
 
 def one_file_once(sources: list[Source]) -> tuple[list[Source], list[str]]:

@@ -64,7 +64,7 @@ class FolderTool:
 FOLDER_TOOLS = (
     FolderTool(
         "HCP pipelines",
-        r"(?:.*/)?(?P<sub>[^/]+)/MNINonLinear/Results/(?P<task>[^/]+)",
+        r"(?:.*/)?(?P<sub>[^/]+?)(?:_(?P<ses>V\d+)(?:_MR)?)?/MNINonLinear/Results/(?P<task>[^/]+)",
         (
             r"{task}_hp\d+_clean_rclean_tclean\.nii\.gz",
             r"{task}_hp\d+_clean_tclean\.nii\.gz",

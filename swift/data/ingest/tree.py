@@ -29,11 +29,15 @@ class Tree:
     again: dict[str, str] = field(default_factory=dict)
     """Linked folders that were listed under another name, and that name."""
 
-    def walk(self) -> Iterator[Path]:
-        """Every file below the root, folder by folder in order."""
-        for folder in sorted(name for name in self.files if self._below(name)):
+    def walk(self, endings: tuple[str, ...] = ("",)) -> Iterator[Path]:
+        """Every file below the root whose name ends so, folder by folder in order."""
+        for folder in self.folders():
             base = Path(folder)
-            yield from (base / name for name in self.files[folder])
+            yield from (base / name for name in self.files[folder] if name.endswith(endings))
+
+    def folders(self) -> list[str]:
+        """The folders below the root and itself, in order."""
+        return sorted(name for name in self.files if self._below(name))
 
     def _below(self, folder: str) -> bool:
         root = str(self.root)

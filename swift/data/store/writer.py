@@ -192,6 +192,8 @@ class StoreWriter:
                 name = f"{number:05d}.h5"
                 scans += self._commit(name, group, scans, shards)
                 number += 1
+            if not (self.path / "manifest.csv").exists():  # nothing could be added: a store without scans
+                fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest([]))
             self._tidy({scan.shard for scan in scans})
             self._names = frozenset(scan.scan_id for scan in scans)
 

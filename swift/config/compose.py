@@ -30,6 +30,7 @@ _LEGAL = {
     bool: "true or false",
     str: "a text",
     list[int]: "a list of integers such as [6,6,6,1]",
+    list[str]: "a list of texts such as [sub-01,sub-02]",
     list[float]: "a list of numbers such as [0.9,0.95]",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 
@@ -92,3 +92,5 @@ class DataConfig:
     know them: LAS, the scan's smallest value outside the brain, v1's box where a scan lies in a template's)."""
     repeat_batch: bool = False
     """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""
+    exclude: list[str] = field(default_factory=list)
+    """Scans or subjects to leave out, by the names that `swift.data info --scans` shows."""

@@ -14,6 +14,7 @@ import torch
 
 from swift.config.schema_data import DataConfig
 from swift.data.clips.augment import Augment, is_on
+from swift.data.clips.chosen import choose
 from swift.data.clips.dataset import ClipDataset, ClipLoader, SameBatchLoader, identity
 from swift.data.clips.index import ClipIndex, ClipSpec, time_split, whole_scans
 from swift.data.clips.mixture import Stores
@@ -48,9 +49,11 @@ class ClipDataModule(lightning.LightningDataModule):
             It counts a batch when it is moved to the device, not when a worker reads it ahead.
         store: All scans, see `swift.data.clips.mixture.Stores`.
         spec, train_index, val_index, order: What the batches are made of.
+        used: Places of the scans that are used.
+        left_out: scan_id of the others -> why.
 
     Raises:
-        UserError: a setting that is not legal, scans too short, a split that leaves nothing to train on.
+        UserError: a setting that is not legal, all scans too short, a split that leaves nothing to train on.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ClipDataModule(lightning.LightningDataModule):
                 f"{self.store.stores[0].path} has grid {list(self.store.grid)} at {self.store.spacing} mm"
             )
         self.spec = ClipSpec(data.frames, data.frame_stride, data.clip_stride)
+        self.used, self.left_out = choose(self.store.scans, self.spec, data.exclude)
         self.split_hash: str | None = None
         self.train_index, self.val_index = self._clips()
         self.order = self._order()
@@ -97,19 +101,20 @@ class ClipDataModule(lightning.LightningDataModule):
         frames, names = [scan.frames for scan in scans], [scan.scan_id for scan in scans]
         subjects = [scan.subject for scan in scans]
         if data.split is None:
-            train, val = time_split(frames, names, self.spec, data.val_fraction, data.val_gap)
+            train, val = time_split(self.used, frames, names, self.spec, data.val_fraction, data.val_gap)
         else:
             split = load_split(data.split)
             self.split_hash = split.hash
-            parts = split.places(subjects)
+            used = set(self.used)
+            parts = {part: [i for i in places if i in used] for part, places in split.places(subjects).items()}
             train = whole_scans(parts["train"], frames, names, self.spec, self.spec.clip_stride)
             val = whole_scans(parts["val"], frames, names, self.spec, self.spec.span)
         kept = spend(train, subjects, data.max_subjects, data.max_frames, data.budget_seed)
         if kept is not train:
-            used, there = ({subjects[scan] for scan in index.scan} for index in (kept, train))
+            taken, there = ({subjects[scan] for scan in index.scan} for index in (kept, train))
             log.info(
                 "training on %d of %d subjects, %d of %d frames, %d of %d clips",
-                *(len(used), len(there), kept.length.sum(), train.length.sum(), len(kept), len(train)),
+                *(len(taken), len(there), kept.length.sum(), train.length.sum(), len(kept), len(train)),
             )
         return kept, val
 

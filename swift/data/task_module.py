@@ -21,7 +21,7 @@ from swift.data.labels.name_leak import id_leak
 from swift.data.labels.splits import PARTS, audit, load_split
 from swift.data.labels.targets import read_labels
 from swift.data.module import ClipDataModule
-from swift.utils.errors import UserError
+from swift.utils.errors import BadScan, UserError
 
 log = logging.getLogger("swift.data")
 
@@ -91,10 +91,9 @@ class TargetDataModule(ClipDataModule):
         split = load_split(str(self.data.split))
         self.split_hash = split.hash
         places = split.places([scan.subject for scan in scans])
-        labelled = [scan for scan in range(len(scans)) if len(self.labels.known(scan, 0, scans[scan].frames))]
-        without = {scans[scan].subject for part in PARTS for scan in places[part]} - {
-            scans[scan].subject for scan in labelled
-        }
+        labelled = [scan for scan in self.used if len(self.labels.known(scan, 0, scans[scan].frames))]
+        mine = {scan for part in PARTS for scan in places[part]} & set(self.used)
+        without = {scans[scan].subject for scan in mine} - {scans[scan].subject for scan in labelled}
         if without:
             log.info("%d subjects of the split have no label and are left out: %s", len(without), _some(without))
         frames, names = [scan.frames for scan in scans], [scan.scan_id for scan in scans]
@@ -118,11 +117,24 @@ class TargetDataModule(ClipDataModule):
                 "(python -m swift.data split)"
             )
         rows: dict[str, list[tuple[int, int, int]]] = {part: [] for part in PARTS}
-        for scan, info in enumerate(self.store.scans):
-            cuts = cut_in_time(info.frames, self.spec.span, self.data, self.task.test_fraction, info.scan_id)
+        labelled = [i for i in self.used if len(self.labels.known(i, 0, self.store.scans[i].frames))]
+        failed: dict[str, BadScan] = {}
+        for scan in labelled:
+            info = self.store.scans[scan]
+            try:
+                cuts = cut_in_time(info.frames, self.spec.span, self.data, self.task.test_fraction, info.scan_id)
+            except BadScan as error:
+                failed[info.scan_id] = error
+                continue
             for part, (first, length) in zip(PARTS, cuts, strict=True):
                 if len(self.labels.known(scan, first, length)):
                     rows[part].append((scan, first, length))
+        if failed:
+            if len(failed) == len(labelled):
+                raise next(iter(failed.values()))
+            log.warning("%d of %d scans are left out, too short to be cut in time: %s", len(failed), len(labelled),
+                        _some(set(failed)))  # fmt: skip
+            self.left_out |= {name: str(error) for name, error in failed.items()}
         apart = self.task.eval_stride or self.spec.span
         found = {}
         for part in PARTS:
@@ -271,12 +283,12 @@ def cut_in_time(frames: int, span: int, data: DataConfig, test_fraction: float, 
         name: Of the scan, for the message.
 
     Raises:
-        UserError: too short for a clip in each part.
+        BadScan: too short for a clip in each part.
     """
     test = frames - round(frames * test_fraction)
     train, val = hold_out(test - data.val_gap, span, data.val_fraction, data.val_gap)
     if frames - test < span or train < span or val == test - data.val_gap:
-        raise UserError(
+        raise BadScan(
             f"scan {name}: {frames} frames cannot be cut into training, validation and test with a clip of {span} in "
             f"each and gaps of {data.val_gap}; lower data.frames or data.val_gap, change task.test_fraction, or split "
             "by subject (data.split=FILE)"

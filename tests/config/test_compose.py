@@ -316,7 +316,7 @@ def test_the_edges_of_the_legal_are_legal(edges: dict[str, object]) -> None:
 CHECKED_TOGETHER = {
     "wandb", "figures", "patch_norm", "final_norm", "verify", "split", "path", "init", "resume", "launcher",
     "loss_background", "cpu_adam", "compile", "overlap", "budget_seed", "stage_dir", "checkpoint_background",
-    "allow_seen", "allow_id_leak", "repeat_batch",
+    "allow_seen", "allow_id_leak", "repeat_batch", "exclude",
 }  # fmt: skip
 """Settings of which every value of the type is legal here; files and folders are looked at when they are opened."""
 

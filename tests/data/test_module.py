@@ -169,12 +169,40 @@ def test_mistakes_are_named(made: Path) -> None:
         ({"grid": [5, 6, 8]}, r"data.grid=\[5, 6, 8\]"),
         ({"spacing": 3.0}, "data.spacing=3.0"),
         ({"normalization": "z"}, "data.normalization=z: legal are zscore_voxel"),
-        ({"frames": 25}, "scan sub-00_task-rest .*24 frames, fewer than a clip"),
+        ({"frames": 41}, r"scan sub-00_task-rest \(and 3 other scans\): 24 frames, fewer than a clip"),
         ({"batch_size": 0}, "data.batch_size=0"),
         ({"workers": -1}, "data.workers=-1"),
     ]:
         with pytest.raises(UserError, match=message):
             module(made, **changes)
+
+
+def test_short_and_excluded_scans_are_left_out_by_name(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = module(made, frames=25, val_fraction=0.0)
+    assert data.used == [1, 3]
+    assert set(data.train_index.scan.tolist()) == {1, 3}
+    assert data.seen_subjects() == ["01", "03"]
+    assert data.left_out == {f"sub-{n:02d}_task-rest": "24 frames, a clip spans 25" for n in (0, 2)}
+    told = "2 of 4 scans are shorter than a clip, which spans 25 frames, and left out: sub-00_task-rest (24 frames)"
+    assert told in caplog.text
+    data = module(made, exclude=["01", "sub-02_task-rest"])
+    assert (data.used, data.left_out) == (
+        [0, 3],
+        dict.fromkeys(["sub-01_task-rest", "sub-02_task-rest"], "data.exclude"),
+    )
+    assert set(data.train_index.scan.tolist()) | set(data.val_index.scan.tolist()) == {0, 3}
+    save_splits(tmp_path / "s.json", [Split({"train": ("00", "01"), "val": ("02", "03"), "test": ()})])
+    data = module(made, exclude=["01", "03"], split=str(tmp_path / "s.json"))
+    assert set(data.train_index.scan.tolist()) == {0}
+    assert set(data.val_index.scan.tolist()) == {2}
+    with pytest.raises(
+        UserError, match=r"data.exclude: 'sub-2_task-rest' is neither .*; the nearest are sub-02_task-rest,"
+    ):
+        module(made, exclude=["sub-2_task-rest"])
+    with pytest.raises(UserError, match=r"data.exclude=\['00', '01', '02', '03'\]: leaves no scan"):
+        module(made, exclude=["00", "01", "02", "03"])
 
 
 def test_corrupt_bytes_stop_the_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from swift.config.compose import typed
+from swift.data.store.reader import StoreWriter
 from swift.data.task_module import TargetDataModule, class_weights, cut_in_time
 from swift.evaluate.judge import ClipRows, figures, predictions_of
 from swift.evaluate.scores import choose_threshold, scores
@@ -19,6 +21,7 @@ from swift.train.finetune import FinetuneModule
 from swift.train.wiring import build_data, build_module, tell
 from swift.utils.errors import UserError
 from tests.cohort import cohort, task_command
+from tests.data import stores
 from tests.small import composed, settings
 
 torch.set_num_threads(1)
@@ -133,6 +136,19 @@ def test_frames_of_one_scan_without_a_split(folder: Path) -> None:
     assert data.parts["train"].length.tolist() == [4] * 24
     assert data.parts["test"].first.tolist() == [12] * 24
     assert set(data.subjects_of("train")) == set(data.subjects_of("test"))
+
+
+def test_a_scan_too_short_to_be_cut_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    events = "onset\tduration\n" + "".join(f"{4 * n}\t2\n" for n in range(11))
+    with StoreWriter(tmp_path / "s", stores.GRID, 2.0) as writer:
+        for number, frames in enumerate((60, 20, 60)):
+            header, mask, bold = stores.scan(number, frames)
+            writer.add(dataclasses.replace(header, events=events), mask, bold)
+    cfg = settings("task=task_rest", "data.frames=4", "data.val_gap=2", "data.grid=[5,6,7]", "data.spacing=2.0")
+    data = TargetDataModule(cfg.data, cfg.task, tmp_path / "s", cfg.seed)
+    assert all(set(index.scan.tolist()) == {0, 2} for index in data.parts.values())
+    assert "1 of 3 scans are left out, too short to be cut in time: sub-01_task-rest" in caplog.text
+    assert "20 frames cannot be cut" in data.left_out["sub-01_task-rest"]
 
 
 # --- judged once --------------------------------------------------------------------------------------------------

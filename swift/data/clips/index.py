@@ -111,7 +111,8 @@ class ClipIndex:
         return self.scan[part], self.first[part] + inside
 
 
-def _check_length(frames: Sequence[int], names: Sequence[str], spec: ClipSpec) -> None:
+def check_length(frames: Sequence[int], names: Sequence[str], spec: ClipSpec) -> None:
+    """Raise UserError where a scan is shorter than a clip."""
     short = [i for i, n in enumerate(frames) if n < spec.span]
     if short:
         i = short[0]
@@ -123,11 +124,17 @@ def _check_length(frames: Sequence[int], names: Sequence[str], spec: ClipSpec) -
 
 
 def time_split(
-    frames: Sequence[int], names: Sequence[str], spec: ClipSpec, val_fraction: float, gap: int
+    scans: Sequence[int],
+    frames: Sequence[int],
+    names: Sequence[str],
+    spec: ClipSpec,
+    val_fraction: float,
+    gap: int,
 ) -> tuple[ClipIndex, ClipIndex]:
     """Training and held-out clips of scans that are each cut in time.
 
     Args:
+        scans: Places in the lists `frames` and `names`.
         frames: Frames of each scan.
         names: Their names, for messages.
         spec: The clip.
@@ -139,14 +146,16 @@ def time_split(
     """
     if not 0 <= val_fraction < 1 or gap < 0:
         raise UserError(f"data.val_fraction={val_fraction} must be in [0, 1) and data.val_gap={gap} at least 0")
-    _check_length(frames, names, spec)
-    cuts = [hold_out(n, spec.span, val_fraction, gap) for n in frames]
-    train = ClipIndex(range(len(frames)), [0] * len(frames), [n for n, _ in cuts], spec.span, spec.clip_stride)
-    held = [(i, first) for i, (_, first) in enumerate(cuts) if first < frames[i]]
+    check_length([frames[i] for i in scans], [names[i] for i in scans], spec)
+    cuts = [hold_out(frames[i], spec.span, val_fraction, gap) for i in scans]
+    train = ClipIndex(scans, [0] * len(scans), [n for n, _ in cuts], spec.span, spec.clip_stride)
+    held = [(i, first) for i, (_, first) in zip(scans, cuts, strict=True) if first < frames[i]]
     if val_fraction > 0 and not held:
+        longest = max(frames[i] for i in scans)
         raise UserError(
-            f"no scan can be held out in time: the longest has {max(frames)} frames, a training clip, the gap and a "
-            f"held-out clip need {2 * spec.span + gap}; lower data.frames or data.val_gap, or set data.val_fraction=0"
+            f"no scan can be held out in time: the longest has {longest} frames, a training clip, the gap and a "
+            f"held-out clip need {2 * spec.span + gap}; lower data.frames or data.val_gap, or hold out subjects "
+            "(data.split=FILE)"
         )
     val = ClipIndex(
         [i for i, _ in held],
@@ -162,5 +171,5 @@ def whole_scans(
     scans: Sequence[int], frames: Sequence[int], names: Sequence[str], spec: ClipSpec, stride: int
 ) -> ClipIndex:
     """Clips of whole scans: `scans` are places in the lists `frames` and `names`."""
-    _check_length([frames[i] for i in scans], [names[i] for i in scans], spec)
+    check_length([frames[i] for i in scans], [names[i] for i in scans], spec)
     return ClipIndex(scans, [0] * len(scans), [frames[i] for i in scans], spec.span, stride)

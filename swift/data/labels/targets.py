@@ -55,12 +55,7 @@ def read_labels(store: Stores, target: TargetConfig) -> Labels:
             that are no class, a subject with two values, no scan with events that can be read.
     """
     names = [entry.split("|")[0] for entry in target.classes]
-    if target.source == "manifest":
-        values = _from_manifest(store.scans, target)
-    elif target.source == "confounds":
-        values = [_from_confounds(store, scan, target) for scan in range(len(store.scans))]
-    else:
-        values = _from_events(store, target)
+    values = _from_manifest(store.scans, target) if target.source == "manifest" else _per_frame(store, target)
     return Labels(target.kind, target.per, names, values)
 
 
@@ -85,7 +80,7 @@ def _from_manifest(scans: Sequence[ScanInfo], target: TargetConfig) -> list[np.n
 def _from_confounds(store: Stores, scan: int, target: TargetConfig) -> np.ndarray:
     columns = store.confounds(scan)
     if target.column not in columns:
-        raise UserError(
+        raise BadScan(
             f"task.target.column={target.column}: scan {store.scans[scan].scan_id} has no such per-frame column; it "
             f"has {', '.join(columns) or 'none'}"
         )
@@ -97,11 +92,11 @@ def _from_confounds(store: Stores, scan: int, target: TargetConfig) -> np.ndarra
 
 
 # ----------------------------------------------------------------------------------------------------- of frames
-def _from_events(store: Stores, target: TargetConfig) -> list[np.ndarray]:
-    """Labels of the frames of every scan; one whose events cannot be used is left out by name, and has none.
+def _per_frame(store: Stores, target: TargetConfig) -> list[np.ndarray]:
+    """Labels of the frames of every scan; one whose table cannot be used is left out by name, and has none.
 
     Raises:
-        BadScan: no scan has events that can be used: what is wrong with the first one's.
+        BadScan: no scan has one that can be used: what is wrong with the first one's.
         UserError: a value that is no class.
     """
     values: list[np.ndarray] = []
@@ -109,27 +104,34 @@ def _from_events(store: Stores, target: TargetConfig) -> list[np.ndarray]:
     unused: dict[str, Unused] = {}
     for scan, info in enumerate(store.scans):
         try:
-            start = float(store.attributes(scan).get("start_time", 0.0))
-            found, unused[info.scan_id] = label_frames(_events_text(store, scan, target), info, start, target)
+            if target.source == "confounds":
+                found = _from_confounds(store, scan, target)
+            else:
+                start = float(store.attributes(scan).get("start_time", 0.0))
+                found, unused[info.scan_id] = label_frames(_events_text(store, scan, target), info, start, target)
         except BadScan as error:
             found, failed[info.scan_id] = np.full(info.frames, math.nan), error
         values.append(found)
     if len(failed) == len(values):
         raise next(iter(failed.values()))
-    for reason in failed.values():
-        log.warning("left out, as its frames cannot be labelled: %s", reason)
+    for reason in list(failed.values())[:5]:
+        log.warning("left out: %s", reason)
     if failed:
-        log.warning("%d of %d scans are left out for their events", len(failed), len(values))
-    for what, lines in (
-        ("lie outside their scans and label no frame", {name: lost.outside for name, lost in unused.items()}),
-        ("have no known duration: from their onset to the next event frames have no label",
-         {name: lost.unknown for name, lost in unused.items()}),
-    ):  # fmt: skip
-        told = [f"{name} line {line}" for name, some in lines.items() for line in some]
-        if told:
-            scans = sum(bool(some) for some in lines.values())
-            log.warning("%d events of %d scans %s (%s)", len(told), scans, what, listed(told))
+        log.warning("%d of %d scans are left out, as their frames cannot be labelled", len(failed), len(values))
+    _say_unused(unused)
     return values
+
+
+def _say_unused(unused: dict[str, Unused]) -> None:
+    """Say how many events label no frame, of which scans."""
+    outside = {name: lines.outside for name, lines in unused.items()}
+    unknown = {name: lines.unknown for name, lines in unused.items()}
+    gap = "have no known duration: from their onset to the next event frames have no label"
+    for what, found in (("lie outside their scans and label no frame", outside), (gap, unknown)):
+        told = [f"{name} line {line}" for name, lines in found.items() for line in lines]
+        if told:
+            scans = sum(bool(lines) for lines in found.values())
+            log.warning("%d events of %d scans %s (%s)", len(told), scans, what, listed(told))
 
 
 def _events_text(store: Stores, scan: int, target: TargetConfig) -> str:

@@ -58,9 +58,9 @@ def test_every_clip_is_inside_its_part(data: st.DataObject, spec: ClipSpec, gap:
     names = [f"s{i}" for i in range(len(frames))]
     if fraction > 0 and max(frames) < 2 * spec.span + gap:
         with pytest.raises(UserError, match="no scan can be held out"):
-            time_split(frames, names, spec, fraction, gap)
+            time_split(range(len(frames)), frames, names, spec, fraction, gap)
         return
-    train, val = time_split(frames, names, spec, fraction, gap)
+    train, val = time_split(range(len(frames)), frames, names, spec, fraction, gap)
     cuts = [hold_out(n, spec.span, fraction, gap) for n in frames]
     want = [(i, s) for i, (n, _) in enumerate(cuts) for s in slow_starts(n, spec.span, spec.clip_stride)]
     held = [
@@ -92,11 +92,13 @@ def test_mistakes_are_named() -> None:
     spec = ClipSpec(5, 2, 1)
     assert spec.span == 9
     with pytest.raises(UserError, match=r"scan b \(and 1 other scans\): 8 frames, fewer than a clip, which spans 9"):
-        time_split([20, 8, 3], ["a", "b", "c"], spec, 0.1, 0)
+        time_split([0, 1, 2], [20, 8, 3], ["a", "b", "c"], spec, 0.1, 0)
+    train, val = time_split([0, 2], [40, 8, 30], ["a", "b", "c"], spec, 0.3, 2)
+    assert train.scan.tolist() == val.scan.tolist() == [0, 2]
     with pytest.raises(UserError, match="scan c: 3 frames"):
         whole_scans([0, 2], [20, 8, 3], ["a", "b", "c"], spec, 1)
     with pytest.raises(UserError, match=r"val_fraction=1.0 must be in \[0, 1\)"):
-        time_split([20], ["a"], spec, 1.0, 0)
+        time_split([0], [20], ["a"], spec, 1.0, 0)
     with pytest.raises(UserError, match=r"data.clip_stride=0: must be at least 1"):
         ClipSpec(5, 1, 0)
     assert len(whole_scans([], [20], ["a"], spec, 1)) == 0

@@ -139,7 +139,7 @@ def test_frames_of_one_scan_without_a_split(folder: Path) -> None:
 
 
 def test_a_scan_too_short_to_be_cut_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    events = "onset\tduration\n" + "".join(f"{4 * n}\t2\n" for n in range(11))
+    events = "onset\tduration\n" + "".join(f"{6 * n}\t2\n" for n in range(7))
     with StoreWriter(tmp_path / "s", stores.GRID, 2.0) as writer:
         for number, frames in enumerate((60, 20, 60)):
             header, mask, bold = stores.scan(number, frames)

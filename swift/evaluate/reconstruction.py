@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swift.config.schema import Config
+from swift.evaluate.linear_baselines import LinearBaselines
 from swift.evaluate.reconstruction_baselines import BaselineScores, masked_l1_sum
 from swift.models.masking import mask_voxels
 
@@ -26,6 +27,7 @@ def compare(
     reconstruct: Callable[[Batch], tuple[Tensor, Tensor]],
     device: torch.device,
     add_up: Callable[[Tensor], Tensor] = lambda part: part,
+    linear: LinearBaselines | None = None,
 ) -> dict[str, Any]:
     """L1 on masked brain voxels of the model and of each baseline, over all batches of all ranks.
 
@@ -36,20 +38,24 @@ def compare(
         figure_npz: where to keep the first clip for the reconstruction figure; None: nowhere.
         reconstruct: a batch to the model's prediction and the token mask it was made under.
         device: of the model.
-        add_up: the sum of a scalar over all ranks.
+        add_up: the sum of a tensor over all ranks.
+        linear: fitted baselines to score beside those that need no fit; None: none.
 
     Returns:
-        {"val_l1": float, "baselines": {name: float}, "beats": [names], "clips": int}.
+        {"val_l1": float, "baselines": {name: float}, "baseline_notes": [sentences], "beats": [names], "clips": int}.
     """
     scores = BaselineScores()
     data = cfg.data
     total, count, clips = 0.0, 0.0, 0.0
+    if linear is not None:
+        linear.agree(add_up, device)
     for index, batch in enumerate(batches):
         prediction, mask = reconstruct(batch)
         masked = mask_voxels(mask, cfg.model.patch_size, (*data.grid, data.frames))
         part, voxels = masked_l1_sum(prediction.float(), batch["bold"], masked, batch["brain"], batch["valid"])
         total, count, clips = total + float(part), count + int(voxels), clips + int(batch["valid"].sum())
-        scores.update(batch["bold"], masked, batch["brain"], batch["valid"])
+        fitted = linear.predict(batch["bold"], masked, batch["brain"], batch["scan"], batch["valid"]) if linear else {}
+        scores.update(batch["bold"], masked, batch["brain"], batch["valid"], fitted)
         if index == 0 and figure_npz is not None:
             _keep_clip(
                 figure_npz, batch, prediction, masked, data.frame_stride * tr[int(batch["scan"][0])], data.spacing
@@ -63,6 +69,7 @@ def compare(
     return {
         "val_l1": val_l1,
         "baselines": baselines,
+        "baseline_notes": linear.notes if linear is not None else [],
         "beats": [name for name, value in baselines.items() if val_l1 < value],
         "clips": int(clips),
     }

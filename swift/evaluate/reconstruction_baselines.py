@@ -9,7 +9,7 @@ Where a voxel has no visible frame, all fall back to the brain mean; where a cli
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -142,10 +142,18 @@ class BaselineScores:
         self.count: Tensor | int = 0
 
     @torch.no_grad()
-    def update(self, bold: Tensor, masked: Tensor, brain: Tensor, valid: Tensor | None = None) -> None:
-        """Add a batch (shapes as in `masked_l1_sum`)."""
-        for name, predict in BASELINES.items():
-            total, count = masked_l1_sum(predict(bold, masked, brain), bold, masked, brain, valid)
+    def update(
+        self,
+        bold: Tensor,
+        masked: Tensor,
+        brain: Tensor,
+        valid: Tensor | None = None,
+        fitted: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add a batch (shapes as in `masked_l1_sum`); `fitted`: predictions of further baselines, by name."""
+        made = {name: predict(bold, masked, brain) for name, predict in BASELINES.items()}
+        for name, prediction in {**made, **(fitted or {})}.items():
+            total, count = masked_l1_sum(prediction.to(bold.device), bold, masked, brain, valid)
             self.sums[name] = self.sums.get(name, torch.zeros_like(total)) + total
         self.count = self.count + count
 

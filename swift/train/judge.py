@@ -15,6 +15,7 @@ import torch
 
 from swift.config.compose import CHECKPOINTS
 from swift.evaluate.judge import gathered, predictions_of
+from swift.evaluate.linear_baselines import fit_linear
 from swift.evaluate.reconstruction import compare
 from swift.evaluate.scores import judge as judge_predictions
 from swift.parallel.checkpoint import files as checkpoint
@@ -47,6 +48,9 @@ def _judge_reconstruction(trainer: Any) -> dict[str, Any]:
     cfg = module.cfg
     batches = map(_dense(trainer), itertools.islice(data.val_dataloader(), cfg.trainer.val_batches or None))
     figure = Path(cfg.run_dir) / "figures" / "reconstruction.npz" if trainer.is_global_zero else None
+    most = (cfg.trainer.val_batches or len(data.val_index)) * cfg.data.batch_size * trainer.world_size
+    clips = min(len(data.val_index), most)
+    linear = fit_linear(data, cfg, clips) if clips else None
     with trainer.precision_plugin.val_step_context():
         return compare(
             cfg,
@@ -56,6 +60,7 @@ def _judge_reconstruction(trainer: Any) -> dict[str, Any]:
             lambda batch: strategy.call("reconstruct", batch),
             strategy.root_device,
             lambda part: strategy.reduce(part, reduce_op="sum"),
+            linear,
         )
 
 

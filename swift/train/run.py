@@ -213,5 +213,6 @@ def summary_text(summary: dict[str, Any], run_dir: Path) -> str:
     lines.append(f"beats: {', '.join(beaten) or 'none of the baselines'}")
     if lost:
         lines.append(f"does not beat: {', '.join(lost)}")
+    lines += [f"  {note}" for note in summary["baseline_notes"]]
     lines.append(f"figures and checkpoints: {run_dir}")
     return "\n".join(lines)

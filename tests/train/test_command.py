@@ -68,7 +68,8 @@ def test_the_summary_says_what_the_last_validation_says(finished: Path) -> None:
     last = [record for record in metrics(finished) if "val/l1" in record][-1]
     assert summary["val_l1"] == pytest.approx(last["val/l1"], rel=1e-6)
     assert summary["beats"] == [name for name, value in summary["baselines"].items() if summary["val_l1"] < value]
-    assert len(summary["baselines"]) == 4
+    assert len(summary["baselines"]) == 7
+    assert any("rank" in note for note in summary["baseline_notes"])
     # Two scans, and of the last fifth of each two clips.
     assert summary["clips"] == 4
 
@@ -78,7 +79,7 @@ def test_the_printed_table_is_sorted_and_plain(store: Path, tmp_path: Path, caps
     lines = capsys.readouterr().out.splitlines()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert lines[0] == "held-out masked-voxel L1 after 1 steps, 4 clips (lower is better)"
-    table = [line.replace("<- this run", "").split() for line in lines[1:6]]
+    table = [line.replace("<- this run", "").split() for line in lines[1:9]]
     values = [float(row[-1]) for row in table]
     assert values == sorted(values)
     assert [line for line in lines if "<- this run" in line] == [line for line in lines if "model tiny" in line]

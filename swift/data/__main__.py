@@ -81,6 +81,7 @@ def _info(options: argparse.Namespace) -> int:
     from swift.data.store import format as fmt
     from swift.data.store.export import quality_picture
     from swift.data.store.reader import Store
+    from swift.data.store.tables import read_report
 
     store = Store(options.store)
     places = [store.find(name) for name in options.scan] if options.scan else list(range(len(store.scans)))
@@ -111,11 +112,13 @@ def _info(options: argparse.Namespace) -> int:
             row |= {"picture": str(picture), **quality_picture(store, place, picture)}
         rows.append(row)
     lines = [f"{name:<15} {value}" for name, value in figures.items()]
+    notes = [str(note) for note in read_report(options.store).get("notes", [])]
+    lines += [f"note: {note}" for note in notes]
     for row in rows:
         lines.append(f"\n{row['scan_id']}")
         lines += [f"  {name:<15} {value}" for name, value in row.items() if name not in ("scan_id", "notes")]
         lines += [f"  note: {note}" for note in row["notes"]]
-    _show(options, {**figures, "scan_list": rows}, lines)
+    _show(options, {**figures, "notes": notes, "scan_list": rows}, lines)
     return 0
 
 
@@ -138,8 +141,10 @@ def _verify(options: argparse.Namespace) -> int:
         damage = verify(options.store, workers=options.workers, progress=tick)
     rows = [vars(one) for one in damage]
     good = f"{options.store}: every checksum is right"
-    _show(options, {"damaged": rows}, [f"damaged: {describe(one)}" for one in damage] or [good])
-    return 1 if damage else 0
+    lines = [f"{'changed' if one.changed else 'damaged'}: {describe(one)}" for one in damage]
+    broken = [one for one in damage if not one.changed]
+    _show(options, {"damaged": rows}, lines if broken else [*lines, good])
+    return 1 if broken else 0
 
 
 def _repair(options: argparse.Namespace) -> int:
@@ -174,15 +179,16 @@ def _copy(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from swift.data.store.export import export_scan
+    from swift.data.store.export import export_scan, export_table
     from swift.data.store.reader import Store
 
     store = Store(options.store)
-    places = [store.find(name) for name in options.scan] if options.scan else range(len(store.scans))
+    places = [store.find(name) for name in options.scan] if options.scan else list(range(len(store.scans)))
     rows = []
     for place in places:
         bold, mask = export_scan(store, place, options.out)
         rows.append({"scan_id": store.scans[place].scan_id, "bold": str(bold), "mask": str(mask)})
+    export_table(store, places, options.out)
     _show(options, rows, [row["bold"] for row in rows])
     return 0
 

@@ -148,17 +148,21 @@ def find_scans(inputs: Sequence[str | Path], contract: Contract) -> list[Scan]:
     Raises:
         UserError: no such place, no scan in it, a store of another grid, or two scans of one name.
     """
-    from swift.data.ingest.bids import find_sources
-
     found: list[Scan] = []
+    together: list[Path] = []  # the folders of files that are named together tell two of one name apart
     for place in inputs:
         folder, _, wanted = str(place).rpartition(":")
         if (Path(place) / "store.json").is_file():
+            found += _sources(together)
             found += _stored(Path(place), None, contract)
         elif folder and (Path(folder) / "store.json").is_file():
+            found += _sources(together)
             found += _stored(Path(folder), wanted, contract)
         else:
-            found += find_sources([Path(place)])
+            if together and Path(place).is_dir() != together[-1].is_dir():
+                found += _sources(together)
+            together.append(Path(place))
+    found += _sources(together)
     twice = duplicates([scan for scan in found if isinstance(scan, Source)])
     for name, same in twice.items():
         raise UserError(f"{len(same)} scans have the name {name}: {' and '.join(str(one.path) for one in same)}")
@@ -166,6 +170,15 @@ def find_scans(inputs: Sequence[str | Path], contract: Contract) -> list[Scan]:
         if count > 1:
             raise UserError(f"{count} scans have the name {name}: name each once")
     return found
+
+
+def _sources(places: list[Path]) -> list[Source]:
+    """The scans of some places, which are then forgotten."""
+    from swift.data.ingest.bids import find_sources
+
+    sources = find_sources(places) if places else []
+    places.clear()
+    return sources
 
 
 def _stored(path: Path, wanted: str | None, contract: Contract) -> list[Scan]:

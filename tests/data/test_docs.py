@@ -57,7 +57,7 @@ def test_the_page_about_the_store(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(said) == ["ingest", "info", "verify", "copy", "repair", "export"]
     assert "4 added" in said["ingest"]
     assert "every checksum is right" in said["verify"]
-    assert len(list((place / "NIFTI").iterdir())) == 8
+    assert len(list((place / "NIFTI").glob("*.nii.gz"))) == 8
     (program,) = blocks("store.md", "python")
     names: dict[str, np.ndarray] = {}
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -32,10 +32,9 @@ from swift.data.ingest.table import find_table
 from swift.data.ingest.tools import bids_tool
 from swift.data.ingest.tree import Tree, list_tree
 from swift.data.labels.subjects import two_spellings
+from swift.data.store.tables import EXPORTED
 from swift.utils.errors import UserError
 
-EXPORTED = "exported.csv"
-"""Table that `swift.data export` writes beside its files."""
 NOT_HERE = "a link that leads nowhere: its content is not here (datalad get?)"
 
 
@@ -44,15 +43,16 @@ def find_sources(
 ) -> list[Source]:
     """All scans in the given places, as `find` finds them; `entities` such as space="T1w", task="rest" choose."""
     chosen = parse_choice({key: [label] for key, label in entities.items() if label is not None})
-    return find(inputs, Choice(layout, chosen, participants)).sources
+    return find(inputs, Choice(layout, chosen, participants), once=False).sources
 
 
-def find(inputs: list[Path], choice: Choice | None = None) -> Found:
+def find(inputs: list[Path], choice: Choice | None = None, *, once: bool = True) -> Found:
     """All scans in the given places.
 
     Args:
         inputs: Folders (BIDS derivatives, any NIfTI, SwiFT v1 frames), NIfTI files, CSV or TSV tables.
         choice: Which of them are meant.
+        once: A file that has two names (links) is one scan.
 
     Returns:
         Sources in a stable order; the same name may come twice (the caller refuses those). Such that cannot be read
@@ -69,8 +69,9 @@ def find(inputs: list[Path], choice: Choice | None = None) -> Found:
         found.sources += _in_place(place, choice.layout, choice, found)
     _name_space(found, choice)
     found.sources = choose(found.sources, _but_desc(choice), " and ".join(map(str, inputs[:3])))
-    found.sources, notes = one_file_once(found.sources)
-    found.notes += notes
+    if once:
+        found.sources, notes = one_file_once(found.sources)
+        found.notes += notes
     _add_people(found, choice)
     if choice.prefix:
         found.sources = [_prefixed(source, choice.prefix) for source in found.sources]
@@ -164,7 +165,7 @@ def _single_files(files: list[Path], layout: str, choice: Choice, found: Found) 
         sources[path] = _check_links(one_file(path, top, cache), cache)
     found.notes += guesses([sources[path] for path in others])
     found.kinds.append(f"{len(files)} NIfTI file{'s' if len(files) > 1 else ''}")
-    return [sources[path] for path in dict.fromkeys(files)]
+    return [sources[path] for path in files]
 
 
 def _with_problems(sources: list[Source], tree: Tree, found: Found) -> list[Source]:

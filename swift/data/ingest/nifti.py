@@ -176,12 +176,17 @@ def _read_header(path: Path) -> nib.Nifti1Header:
 
 
 def _shape(header: nib.Nifti1Header, path: Path) -> tuple[int, int, int, int]:
-    """(X, Y, Z, T) as stored; T is 1 for a 3D image. Dimensions beyond the fourth must be 1."""
+    """(X, Y, Z, T) as stored; T is 1 for a 3D image. Dimensions beyond the fourth must be 1, but for (X, Y, Z, 1, T).
+
+    So few as 3 values a voxel are a vector (a warp, a colour) and no series.
+    """
     dim = [int(value) for value in header["dim"]]
     rank = dim[0]
     if not 1 <= rank <= 7 or any(size < 1 for size in dim[1 : rank + 1]):
         raise BadScan(f"{path.name}: wrong dimensions in the header, dim = {dim}; sizes are 1 or more")
     sizes = dim[1 : rank + 1] + [1] * (7 - rank)
+    if sizes[3] == 1 and sizes[4] > 3 and sizes[5:] == [1, 1]:
+        sizes[3:5] = sizes[4], 1  # (X, Y, Z, 1, T): how torchio and ANTs write a series; the bytes lie alike
     if any(size != 1 for size in sizes[4:]):
         raise BadScan(f"{path.name}: {rank}D, shape {tuple(sizes[:rank])}; a scan has 4 dimensions (x, y, z, time)")
     if min(sizes[:3]) < 2:

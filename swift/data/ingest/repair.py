@@ -70,7 +70,7 @@ def repair(path: str | Path, replica: str | Path | None = None, sources: Iterabl
     for damage in broken:
         if not damage.scan:
             outcome.left.append((damage, "needs a replica with the same shards"))
-        elif damage.part == "manifest":
+        elif damage.part == "manifest" and not damage.changed:
             outcome.left.append((damage, "correct the line in manifest.csv by hand"))
     return outcome
 

@@ -16,7 +16,7 @@ import xxhash
 
 from swift.data.store import format as fmt
 from swift.data.store.reader import Damage, Store
-from swift.data.store.tables import REPORT, agrees
+from swift.data.store.tables import REPORT, line_differs, read_report
 from swift.utils.errors import UserError
 
 BLOCK = 1 << 20
@@ -28,6 +28,8 @@ def describe(damage: Damage) -> str:
     """One line that names the place."""
     if not damage.shard:
         return damage.part
+    if damage.changed:
+        return f"scan {damage.scan} in manifest.csv: {damage.changed}"
     if damage.part == "bold":
         return f"shard {damage.shard}, scan {damage.scan}, frame {damage.frame}"
     where = f"shard {damage.shard}" + (f", scan {damage.scan}" if damage.scan else "")
@@ -72,10 +74,12 @@ def verify(path: str | Path, workers: int = 1, progress: Progress | None = None)
     store = Store(path)
     bad = {damage.shard for damage in files}
     found: list[Damage] = []
+    taken = {row["scan_id"]: row.get("labels", {}) for row in read_report(path).get("scans", [])}
     for place, info in enumerate(store.scans):
         inside = store.check(place) if info.shard in bad else []
-        if not any(damage.part == "header" for damage in inside) and not _agrees(store, place):
-            inside.append(Damage(info.shard, info.scan_id, "manifest"))
+        if not any(damage.part == "header" for damage in inside):
+            differs, changed = _differs(store, place, taken.get(info.scan_id, {}))
+            inside += [Damage(info.shard, info.scan_id, "manifest", changed=changed)] if differs else []
         found += inside
     located = {damage.shard for damage in found if damage.part != "manifest"}
     store.close()
@@ -95,11 +99,11 @@ def check_shard(path: Path, name: str, listed: dict[str, Any]) -> list[Damage]:
     return [] if fmt.file_hash(file) == listed["xxh3_64"] else [Damage(name, "", "file")]
 
 
-def _agrees(store: Store, place: int) -> bool:
+def _differs(store: Store, place: int, taken: dict[str, str]) -> tuple[bool, str]:
     try:
-        return agrees(store.scans[place], store.attributes(place))
+        return line_differs(store.scans[place], store.attributes(place), taken)
     except UserError:  # no such scan in that shard
-        return False
+        return True, ""
 
 
 # ----------------------------------------------------------------------------------------------------------- copy

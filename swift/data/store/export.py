@@ -5,7 +5,10 @@ Legend: X Y Z voxels of the grid (RAS+), T frames, V in-brain voxels.
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +16,7 @@ import numpy as np
 
 from swift.data.store import format as fmt
 from swift.data.store.reader import Store
+from swift.data.store.tables import EXPORTED
 from swift.utils.errors import UserError
 
 CARPET_VOXELS = 1500
@@ -51,6 +55,55 @@ def export_scan(store: Store, scan: int, folder: Path) -> tuple[Path, Path]:
         stream.write(_header(store.grid, np.uint8, affine, None).binaryblock + bytes(4))
         stream.write(mask.astype(np.uint8).tobytes(order="F"))
     return bold, brain
+
+
+def export_table(store: Store, scans: Sequence[int], folder: Path) -> Path:
+    """Write what the image files cannot say, so that `ingest` of the folder gives the same scans again.
+
+    exported.csv has a line a scan: names, mask, TR, start time, space, phenotypes; lines of scans that were exported
+    there before stay. Confounds and events go into TSV files beside it.
+
+    Args:
+        store: An open store.
+        scans: Places in store.scans that `export_scan` wrote to the folder.
+        folder: That folder.
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: unwritable.
+    """
+    target = folder / EXPORTED
+    rows: dict[str, dict[str, str]] = {}
+    if target.exists():
+        rows = {
+            row["scan_id"]: row for row in csv.DictReader(io.StringIO(target.read_text(encoding="utf-8"), newline=""))
+        }
+    for scan in scans:
+        info, attributes = store.scans[scan], store.attributes(scan)
+        row = {"path": f"{info.scan_id}_bold.nii.gz", "scan_id": info.scan_id, "subject": info.subject}
+        row |= {name: getattr(info, name) for name in ("session", "task", "run", "site")}
+        row |= {"mask": f"{info.scan_id}_mask.nii.gz", "tr": repr(info.tr)}
+        row |= {name: str(attributes.get(name, "")) for name in ("start_time", "space")}
+        confounds = store.confounds(scan)
+        if confounds:
+            row["confounds"] = f"{info.scan_id}_desc-confounds_timeseries.tsv"
+            lines = ["\t".join(confounds)]
+            for values in zip(*confounds.values(), strict=True):
+                lines.append("\t".join("n/a" if np.isnan(value) else str(value) for value in values))
+            fmt.write_bytes(folder / row["confounds"], ("\n".join(lines) + "\n").encode())
+        if events := store.events(scan):
+            row["events"] = f"{info.scan_id}_events.tsv"
+            fmt.write_bytes(folder / row["events"], events.encode())
+        rows[info.scan_id] = row | {name: value for name, value in info.phenotypes.items() if name not in row}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows[name] for name in sorted(rows))
+    fmt.write_bytes(target, text.getvalue().encode())
+    return target
 
 
 def _header(shape: tuple[int, ...], dtype: type, affine: np.ndarray, tr: float | None) -> nib.Nifti1Header:

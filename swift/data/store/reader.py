@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Damage:
     scan: str
     part: str
     frame: int | None = None
+    changed: str = field(default="", compare=False)
+    """Phenotypes of its line in the manifest that are not those that were ingested: no damage, someone changed them."""
 
 
 ARRAYS = ("mask", "checksum", *fmt.VECTORS)

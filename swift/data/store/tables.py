@@ -14,16 +14,33 @@ from swift.utils.errors import UserError
 log = logging.getLogger("swift.data")
 REPORT = "ingest_report"
 """Name of the two files that tell what became of every source, without their endings."""
+EXPORTED = "exported.csv"
+"""Table beside files that `export` wrote; `ingest` of their folder reads it."""
 NAMES = ("store.json", "manifest.csv")
 
 
-def agrees(info: ScanInfo, attributes: dict[str, Any]) -> bool:
-    """Whether a line of the manifest says what the scan's own header says. It may have more columns."""
-    texts = all(getattr(info, name) == attributes[name] for name in fmt.COLUMNS[:6])
+def line_differs(info: ScanInfo, attributes: dict[str, Any], taken: dict[str, str]) -> tuple[bool, str]:
+    """Whether a line of the manifest says something else than the scan's own header. It may have more columns.
+
+    Args:
+        info: The line.
+        attributes: The header.
+        taken: Labels that an ingest took anew since, of the report: they are right too.
+
+    Returns:
+        Whether it differs, and, where nothing but phenotypes do, which ones: someone changed them.
+    """
     numbers = info.frames == attributes["frames"] and info.voxels == attributes["voxels"]
-    told: dict[str, str] = json.loads(attributes["phenotypes"])
-    columns = all(info.phenotypes.get(name) == value for name, value in told.items())
-    return bool(texts and numbers and columns and info.tr == float(attributes["tr"]))
+    names = all(getattr(info, name) in (attributes[name], taken.get(name)) for name in fmt.COLUMNS[:6])
+    if not (numbers and names and info.tr == float(attributes["tr"])):
+        return True, ""
+    told: dict[str, str] = {**json.loads(attributes["phenotypes"]), **taken}
+    words = [
+        f"{name} {info.phenotypes.get(name, 'missing')}, ingested {value or 'empty'}"
+        for name, value in told.items()
+        if name not in fmt.COLUMNS and info.phenotypes.get(name) != value
+    ]
+    return bool(words), "; ".join(words)
 
 
 def mend_lists(path: Path, replica: Path, lines_differ: bool) -> list[str]:

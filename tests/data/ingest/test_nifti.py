@@ -55,6 +55,16 @@ def test_scaling_and_big_endian_are_those_of_nibabel(tmp_path: Path) -> None:
     np.testing.assert_allclose(scans_read, nib.load(tmp_path / "b.nii").get_fdata(), rtol=1e-6)
 
 
+def test_series_of_five_dimensions(scan: Path) -> None:
+    """(X, Y, Z, 1, T), as torchio and ANTs write a series."""
+    four = np.stack(list(iter_frames(plan_scan(scan))), -1)
+    scans.patch(scan, dim=[5, *scans.SHAPE, 1, 8, 1, 1])
+    plan = plan_scan(scan)
+    assert nib.load(scan).shape == (*scans.SHAPE, 1, 8)
+    assert (plan.frames, plan.tr) == (8, 2.0)
+    np.testing.assert_array_equal(np.stack(list(iter_frames(plan)), -1), four)
+
+
 def test_nifti2(tmp_path: Path) -> None:
     data = scans.bold(3)
     image = nib.Nifti2Image(data, scans.AFFINE)
@@ -82,6 +92,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative size": (lambda p: scans.set_place(p, "dim", 2, -20), "wrong dimensions"),
     "zero size": (lambda p: scans.set_place(p, "dim", 4, 0), "wrong dimensions"),
     "huge": (lambda p: scans.patch(p, dim=[4, 32767, 32767, 32767, 32767, 1, 1, 1]), "needs"),
+    "5D vector": (lambda p: scans.patch(p, dim=[5, 16, 20, 14, 1, 3, 1, 1]), "5D"),
     "5D": (lambda p: scans.patch(p, dim=[5, 16, 20, 14, 4, 2, 1, 1]), "5D"),
     "data type": (lambda p: scans.patch(p, datatype=32), "data type"),
     "unknown type": (lambda p: scans.patch(p, datatype=77), "data type"),

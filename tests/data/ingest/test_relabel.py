@@ -1,0 +1,125 @@
+"""Labels corrected at the source, by hand in the manifest, and people in doubt; export and back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swift.data.__main__ import main
+from swift.data.ingest.bids import find
+from swift.data.ingest.pipeline import Report, ingest
+from swift.data.ingest.prepare import Recipe
+from swift.data.store.check import verify
+from swift.data.store.reader import Store
+from tests.data import scans
+
+RECIPE = Recipe(grid=(20, 20, 20), spacing=4.0)
+
+
+def take(place: Path, store: Path) -> Report:
+    found = find([place])
+    return ingest(found.sources, store, RECIPE, notes=found.notes)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    root = scans.dataset(tmp_path / "d", subjects=2, frames=4)
+    (root / "participants.tsv").write_text("participant_id\tage\tsite\nsub-01\t20\tA\nsub-02\t30\tA\n")
+    assert take(root, tmp_path / "s").exit_code == 0
+    return root, tmp_path / "s"
+
+
+def manifest(store: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((store / "manifest.csv").read_text().splitlines()))
+
+
+def test_corrected_and_new_columns_are_taken_and_said(
+    made: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    root, store = made
+    shards = {file.name: file.read_bytes() for file in (store / "shards").iterdir()}
+    (root / "participants.tsv").write_text("participant_id\tage\tsite\tiq\nsub-01\t21\tA\t100\nsub-02\t30\tB\t\n")
+    report = take(root, store)
+    assert (report.relabelled, report.exit_code) == (2, 0)
+    assert [(row["age"], row["site"], row["iq"]) for row in manifest(store)] == [("21", "A", "100"), ("30", "B", "")]
+    assert "age 20 -> 21; iq new -> 100" in caplog.text
+    assert "site A -> B" in caplog.text
+    assert verify(store) == []  # the report says what was taken
+    assert {file.name: file.read_bytes() for file in (store / "shards").iterdir()} == shards
+    caplog.clear()
+    assert take(root, store).relabelled == 0
+    assert caplog.text == ""
+
+
+def test_the_users_own_columns_stay_and_a_changed_value_is_named(
+    made: tuple[Path, Path], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, store = made
+    lines = (store / "manifest.csv").read_text().splitlines()
+    lines = [line + "," + ("score" if k == 0 else str(k)) for k, line in enumerate(lines)]
+    lines[1] = lines[1].replace(",20,", ",25,")
+    (store / "manifest.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")  # as Excel saves it
+    assert [scan.phenotypes["score"] for scan in Store(store).scans] == ["1", "2"]
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(store), "--quiet"])
+    assert ended.value.code == 0
+    assert "changed: scan sub-01_ses-1_task-rest_run-1 in manifest.csv: age 25, ingested 20" in capsys.readouterr().out
+    report = take(root, store)
+    assert report.relabelled == 0
+    assert "age 25 in manifest.csv kept, though 20 is given: changed there by hand" in caplog.text
+    assert [(row["age"], row["score"]) for row in manifest(store)] == [("25", "1"), ("30", "2")]
+
+
+def test_one_file_under_two_names_is_said_and_kept_together(
+    made: tuple[Path, Path], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, store = made
+    for path in list((root / "sub-02").rglob("*")):
+        if path.is_file():
+            new = Path(str(path).replace("sub-02", "sub-09"))
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, new)
+    report = take(root, store)
+    words = "1 scans are in the store twice, byte for byte the same file under two names (sub-02_ses-1_task-rest_run-2"
+    assert words in caplog.text
+    assert any(words in note for note in report.notes)
+    assert json.loads((store / "ingest_report.json").read_text())["notes"] == report.notes
+    with pytest.raises(SystemExit):
+        main(["info", str(store)])
+    assert words in capsys.readouterr().out
+
+
+def test_a_second_data_set_with_the_same_names(made: tuple[Path, Path], tmp_path: Path) -> None:
+    _, store = made
+    other = scans.dataset(tmp_path / "other", subjects=1, frames=5)
+    (row,) = [one for one in take(other, store).results if one.status == "changed"]
+    assert "another scan of this name, from" in row.reason
+    assert "--prefix" in row.reason
+
+
+def test_export_and_ingest_are_inverse_in_all_that_is_said_of_a_scan(tmp_path: Path) -> None:
+    root = scans.dataset(tmp_path / "d", subjects=2, frames=6)
+    (root / "sub-01" / "ses-1" / "func" / "sub-01_ses-1_task-rest_run-1_events.tsv").write_text(
+        "onset\tduration\ttrial_type\n1\t2\tgo\n"
+    )
+    (root / "task-rest_bold.json").write_text('{"StartTime": 0.5}')
+    take(root, tmp_path / "a")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "nii")])
+    assert take(tmp_path / "nii", tmp_path / "b").exit_code == 0
+    a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
+    assert [(s.scan_id, s.subject, s.session, s.task, s.run, s.site, s.tr, s.phenotypes) for s in a.scans] == [
+        (s.scan_id, s.subject, s.session, s.task, s.run, s.site, s.tr, s.phenotypes) for s in b.scans
+    ]
+    for place in range(2):
+        assert a.events(place) == b.events(place)
+        assert b.attributes(place)["start_time"] == a.attributes(place)["start_time"] == 0.5
+        mine, theirs = a.confounds(place), b.confounds(place)
+        assert list(mine) == list(theirs)
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], theirs[name])

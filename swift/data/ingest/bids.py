@@ -15,7 +15,7 @@ from typing import Any
 from swift.data.ingest.derivatives import SERIES, bids_source, dataset_above, find_bids
 from swift.data.ingest.folder import find_folder, find_frames, guesses, one_file
 from swift.data.ingest.inherit import Relatives
-from swift.data.ingest.names import FRAME, SUFFIXES, is_nifti, parse_name
+from swift.data.ingest.names import FRAME, SUFFIXES, is_nifti, parse_name, strip_suffix
 from swift.data.ingest.participants import participants_file, read_participants
 from swift.data.ingest.sources import (
     LAYOUTS,
@@ -161,8 +161,12 @@ def _single_files(files: list[Path], layout: str, choice: Choice, found: Found) 
     others = [path for path in files if path not in sources]
     top = Path(os.path.commonpath([path.parent for path in others])) if len(others) > 1 else None
     cache = Tree(top or Path())
+    stems = Counter(path.name for path in dict.fromkeys(others))
     for path in others:
-        sources[path] = _check_links(one_file(path, top, cache), cache)
+        source = _check_links(one_file(path, top, cache), cache)
+        # Folders come into the name only where they have to.
+        alone = stems[path.name] == 1
+        sources[path] = replace(source, scan_id=scan_name(strip_suffix(path))) if alone else source
     found.notes += guesses([sources[path] for path in others])
     found.kinds.append(f"{len(files)} NIfTI file{'s' if len(files) > 1 else ''}")
     return [sources[path] for path in files]

@@ -12,111 +12,94 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from swift.inference.embedding_table import PLACE, NpzWriter, ParquetWriter, SubjectMeans, Writer, check_out
+from swift.inference.embedding_table import PLACE, check_out
 from swift.inference.options import add_model_options
+from swift.parallel.ranks import current_place
+from swift.utils import parts as parts_of
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from swift.inference.embedding import Embedded, Embedding
-    from swift.inference.fit_scan import Scan
+from swift.utils.parts import Part, parse_part
 
 log = logging.getLogger("swift.embed")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Embed all scans of the command line; 1 where some failed, else 0."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
+    """Embed the scans of the command line, or this process's part of them; 1 where some failed, else 0."""
     check_out(options.out)
+    ranks = current_place()
+    part = parse_part(options.part).among(ranks.rank, ranks.world)
+    if ranks.problem and ranks.world == 1:
+        raise UserError(ranks.problem)
+    if part.count == 1 and options.out.exists():
+        raise UserError(f"--out {options.out}: exists already")
 
-    from swift.inference.embedding import Embedding
+    from swift.inference.embedding import PER, Embedding
+    from swift.inference.embedding_parts import Parts, embed_places
     from swift.inference.fit_scan import Fitting, find_scans
-    from swift.inference.model import load_trained
+    from swift.inference.model import fingerprint, load_trained
 
     began = time.monotonic()
     trained = load_trained(options.model, options.which, options.config)
     fitting = Fitting(options.tr, options.other_tr, options.mask)
-    per = "scan" if options.per == "subject" else options.per
-    embedding = Embedding(trained, options.layer, per, fitting, options.device, options.batch)
+    per = options.per if options.per in PER[:2] else "scan"
+    embedding = Embedding(trained, options.layer, per, fitting, options.device, options.batch, ranks.local_rank)
     scans = find_scans(options.scans, trained.contract)
     if trained.contract.tr is None:
         log.info("%s does not say which TR it was trained on: the TR of scans is not compared", options.model)
     info = {"model": trained.source, "step": trained.step, "layers": embedding.widths, "per": options.per}
-    writer: Writer = (NpzWriter if options.out.suffix == ".npz" else ParquetWriter)(options.out, info)
-    failed: list[dict[str, str]] = []
-    try:
-        with logging_redirect_tqdm():
-            bar = tqdm(scans, unit="scan", desc="embed", smoothing=0, disable=options.quiet)
-            _embed_all(bar, embedding, options.per, writer, failed)
-        if writer.rows:
-            writer.close()
-    finally:
-        writer.abandon()  # what is closed is in its place already
-    _say(options, info, writer, len(scans), failed, time.monotonic() - began)
+    plan = {"weights": fingerprint(trained), "layer": embedding.layers, "per": options.per, "batch": options.batch}
+    plan |= {"device": embedding.device.type, "tr": [options.tr, options.other_tr], "mask": str(options.mask)}
+    parts = Parts(options.out, plan, scans)
+    if options.out.exists():
+        if not parts.written():
+            raise UserError(f"--out {options.out}: exists already")
+        log.info("%s is complete: nothing is left for part %s", options.out, part)
+        return 0
+    parts.open()
+    todo = parts.todo(part.of(len(scans)))
+    if len(todo) < len(part.of(len(scans))):
+        log.info("%d of %d scans are embedded already", len(part.of(len(scans))) - len(todo), len(part.of(len(scans))))
+    failed = embed_places(scans, todo, embedding, parts, options.quiet)
+    done = parts.finish(options.per, info)
+    seconds = time.monotonic() - began
+    if done is None:
+        _say_part(options, part, len(todo), {scans[place].scan_id: reason for place, reason in failed.items()}, seconds)
+        return 1 if failed else 0
+    rows, failed = done
+    reasons = [{"scan": scans[place].scan_id, "reason": reason} for place, reason in sorted(failed.items())]
+    _say(options, info, rows, len(scans), reasons, seconds)
     return 1 if failed else 0
 
 
-def _embed_all(scans: Any, embedding: Embedding, per: str, writer: Writer, failed: list[dict[str, str]]) -> None:
-    """One scan in memory at a time; a bad one is named and the rest goes on."""
-    import numpy as np
-
-    subjects = SubjectMeans()
-    for scan in scans:
-        done = _one(scan, embedding, failed)
-        if done is None:
-            continue
-        for note in done.notes:
-            log.info("%s: %s", scan.scan_id, note)
-        if per == "subject":
-            subjects.add(scan.subject, done.values)
-            continue
-        count = len(done.rows)
-        ids = {"scan": np.array([scan.scan_id] * count), "subject": np.array([scan.subject] * count)}
-        place = PLACE[per]
-        writer.add(ids | ({place: done.rows.astype(np.int64)} if place else {}), done.values)
-    subjects.write(writer)
-
-
-def _one(scan: Scan, embedding: Embedding, failed: list[dict[str, str]]) -> Embedded | None:
-    """The embeddings of one scan; None: it is in `failed`, with the reason."""
-    import torch
-
-    try:
-        return embedding(scan)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"--batch {embedding.batch}: the GPU's memory is too small; try a smaller one") from error
-    except UserError as error:
-        reason = " ".join(str(error).split())
-    except MemoryError:
-        reason = "not enough memory"
-    except Exception as error:  # a scan that trips a library must not end a run over thousands
-        log.debug("%s", scan.scan_id, exc_info=True)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    failed.append({"scan": scan.scan_id, "reason": reason})
-    log.warning("%s: failed: %s", scan.scan_id, reason)
-    return None
+def _say_part(options: argparse.Namespace, part: Part, scans: int, failed: dict[str, str], seconds: float) -> None:
+    reasons = [{"scan": scan, "reason": reason} for scan, reason in failed.items()]
+    figures = {"out": None, "part": str(part), "scans": scans - len(failed), "failed": reasons}
+    if options.json:
+        print(json.dumps(figures | {"seconds": round(seconds, 2)}, indent=2))
+        return
+    print(f"part {part}: {scans - len(failed)} scans, {seconds:.1f} s; the last part to end writes {options.out}")
+    if failed:
+        print(f"{len(failed)} of {scans} scans failed", file=sys.stderr)
 
 
 def _say(
     options: argparse.Namespace,
     info: dict[str, Any],
-    writer: Writer,
+    rows: int,
     scans: int,
     failed: list[dict[str, str]],
     seconds: float,
 ) -> None:
-    out = str(options.out) if writer.rows else None
-    figures = {"out": out, **info, "rows": writer.rows, "scans": scans - len(failed), "failed": failed}
+    out = str(options.out) if rows else None
+    figures = {"out": out, **info, "rows": rows, "scans": scans - len(failed), "failed": failed}
     if options.json:
         print(json.dumps(figures | {"seconds": round(seconds, 2)}, indent=2))
         return
     if out:
         widths = ", ".join(f"{name} ({width})" for name, width in info["layers"].items())
-        print(f"{out}: {writer.rows} rows, one a {info['per']}; {widths}; {scans - len(failed)} scans, {seconds:.1f} s")
+        print(f"{out}: {rows} rows, one a {info['per']}; {widths}; {scans - len(failed)} scans, {seconds:.1f} s")
     if failed:
         print(f"{len(failed)} of {scans} scans failed" + ("" if out else ": nothing written"), file=sys.stderr)
 
@@ -134,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", default="last", help="last (default), stage1, stage2, ..., or all")
     parser.add_argument("--per", choices=tuple(PLACE), default="scan", help="what a row stands for (default: scan)")
     add_model_options(parser)
+    parser.add_argument("--part", metavar="I/N", help=parts_of.HELP)
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="clips at once (default: 4)")
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

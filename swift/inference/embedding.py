@@ -50,14 +50,15 @@ def choose_layers(trained: Trained, layer: str) -> list[str]:
     return [layer]
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name; auto is a GPU where torch sees one.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name; auto is a GPU where torch sees one, of several that of this process's number on its node.
 
     Raises:
         UserError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count()
+        return torch.device(f"cuda:{local_rank % count}" if count else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -112,6 +113,7 @@ class Embedding:
         fitting: How scans are brought to the model's input contract.
         device: auto | cpu | cuda | cuda:N.
         batch: Clips at once.
+        local_rank: Number of this process on its node.
 
     Raises:
         UserError: a value that is not legal.
@@ -125,6 +127,7 @@ class Embedding:
         fitting: Fitting | None = None,
         device: str = "auto",
         batch: int = 4,
+        local_rank: int = 0,
     ) -> None:
         if per not in PER[:3]:
             raise UserError(f"per={per}: a scan has rows per frame, clip or scan")
@@ -133,7 +136,7 @@ class Embedding:
         self.trained, self.per, self.batch = trained, per, batch
         self.fitting = fitting or Fitting()
         self.fitting.check()
-        self.device = choose_device(device)
+        self.device = choose_device(device, local_rank)
         self.layers = choose_layers(trained, layer)
         self.stages = [layer_names(trained).index(name) for name in self.layers]
         self.encoder = trained.encoder.to(self.device).eval()

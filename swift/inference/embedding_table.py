@@ -6,6 +6,10 @@ Legend: N rows, E width of a stage.
 from __future__ import annotations
 
 import json
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,29 +117,73 @@ def check_out(path: Path) -> None:
     """Raise UserError for a file that could not be written at the end."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--out {path}: must end in {' or '.join(SUFFIXES)}")
-    if path.exists():
-        raise UserError(f"--out {path}: exists already")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(path).open("wb"):
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
-        _partial(path).unlink()
     except OSError as error:
         raise _unwritable(path, error) from error
 
 
+def write_table(
+    path: Path, info: dict[str, Any], rows: Iterable[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
+) -> int:
+    """Write a table and put it in its place whole.
+
+    Args:
+        path: Of the table.
+        info: Plain values, kept with it.
+        rows: Identity columns (N,) and layer -> (N, E) float32, some rows after the other.
+
+    Returns:
+        How many rows.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    hidden = path.with_name(f".{uuid.uuid4().hex[:8]}{path.name}")  # two processes may come to the end at once
+    writer: Writer = (NpzWriter if path.suffix == ".npz" else ParquetWriter)(hidden, info)
+    try:
+        for ids, values in rows:
+            writer.add(ids, values)
+        writer.close()
+        hidden.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        writer.abandon()  # what is closed is in its place already
+    return writer.rows
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What `write_table` has kept with a table; {} for another file."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                found = json.loads(str(file["info"]))
+        else:
+            import pyarrow.parquet as pq
+
+            found = json.loads((pq.read_schema(path).metadata or {})[b"swift"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class SubjectMeans:
-    """Mean over the scans of each subject: sums only, whatever order the scans come in."""
+    """Mean over the scans of each subject: sums only."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
 
     def add(self, subject: str, values: dict[str, np.ndarray]) -> None:
+        """Take the row of a scan: layer -> (1, E)."""
         count, sums = self._sums.get(subject, (0, {}))
         added = {name: sums.get(name, 0.0) + value.astype("f8") for name, value in values.items()}
         self._sums[subject] = count + 1, added
 
-    def write(self, writer: Writer) -> None:
+    def rows(self) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Identity columns and means, a subject after the other, as their first scans came."""
         for subject, (count, sums) in self._sums.items():
             ids = {"subject": np.array([subject]), "scans": np.array([count], np.int64)}
-            writer.add(ids, {name: (total / count).astype(np.float32) for name, total in sums.items()})
+            yield ids, {name: (total / count).astype(np.float32) for name, total in sums.items()}

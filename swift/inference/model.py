@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from swift.config.compose import FROZEN, load_frozen, typed
@@ -85,6 +86,15 @@ def load_trained(path: str | Path, which: str = "latest", config: str | Path | N
     model = _empty(cfg)
     _fill(model, weights, path)
     return Trained(str(path), model.eval(), cfg, contract, int(said["step"]), said.get("target") or {})
+
+
+def fingerprint(trained: Trained) -> str:
+    """A hash of the encoder's parameters: which weights these are, wherever they were read from."""
+    digest = xxhash.xxh3_64()
+    for name, parameter in trained.encoder.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _empty(cfg: Config) -> nn.Module:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from swift.utils.errors import UserError
 
 HELP = (
-    "only part I of N of the scans (I from 1 to N), or `array`: by the place in a Slurm job array (default: all, shared "
-    "out among the ranks that srun, torchrun or mpirun started)"
+    "only part I of N of the scans (I from 1 to N), or `array`: by the place in a Slurm job array (default: all, "
+    "shared out among the ranks that srun, torchrun or mpirun started)"
 )
 
 

@@ -211,9 +211,9 @@ def _name_space(found: Found, choice: Choice) -> None:
     labels = choice.labels("space")
     if len(labels) != 1 or not labels[0]:
         return
-    bids = [source for source in found.sources if source.tool is not None and source.entities.get("sub")]
     for place, source in enumerate(found.sources):
-        if source.space is None and source not in bids:
+        native = source.tool is not None and "sub" in source.entities  # BIDS: no space- means the scanner's own
+        if source.space is None and not native and not source.problem:
             note = f"space {labels[0]} as told by --space"
             entities = {**source.entities, "space": labels[0]}
             found.sources[place] = replace(source, space=labels[0], entities=entities, notes=(*source.notes, note))

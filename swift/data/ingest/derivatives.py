@@ -14,7 +14,7 @@ from swift.data.ingest.folder import NOT_MAGNITUDE, is_mask_name, one_file, with
 from swift.data.ingest.inherit import NIFTI, Relatives
 from swift.data.ingest.names import SUFFIXES, Name, is_surface, parse_name
 from swift.data.ingest.sources import Choice, Found, Source, scan_name, subject_label
-from swift.data.ingest.tools import BidsTool, bids_tool, describe, is_raw
+from swift.data.ingest.tools import BidsTool, bids_tool, is_derivative
 from swift.data.ingest.tree import Tree
 from swift.utils.errors import UserError
 
@@ -84,7 +84,7 @@ def _one_data_set(
     """Data sets that hold derivatives; two that are beside each other have to be named by the user."""
     kept = {}
     for root, series in groups.items():
-        if is_raw(root) or (not describe(root) and all("desc" not in name.entities for _, name in series)):
+        if not is_derivative(root) and all("desc" not in name.entities for _, name in series):
             for path, _ in series:
                 found.pass_over("raw, not preprocessed", path)
         else:

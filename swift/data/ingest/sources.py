@@ -175,6 +175,9 @@ def choose(sources: list[Source], choice: Choice, where: str) -> list[Source]:
     Raises:
         UserError: nothing is left, or no scan names the entity at all, so that the option would do nothing.
     """
+    # A folder that cannot be read names no entity: it is never chosen away.
+    unread = [source for source in sources if source.problem and not source.entities]
+    sources = [source for source in sources if not (source.problem and not source.entities)]
     for key, labels in choice.entities.items():
         option = f"--{key}" if key in OPTIONS else f"--entity {key}="
         there = sorted({source.entities.get(key, "") for source in sources})
@@ -186,7 +189,7 @@ def choose(sources: list[Source], choice: Choice, where: str) -> list[Source]:
             listed = ", ".join(label or f"(no {key})" for label in there)
             raise UserError(f"{option} {' '.join(labels)}: no scan of {where}; there are {listed}")
         sources = kept
-    return sources
+    return [*sources, *unread]
 
 
 # ----------------------------------------------------------------------------------------------- whose scan is it

@@ -101,9 +101,9 @@ def bids_tool(root: Path) -> BidsTool:
     return BIDS_TOOLS[-1]
 
 
-def is_raw(root: Path) -> bool:
-    """Whether a data set says of itself that it is raw."""
-    return str(describe(root).get("DatasetType", "")).lower() == "raw"
+def is_derivative(root: Path) -> bool:
+    """Whether a data set says of itself that it is derived; BIDS: one that says nothing is raw."""
+    return str(describe(root).get("DatasetType", "")).lower() == "derivative" or bool(_generators(root))
 
 
 def describe(root: Path) -> dict[str, object]:

@@ -87,6 +87,7 @@ def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     good, bad = find_sources([root])
     assert (good.subject, good.problem) == ("sub-01", "")
     assert bad.problem == f"{root}/sub-02: the folder cannot be read (Permission denied)"
+    assert find_sources([root], task="rest")[1].problem == bad.problem
 
 
 def test_one_file_under_two_names_is_one_scan(tmp_path: Path) -> None:
@@ -176,6 +177,14 @@ def test_events_of_the_raw_data_set(tmp_path: Path) -> None:
     make(tmp_path, ["sub-01/func/sub-01_task-rest_events.tsv"], "scanner", kind="raw")
     root = fmriprep(tmp_path / "derivatives" / "fmriprep", ["01"])
     assert find_sources([root])[0].events == tmp_path / "sub-01" / "func" / "sub-01_task-rest_events.tsv"
+
+
+def test_raw_series_are_not_taken_for_derivatives(tmp_path: Path) -> None:
+    root = make(tmp_path, ["sub-01/func/sub-01_task-rest_bold.nii.gz"], "scanner", kind="raw")
+    with pytest.raises(UserError, match=r"no \*_desc-preproc_bold.*1 not taken: raw, not preprocessed"):
+        find([root])
+    make(root / "derivatives" / "f", [f"sub-01/func/sub-01_task-rest_{BOLD}"], "fMRIPrep")
+    assert [source.tool for source in find([root]).sources] == ["fMRIPrep"]
 
 
 # ------------------------------------------------------------------------------------------------------------ choices

@@ -15,7 +15,8 @@ def make(root: Path, names: Iterable[str], made_by: str | None = None, kind: str
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     if made_by is not None:
-        content = {"Name": "t", "BIDSVersion": "1.9.0", "DatasetType": kind, "GeneratedBy": [{"Name": made_by}]}
+        content = {"Name": "t", "BIDSVersion": "1.9.0", "DatasetType": kind}
+        content |= {"GeneratedBy": [{"Name": made_by}]} if kind == "derivative" else {}
         (root / "dataset_description.json").write_text(json.dumps(content))
     return root
 

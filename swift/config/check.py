@@ -153,7 +153,6 @@ def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
 
 def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
     """Raise UserError where the mask does not fit the patches or the clip."""
-    _check_choices("task", task)
     require(0 < task.mask_ratio < 1, "task.mask_ratio", task.mask_ratio, "must lie inside (0, 1)")
     unit = mask_unit(task, model)
     _check_positive("task.mask_unit", unit, 4)
@@ -335,20 +334,28 @@ def check_parallel(cfg: ParallelConfig) -> None:
         require(value is None or value > 0, f"parallel.{name}", value, "must be above 0")
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config, model: bool = True) -> None:
     """All cross-field checks of a composed configuration.
+
+    Args:
+        cfg: Settings.
+        model: False: those of the model play no part (baselines).
 
     Raises:
         UserError: names the value and what is legal.
     """
     require(bool(cfg.run_dir), "run_dir", repr(cfg.run_dir), "must name a folder")
     require(0 <= cfg.seed < 1 << 32, "seed", cfg.seed, "must lie in [0, 4294967295]")
-    check_model(cfg.model)
+    if model:
+        check_model(cfg.model)
     check_data(cfg.data)
-    check_task(cfg.task, cfg.model, cfg.data)
+    _check_choices("task", cfg.task)
+    if model:
+        check_task(cfg.task, cfg.model, cfg.data)
     check_target(cfg.task, cfg.init)
     check_optimizer(cfg.optimizer)
-    check_mup(cfg)
+    if model:
+        check_mup(cfg)
     check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)
     check_guard(cfg.guard)

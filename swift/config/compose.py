@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from swift.config.check import check
+from swift.config.derive import fill_grid, quoted, refuse_truth_values, take_model
 from swift.config.schema import Config
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
@@ -42,27 +43,42 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def typed(tree: DictConfig) -> Config:
+def typed(tree: DictConfig, overrides: Sequence[str] | None = None, model: bool = True) -> Config:
     """Typed and checked settings of a composed tree.
+
+    Args:
+        tree: Composed by Hydra, or read from a run.
+        overrides: Those it was composed with; init= then brings its model along. None: of a run, which has its own.
+        model: Check the model too; False: it plays no part.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, a missing value, or values that contradict each other.
     """
     plain: Any = None
     try:
+        if overrides is not None:
+            take_model(tree, overrides)
         plain = OmegaConf.to_container(tree, resolve=True)
         plain.pop("hydra", None)
+        if isinstance(plain.get("data"), dict):
+            fill_grid(plain["data"])
+        refuse_truth_values(plain)
         # Merged into the schema's own (closed) tree: `+model.foo=1` is an unknown key here although Hydra allows it.
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise UserError(_complaint(error, plain)) from error
     assert isinstance(cfg, Config)
-    check(cfg)
+    check(cfg, model)
     return cfg
 
 
-def composed(overrides: Sequence[str]) -> tuple[Config, Any]:
+def composed(overrides: Sequence[str], folder: Path | None = None, model: bool = True) -> tuple[Config, Any]:
     """Typed settings of Hydra overrides, and the launcher's section as it stands (None without one).
+
+    Args:
+        overrides: As typed.
+        folder: With YAML files of one's own beside those of swift (--config-dir).
+        model: As in `typed`.
 
     Raises:
         UserError: Hydra or the checks refuse them.
@@ -70,10 +86,14 @@ def composed(overrides: Sequence[str]) -> tuple[Config, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--config-dir {folder}: no such folder")
+    overrides = quoted(overrides)
+    search = [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
     try:
         with initialize_config_dir(str(conf_dir()), version_base=None):
-            tree = compose("config", list(overrides))
-        return typed(tree), OmegaConf.select(tree, "launcher")
+            tree = compose("config", [*search, *overrides])
+        return typed(tree, overrides, model), OmegaConf.select(tree, "launcher")
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(" ".join(lines[:20])) from error

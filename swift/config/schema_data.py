@@ -51,9 +51,9 @@ class DataConfig:
     path: Optional[str]
     """Folder of the store; null: a folder in swift's cache (sample, synthetic)."""
     grid: list[int]
-    """Voxels x, y, z a scan is brought to."""
+    """Voxels x, y, z a scan is brought to; null: those of the store, 96 96 96 where there is none."""
     spacing: float
-    """Isotropic voxel size, mm."""
+    """Isotropic voxel size, mm; null: that of the store, 2 where there is none."""
     frames: int
     """Frames in a clip."""
     frame_stride: int

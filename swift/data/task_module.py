@@ -181,6 +181,12 @@ class TargetDataModule(ClipDataModule):
                     f"task={self.task.name}: class {missing[0]!r} has no {unit} in the {part} part ({counts}): make "
                     "another split, or name other classes"
                 )
+            if self.task.select == "r" and part == "val" and (len(values) < 3 or np.ptp(values) == 0):
+                raise UserError(
+                    f"task.select=r: Pearson's r is undefined for the val part, {len(values)} {unit}s with labels from "
+                    f"{values.min():g} to {values.max():g} (it needs three that differ): take task.select=mae, or "
+                    "another split"
+                )
             if self.labels.kind == "regression" and part == "train" and np.ptp(values) == 0:
                 raise UserError(
                     f"task.target.column={self.target.column}: constant, {values[0]:g} for all {len(values)} training "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from pathlib import Path
 
 from swift.config.compose import composed
 from swift.evaluate.baselines import PER_FRAME, PER_SUBJECT, run_baselines, table
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m swift.baselines",
-        usage="python -m swift.baselines [--json] [--only NAME,NAME] SETTING ...",
+        usage="python -m swift.baselines [--json] [--only NAME,NAME] [--config-dir FOLDER] SETTING ...",
         description="Fit and judge the baselines of a task: majority / mean, motion and site, connectomes, volumes.",
         epilog="SETTING: as python -m swift.train takes them: task=depression data=store data.path=DIR "
         "data.split=FILE run_dir=DIR ... The encoder with random weights: swift.train task.adapt=linear without init=.",
@@ -25,12 +26,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
     every = ", ".join(dict.fromkeys(PER_SUBJECT + PER_FRAME))
     parser.add_argument("--only", metavar="NAME[,NAME]", help=f"of {every} (default: all that fit the task)")
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="FOLDER", help="more YAML files, such as FOLDER/task/NAME.yaml"
+    )
     parser.add_argument("settings", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     set_up_logging()
 
     def work() -> None:
-        cfg, _ = composed(options.settings)
+        cfg, _ = composed(options.settings, options.config_dir, model=False)
         found = run_baselines(cfg, options.only.split(",") if options.only else None)
         print(json.dumps(found, indent=2) if options.json else table(found))
         log.info("written to %s", cfg.run_dir)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swift.config.compose import conf_dir, load_frozen, typed
+from swift.config.derive import quote_command_line
 from swift.config.help import register
 from swift.config.schema import Config
 from swift.parallel.ranks import SETTINGS, current_place, first_to_report
@@ -25,7 +26,7 @@ from swift.utils.entry import USER_ERROR_STATUS, reported, set_up_logging
 def settings(tree: DictConfig, overrides: Sequence[str]) -> Config:
     """Typed settings of a command line: composed, or those of the run to resume with its overrides on top."""
     if not tree.resume:
-        return typed(tree)
+        return typed(tree, overrides)
     rest = [override for override in overrides if not override.startswith("resume=")]
     return replace(load_frozen(Path(tree.resume), rest), run_dir=str(tree.resume), resume=str(tree.resume))
 
@@ -60,6 +61,7 @@ def main() -> None:
 
     set_up_logging()
     register()
+    quote_command_line()
     sys.argv[0] = "swift.train"  # what a usage line calls it
     if current_place().rank:
         logging.getLogger("swift").setLevel(logging.WARNING)  # rank 0 says it for all

@@ -5,6 +5,7 @@ Shapes: B batch, X Y Z T voxels and frames, K classes (1 for a regression), R cl
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ from swift.models.init import Init
 from swift.train.base import Batch, TrainingModule
 from swift.train.pretrain import PretrainModule
 from swift.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("loss", "mae")
 
@@ -127,6 +130,8 @@ class FinetuneModule(TrainingModule):
         select = self.cfg.task.select
         value = found[select] if select in LOWER_IS_BETTER else -found[select]
         # Undefined (the correlation of constant predictions) is worse than anything.
+        if not math.isfinite(value):
+            log.warning("step %d: validation %s is undefined and counts as the worst", self.global_step, select)
         value = value if math.isfinite(value) else math.inf
         self.log("val/select", value)
         self.log("step", float(self.global_step))

@@ -1,0 +1,126 @@
+"""Settings that follow from what is there: grid and spacing from the store, the model from the weights of init=."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from swift.utils.errors import UserError
+
+log = logging.getLogger("swift.config")
+
+GRID, SPACING = [96, 96, 96], 2.0
+"""Voxels and mm where neither settings nor a store say."""
+PATHS = ("data.path", "data.split", "data.stage_dir", "init", "resume", "run_dir", "task.target.events")
+"""Settings that name a file or a folder."""
+TEXTS = ("task.target.classes", "task.target.column", "data.exclude")
+"""Settings that hold names of the user's own."""
+
+
+def fill_grid(data: dict[str, Any]) -> None:
+    """Give null grid and spacing the values of the store that `data` names, or 96^3 at 2 mm where there is none.
+
+    What is wrong with a store is said when it is opened.
+    """
+    if data.get("grid") is not None and data.get("spacing") is not None:
+        return
+    paths = [data.get("path"), *(cohort.get("path") for cohort in data.get("mixture") or [])]
+    found: dict[str, Any] = {}
+    path = next((path for path in paths if path), None)
+    if data.get("name") == "store" and path:
+        try:
+            told = json.loads((Path(str(path)) / "store.json").read_text(encoding="utf-8"))
+            found = {"grid": [int(n) for n in told["grid"]], "spacing": float(told["spacing"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            found = {}
+    for name, value in (("grid", GRID), ("spacing", SPACING)):
+        if data.get(name) is None:
+            data[name] = found.get(name, value)
+
+
+def refuse_truth_values(plain: dict[str, Any]) -> None:
+    """Raise UserError where YAML has made true or false of a name, such as an unquoted yes or no."""
+    for name in TEXTS:
+        value: Any = plain
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value])):
+            raise UserError(
+                f"{name}={value}: YAML reads an unquoted yes, no, on, off, true or false as a truth value: quote it, "
+                'as in ["no", "yes"]'
+            )
+
+
+def take_model(tree: DictConfig, overrides: Iterable[str]) -> None:
+    """Give a composed tree the model that the weights of init= were trained with, unless another one is typed.
+
+    Single values that are typed (model.drop_path=0.1) stay as they are.
+
+    Args:
+        tree: Composed; changed in place.
+        overrides: As typed.
+    """
+    names = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if not tree.get("init") or any(name == "model" or name.startswith("model/") for name in names):
+        return
+    model = _model_of(Path(str(tree.init)))
+    if model is None:
+        return
+    kept = {name.partition(".")[2] for name in names if name.startswith("model.")}
+    with open_dict(tree):
+        own = {name: tree.model[name] for name in kept if name in tree.model}
+        tree.model = OmegaConf.create({**model, **own})
+    log.info("init=%s: model %s, as there", tree.init, model.get("name"))
+
+
+def _model_of(path: Path) -> dict[str, Any] | None:
+    """Settings of the model of a run, of one of its checkpoints, or of an exported file; None: they are not told."""
+    try:
+        if path.suffix == ".safetensors":
+            # 8 bytes, little-endian: the length of the JSON header that follows; `__metadata__` is text to text.
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > 1 << 26:
+                    return None
+                model = json.loads(json.loads(stream.read(length))["__metadata__"]["config"])["model"]
+            return model if isinstance(model, dict) else None
+        run = path.parent if path.name == "checkpoints" else path
+        run = path.parent.parent if path.parent.name == "checkpoints" else run
+        model = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))["model"]  # type: ignore[call-overload,index]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException):
+        return None  # what is wrong there is said when the weights are read
+    return model if isinstance(model, dict) else None
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a command with the values of paths quoted for Hydra, whose grammar has = , ( ) and blanks.
+
+    With -m a comma is between two values of a sweep, so that nothing is quoted there.
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    name, mark, value = argument.partition("=")
+    if not mark or name not in PATHS or not re.search(r"[^\w/.+\-:%${}]", value, re.ASCII):
+        return argument
+    # Quoted, a list or escaped already: typed by one who knows the grammar.
+    if value[:1] in "'\"[" or "\\" in value:
+        return argument
+    return f"{name}='" + value.replace("'", "\\'") + "'"
+
+
+def quote_command_line() -> None:
+    """Quote the paths of this process's own command line."""
+    sys.argv[1:] = quoted(sys.argv[1:])

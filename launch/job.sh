@@ -189,13 +189,20 @@ train() {
 }
 
 main() {
-    local status monitor=
+    local status other monitor=
     mkdir -p "$SWIFT_RUN/log"
     cd "$SWIFT_RUN" || exit 1
     if [ -e "$LAUNCH/finished" ]; then
         say "the run is finished already"
         exit 0
     fi
+    # Two jobs of one run would take each other's marks in launch/ for their own.
+    other=$(cat "$LAUNCH/job" 2>/dev/null)
+    if [ -n "$other" ] && [ "$other" != "$JOB" ] && job_runs "$other"; then
+        say "job $other trains this run: job $JOB ends"
+        exit 2
+    fi
+    echo "$JOB" >"$LAUNCH/job"
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
     say "job $JOB, attempt $ATTEMPT on $HOSTS; run $SWIFT_RUN"

@@ -43,6 +43,11 @@ kill_step() {
     kill -"$1" "$STEP"
 }
 
+# job_runs NUMBER: whether that job is there and has begun.
+job_runs() {
+    qstat -f "$1" 2>/dev/null | grep -q 'job_state = [RS]'
+}
+
 still_wanted() {
     # State E is a job that ends, by qdel or at its limit; only our own signal tells the limit.
     [ -n "$STOP_ASKED" ] || ! qstat -f "$PBS_JOBID" | grep -q 'job_state = E'

@@ -53,6 +53,11 @@ job_state() {
     scontrol --oneliner show job "$JOB" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p'
 }
 
+# job_runs NUMBER: whether that job is there and has begun.
+job_runs() {
+    squeue --noheader --jobs="$1" --format=%T 2>/dev/null | grep -Eq '^(RUNNING|SUSPENDED|STOPPED)$'
+}
+
 # Whether nobody has ended the job from outside: who cancels a job does not want it back. While this script runs on, Slurm
 # calls such a job COMPLETING, and one at its time limit too.
 still_wanted() {

@@ -22,6 +22,7 @@ from typing import Any
 from swift.parallel.ranks import current_place
 from swift.utils.entry import reported
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 
 SIDE = 512
 """Rows of the matrices that are multiplied."""
@@ -139,7 +140,7 @@ def check(reports: Path, environ: dict[str, str]) -> dict[str, Any]:
 
     def step(name: str, work: Callable[[], Any]) -> Any:
         note["at"] = name
-        _write(path, note)
+        replace_text(path, json.dumps(note) + "\n")
         began = time.monotonic()
         try:
             return work()
@@ -161,14 +162,8 @@ def check(reports: Path, environ: dict[str, str]) -> dict[str, Any]:
         # Ranks that have failed take part as long as they can: else all others would wait for them.
         step("all-reduce", lambda: all_reduce(device, place.rank, place.world))
     note["at"] = "done"
-    _write(path, note)
+    replace_text(path, json.dumps(note) + "\n")
     return note
-
-
-def _write(path: Path, note: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(note) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def judge(reports: Path, ranks: int, hosts: Sequence[str]) -> tuple[dict[str, str], str | None]:

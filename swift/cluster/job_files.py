@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from swift.cluster.job_text import launch_dir
 from swift.config.compose import FROZEN, conf_dir, freeze
 from swift.config.schema import Config, LauncherConfig
+from swift.utils.files import replace_text
 from swift.utils.git import REVISION_FILE
 
 FINISHED = "finished"
@@ -45,26 +46,17 @@ def freeze_run(cfg: Config, launcher: LauncherConfig, run: Path, overrides: Sequ
     sources = {name: name for name in _SHELL_FILES}
     sources |= {"scheduler.sh": f"{launcher.scheduler}.sh", "site.sh": f"sites/{launcher.site}.sh"}
     for name, source in sources.items():
-        write_whole(launch / name, (launch_dir() / source).read_text(encoding="utf-8"), executable=True)
-    write_whole(run / "launcher.yaml", OmegaConf.to_yaml(OmegaConf.structured(launcher)))
+        replace_text(launch / name, (launch_dir() / source).read_text(encoding="utf-8"), executable=True)
+    replace_text(run / "launcher.yaml", OmegaConf.to_yaml(OmegaConf.structured(launcher)))
     asked = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "overrides": list(overrides),
         "git": git,
         "python": sys.executable,
     }
-    write_whole(run / "submitted.json", json.dumps(asked, indent=2) + "\n")
+    replace_text(run / "submitted.json", json.dumps(asked, indent=2) + "\n")
     # Last: with this file the folder is a run.
     freeze(cfg, run / FROZEN)
-
-
-def write_whole(path: Path, text: str, executable: bool = False) -> None:
-    """Replace `path`: a job that reads it sees the old text or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    if executable:
-        partial.chmod(0o755)
-    partial.replace(path)
 
 
 def write_code(path: Path, git: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +15,12 @@ from typing import Any
 
 import yaml
 
+from swift.cluster.batch_system import queue
 from swift.utils import jsonl
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ALIVE_SECONDS = 120.0
 """A heartbeat older than this is no sign of life."""
@@ -38,7 +43,7 @@ class State:
         wall_seconds: From the first start to the last sign of life.
         goodput: useful_seconds / wall_seconds.
         eta_seconds: Steps left at the pace of the steps done; queue and restarts left out.
-        reason: What the job's script said last.
+        reason: Why the job ended, as its script says; or why it waits, as Slurm says.
     """
 
     run: str
@@ -108,6 +113,35 @@ def describe(run: Path, now: float) -> State:
         eta_seconds=None if eta is None else round(eta, 1),
         reason=ends[-1]["reason"] if ends else None,
     )
+
+
+_REASONS = {
+    "PartitionTimeLimit": "its time is over its partition's limit, it never starts: scancel it, give a shorter time",
+    "PartitionNodeLimit": "it has more nodes than its partition allows, it never starts: scancel it, give fewer",
+    "BeginTime": "a job that is queued again is held for about two minutes",
+}
+"""What Slurm's words for a waiting job mean here."""
+
+
+def add_reasons(states: Sequence[State]) -> None:
+    """Ask Slurm, where it is, why the jobs of runs wait that have not begun or are queued again."""
+    jobs = {}
+    for state in states:
+        if state.state in ("submitted", "queued again") and (lines := _lines(Path(state.run) / "jobs.jsonl")):
+            jobs[str(lines[-1]["job"])] = state
+    if not jobs or shutil.which("squeue") is None:
+        return
+    try:
+        found = queue(list(jobs))
+    except UserError as error:
+        log.warning("%s", error)
+        return
+    for job, state in jobs.items():
+        if job not in found:
+            state.reason = f"job {job} is not in the queue any more"
+        elif found[job].state == "PENDING":
+            meaning = _REASONS.get(found[job].reason)
+            state.reason = f"job {job} waits: {found[job].reason}" + (f" ({meaning})" if meaning else "")
 
 
 def _useful(beats: Sequence[dict[str, Any]]) -> tuple[float, int]:
@@ -190,7 +224,7 @@ def clock_text(seconds: float | None) -> str:
 
 
 def table(states: Sequence[State]) -> str:
-    """The states as aligned text, with what the job said last under those that do not run."""
+    """The states as aligned text, with the reasons of those that do not run below."""
 
     def number(value: float | str | None) -> str:
         return f"{value:.4f}" if isinstance(value, float) else str(value if value is not None else "-")
@@ -222,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m swift.runs",
         description="The state of the runs in a folder: progress, last loss, restarts, goodput (time of the steps that "
-        "count over time since the first start), time left. Read from their files; no batch system is asked.",
+        "count over time since the first start), time left. Read from their files; Slurm is asked why a job waits.",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="a run, or a folder of runs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -231,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         states = [describe(run, time.time()) for run in find_runs(options.folder)]
+        add_reasons(states)
         print(json.dumps([asdict(state) for state in states], indent=2) if options.json else table(states))
 
     reported(work)

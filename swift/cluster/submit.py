@@ -8,25 +8,25 @@ Lightning.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from swift.cluster.job_files import freeze_run, write_whole
+from swift.cluster.batch_system import ask, limits, queue
+from swift.cluster.job_files import freeze_run
 from swift.cluster.job_text import SUFFIX, array_script, job_script, pack_script, site_files
 from swift.config.compose import FROZEN, differences, load_frozen, writable
-from swift.config.launcher import check_ranks, dealt
+from swift.config.launcher import check_ranks, dealt, seconds
 from swift.config.schema import Config, LauncherConfig
 from swift.utils import jsonl
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 from swift.utils.git import git_state
 
 log = logging.getLogger(__name__)
@@ -76,11 +76,12 @@ def prepare(cfg: Config, overrides: Sequence[str], make_data: Callable[[Config],
         log.warning("uncommitted changes: the job gets the code as it is now, %s with changes", git["revision"][:12])
     if not launcher.dry_run:
         _check_idle(launcher, run)
+    _check_limits(launcher)
     script = run / f"job.{SUFFIX[launcher.scheduler]}"
     try:
         freeze_run(frozen, launcher, run, overrides, git)
         text = job_script(launcher, run, sys.executable, data, os.environ.get("SWIFT_CACHE"))
-        write_whole(script, text, executable=True)
+        replace_text(script, text, executable=True)
     except OSError as error:
         raise UserError(f"run_dir={run} cannot be written: {error.strerror or error}") from error
     return Prepared(cfg, run, script)
@@ -124,9 +125,9 @@ def _jobs(launcher: LauncherConfig, points: Sequence[Prepared]) -> list[tuple[Pa
         members = points[first : first + size]
         name = "array" if launcher.array else f"pack-{len(jobs)}"
         listing, script = sweep / f"{name}.txt", sweep / f"{name}.{suffix}"
-        write_whole(listing, "".join(f"{point.run_dir}\n" for point in members))
+        replace_text(listing, "".join(f"{point.run_dir}\n" for point in members))
         fill = array_script if launcher.array else pack_script
-        write_whole(script, fill(launcher, sweep, len(members), listing), executable=True)
+        replace_text(script, fill(launcher, sweep, len(members), listing), executable=True)
         jobs.append((script, members))
     return jobs
 
@@ -268,40 +269,44 @@ def _check_idle(launcher: LauncherConfig, run: Path) -> None:
     if launcher.scheduler != "slurm" or not path.exists():
         return
     job = str(jsonl.read(path)[-1]["job"])
-    found = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
-    state = found.stdout.strip().partition("\n")[0]
-    if found.returncode == 0 and state in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
-        raise UserError(f"run_dir={run}: job {job} of this run is {state}; scancel {job} ends it")
+    found = queue([job]).get(job)
+    if found and found.state in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
+        raise UserError(f"run_dir={run}: job {job} of this run is {found.state}; scancel {job} ends it")
 
 
-def _clean_environment() -> dict[str, str]:
-    """What a login shell starts from: a job must not depend on modules or environments that happen to be active."""
-    kept = ("HOME", "LANG", "SHELL", "SLURM_CONF", "TERM", "TZ")
-    env = {name: os.environ[name] for name in kept if name in os.environ}
-    user = getpass.getuser()
-    return env | {"USER": user, "LOGNAME": user, "PATH": "/usr/local/bin:/usr/bin:/bin"}
-
-
-def _ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command of the batch system in a clean environment."""
-    executable = shutil.which(command[0])
-    if executable is None:
-        raise UserError(f"{command[0]} is not on this machine")
-    try:
-        return subprocess.run(
-            [executable, *command[1:]], env=_clean_environment(), capture_output=True, text=True, timeout=120
+def _check_limits(launcher: LauncherConfig) -> None:
+    """Refuse a job that its partition never starts: Slurm queues it all the same."""
+    options = " ".join(launcher.batch_options)
+    if launcher.scheduler != "slurm" or re.search(r"(^| )(--partition|--time|-p|-t)\b", options):
+        return
+    most = limits(launcher.partition)
+    if most is None:
+        return
+    problem = None
+    if most.seconds is not None and (seconds(launcher.time) or 0) > most.seconds:
+        longest = f"{most.seconds // 3600:02d}:{most.seconds // 60 % 60:02d}:{most.seconds % 60:02d}"
+        problem = (
+            f"launcher.time={launcher.time}: jobs of partition {most.partition} take {longest} at most, this one would "
+            "wait for ever; a longer run goes on by itself in the next job"
         )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} gives no answer: the batch system is down or busy, try again later") from error
+    nodes = launcher.nodes * launcher.pack
+    if most.nodes is not None and nodes > most.nodes:
+        problem = f"launcher.nodes={launcher.nodes}: jobs of partition {most.partition} have {most.nodes} nodes at most"
+        problem += f", and this one would have {nodes}" if launcher.pack > 1 else ""
+    if problem and launcher.qos:
+        # A quality of service may lift the limits of a partition.
+        log.warning("unless launcher.qos=%s allows it: %s", launcher.qos, problem)
+    elif problem:
+        _machine(launcher, False, problem)
 
 
 def _queue(launcher: LauncherConfig, script: Path, points: Sequence[Prepared]) -> str:
     """Hand a job file to the batch system; returns the job's number, and notes it in every run."""
     command = _COMMANDS[launcher.scheduler]
-    done = _ask([command, *(["--parsable"] if launcher.scheduler == "slurm" else []), str(script)])
+    done = ask([command, *(["--parsable"] if launcher.scheduler == "slurm" else []), str(script)])
     if done.returncode:
-        said = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
-        raise UserError(f"{command} refuses {script}: {said or f'status {done.returncode}'}")
+        why = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise UserError(f"{command} refuses {script}: {why or f'status {done.returncode}'}")
     job = done.stdout.strip().splitlines()[-1].partition(";")[0]
     for index, point in enumerate(points):
         own = f"{job}_{index}" if launcher.array else job

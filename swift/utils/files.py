@@ -15,13 +15,14 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def replace_text(path: Path, text: str, sync: bool = False) -> None:
+def replace_text(path: Path, text: str, sync: bool = False, executable: bool = False) -> None:
     """Put a text file in place: readers see the old one or the new one, never a part.
 
     Args:
         path: Of the file; its folder must exist.
         text: Its content.
         sync: Wait until it is on the disk, so that this also holds after a power cut.
+        executable: For everybody, as a shell file is.
     """
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
@@ -29,6 +30,8 @@ def replace_text(path: Path, text: str, sync: bool = False) -> None:
         if sync:
             stream.flush()
             os.fsync(stream.fileno())
+    if executable:
+        partial.chmod(0o755)
     partial.replace(path)
     if sync:
         sync_folder(path.parent)

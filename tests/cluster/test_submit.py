@@ -27,7 +27,7 @@ fi
 echo 4711
 """
 SQUEUE = """#!/bin/bash
-cat "$(dirname "$0")/state" 2>/dev/null
+[ ! -e "$(dirname "$0")/state" ] || echo "4711|$(cat "$(dirname "$0")/state")|None"
 """
 
 

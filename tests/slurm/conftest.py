@@ -108,7 +108,8 @@ class Run:
     def state(self) -> dict[str, object]:
         """What `python -m swift.runs --json` says."""
         command = [sys.executable, "-m", "swift.runs", str(self.path), "--json"]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[0]  # type: ignore[no-any-return]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=self.cluster.env)
+        return json.loads(done.stdout)[0]  # type: ignore[no-any-return]
 
     def rank(self, number: int) -> int:
         """Process of a rank: the Python that trains, not the shell around it."""

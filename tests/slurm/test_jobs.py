@@ -64,7 +64,7 @@ def test_later_edits_of_conf_and_code_change_nothing(cluster: Cluster, undisturb
         assert cluster.states()[run.job] == "PENDING"
         (copy / "conf" / "config.yaml").write_text("everything: else\n")
         (copy / "conf" / "optimizer" / "adamw.yaml").write_text("lr: 100\n")
-        (copy / "swift" / "train.py").write_text("raise SystemExit('edited')\n")
+        (copy / "swift" / "train" / "__main__.py").write_text("raise SystemExit('edited')\n")
         (copy / "launch" / "rank.sh").write_text("exit 1\n")
     finally:
         cluster.call("scontrol", "update", f"nodename={ALL_NODES}", "state=resume")
@@ -168,3 +168,38 @@ def test_srun_in_a_job_of_ones_own_starts_ranks_that_know_each_other(cluster: Cl
     assert done.stdout.count("figures and checkpoints") == 1
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json").read_text())
     assert manifest["manifest"]["world"] == 2
+
+
+def test_a_job_over_the_limit_of_its_partition(cluster: Cluster, tmp_path: Path) -> None:
+    """Refused; one that was queued all the same says in `python -m swift.runs` why it waits."""
+    small = ["data=store", f"data.path={cluster.store}", *MODEL, *DATA, "parallel=zero1", "+launcher=local"]
+    done = cluster.train(*small, f"run_dir={tmp_path}/refused", "launcher.time=02:00:00")
+    assert done.returncode == 2
+    assert "launcher.time=02:00:00: jobs of partition local take 01:00:00 at most" in done.stderr.splitlines()[-1]
+    assert not cluster.states()
+    done = cluster.train(*small, f"run_dir={tmp_path}/waits", "launcher.batch_options=['--time=02:00:00']")
+    assert done.returncode == 0, done.stderr
+    run = Run(cluster, tmp_path / "waits", done.stdout.split()[1])
+    try:
+        eventually("a reason", lambda: "PartitionTimeLimit" in str(run.state()["reason"]), 60)
+        assert run.state()["state"] == "submitted"
+    finally:
+        cluster.call("scancel", run.job)
+
+
+def test_a_second_job_of_a_run_ends_and_the_first_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    one_node = ["launcher.nodes=1", "launcher.health=false", "parallel=single", "trainer.max_steps=150"]
+    run = cluster.submit(tmp_path / "run", *one_node)
+    run.wait_for_step(10)
+    second = cluster.call("sbatch", "--parsable", str(run.path / "job.sbatch"))
+    eventually("end of the second job", lambda: second not in cluster.states(), 120)
+    assert f"job {run.job} trains this run: job {second} ends" in run.log()
+    # A command in the same folder, while the job trains on another "node".
+    env = cluster.env | {"PYTHONPATH": str(cluster.code)}
+    command = [sys.executable, "-m", "swift.train", f"resume={run.path}", "parallel=single"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "is training in it" in done.stderr
+    run.wait()
+    assert run.state()["state"] == "finished", run.log()
+    assert len([line for line in run.lines("attempts.jsonl") if line["event"] == "start"]) == 1

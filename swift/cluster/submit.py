@@ -21,7 +21,7 @@ from pathlib import Path
 from swift.cluster.batch_system import ask, limits, queue
 from swift.cluster.job_files import freeze_run
 from swift.cluster.job_text import SUFFIX, array_script, job_script, pack_script, site_files
-from swift.config.compose import FROZEN, differences, load_frozen, writable
+from swift.config.compose import FROZEN, differences, load_frozen, whole_paths, writable
 from swift.config.launcher import check_ranks, dealt, seconds
 from swift.config.schema import Config, LauncherConfig
 from swift.utils import jsonl
@@ -195,25 +195,14 @@ def _as_it_will_run(cfg: Config, run: Path) -> Config:
     launcher = cfg.launcher
     assert launcher is not None
 
-    def whole(path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path else path
-
     single = cfg.parallel.name == "single"
     parallel = cfg.parallel if single else replace(cfg.parallel, nodes=launcher.nodes, devices=launcher.ranks_per_node)
     batch, accumulate = dealt(cfg)
-    mixture = [replace(cohort, path=str(Path(cohort.path).absolute())) for cohort in cfg.data.mixture]
     stage_dir = f"{launcher.node_local}/swift-shards" if launcher.stage_data else None
-    data = replace(
-        cfg.data,
-        path=whole(cfg.data.path),
-        mixture=mixture,
-        split=whole(cfg.data.split),
-        stage_dir=cfg.data.stage_dir or stage_dir,
-        batch_size=batch,
-    )
+    cfg = whole_paths(cfg)
+    data = replace(cfg.data, stage_dir=cfg.data.stage_dir or stage_dir, batch_size=batch)
     trainer = replace(cfg.trainer, accumulate=accumulate)
-    init = whole(cfg.init)
-    return replace(cfg, launcher=None, run_dir=str(run), init=init, parallel=parallel, data=data, trainer=trainer)
+    return replace(cfg, launcher=None, run_dir=str(run), parallel=parallel, data=data, trainer=trainer)
 
 
 def _check_same_run(run: Path, frozen: Config) -> None:

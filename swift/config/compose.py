@@ -6,7 +6,7 @@ import os
 import re
 import typing
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,23 @@ def _complaint(error: OmegaConfBaseException, plain: Any) -> str:
     return f"{given}: must be {_LEGAL.get(kind, 'a section')}"
 
 
+def whole_paths(cfg: Config) -> Config:
+    """The settings with absolute paths: a run that goes on may be started from another folder."""
+
+    def whole(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path else path
+
+    mixture = [replace(cohort, path=str(Path(cohort.path).absolute())) for cohort in cfg.data.mixture]
+    data = replace(cfg.data, path=whole(cfg.data.path), split=whole(cfg.data.split), mixture=mixture)
+    task = cfg.task
+    if task.target is not None:
+        task = replace(task, target=replace(task.target, events=whole(task.target.events)))
+    return replace(cfg, data=data, task=task, init=whole(cfg.init))
+
+
 def freeze(cfg: Config, path: Path) -> None:
     """Write the settings as YAML that `load_frozen` and Hydra's --config-path read back; all of it or nothing."""
-    replace_text(path, OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    replace_text(path, OmegaConf.to_yaml(OmegaConf.structured(whole_paths(cfg))))
 
 
 def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:
@@ -192,7 +206,7 @@ def differences(before: Config, after: Config) -> list[str]:
             found |= flat(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
         return found
 
-    old, new = flat(before, ""), flat(after, "")
+    old, new = flat(whole_paths(before), ""), flat(whole_paths(after), "")
     return sorted(name for name in old if old[name] != new[name])
 
 

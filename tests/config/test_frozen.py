@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, writable
+from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, whole_paths, writable
 from swift.utils.errors import UserError
 from tests.small import composed
 
@@ -29,11 +29,31 @@ def run_dir(tmp_path: Path) -> Path:
 def test_frozen_settings_come_back_equal(run_dir: Path) -> None:
     cfg = load_frozen(run_dir, [])
     assert cfg.task.mask_unit == [12, 6, 6, 2]
-    assert cfg.data.path == "a folder: with # signs"
-    assert cfg == typed(composed(f"run_dir={run_dir}", *RUN))
+    # Absolute: a run that goes on may be started from another folder.
+    assert cfg.data.path == str(Path("a folder: with # signs").absolute())
+    typed_in = typed(composed(f"run_dir={run_dir}", *RUN))
+    assert cfg == whole_paths(typed_in)
+    assert differences(cfg, typed_in) == []
     freeze(cfg, run_dir / "config.yaml")
     assert load_frozen(run_dir, []) == cfg
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_every_path_is_frozen_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "task=task_rest",
+        "task.adapt=full",
+        "task.target.events=events",
+        "data.split=split.json:3",
+        "init=runs/before",
+    ]
+    words += ["data=store", "data.mixture=[{path: a}, {path: /b}]"]
+    cfg = whole_paths(typed(composed("run_dir=runs/x", *words)))
+    assert cfg.task.target is not None
+    found = [cfg.task.target.events, cfg.data.split, cfg.init, *(cohort.path for cohort in cfg.data.mixture)]
+    assert found == [f"{tmp_path}/events", f"{tmp_path}/split.json:3", f"{tmp_path}/runs/before", f"{tmp_path}/a", "/b"]
+    assert cfg.data.path is None
 
 
 def test_a_run_from_before_a_setting_is_read_as_it_ran(run_dir: Path) -> None:

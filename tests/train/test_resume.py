@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swift.config.compose import load_frozen
 from swift.inference.export import export
@@ -67,6 +68,12 @@ def test_the_same_command_goes_on_and_a_finished_run_stays_as_it_is(
     stop_at(100)
     start(*again)
     assert_same_run(finished, tmp_path / "run")
+    # Steps 4 and 5 stand in the event files of both starts, and TensorBoard shows them once.
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in shown.Scalars("val/l1")] == [3, 6]
+    losses = [record["train/loss"] for record in metrics(tmp_path / "run") if "train/loss" in record]
+    assert [event.value for event in shown.Scalars("train/loss")] == pytest.approx(losses)
     before = weights(tmp_path / "run"), metrics(tmp_path / "run")
     start(*again)
     assert metrics(tmp_path / "run") == before[1]
@@ -217,3 +224,25 @@ def test_init_refuses_what_does_not_fit(finished: Path, tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"init={source}: ")
         assert says in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_from_another_folder(
+    store: Path, tmp_path: Path, stop_at: Callable[[int], None], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of its store was typed relative to the first folder."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "small").symlink_to(store)
+    again = command(Path("small"), Path("run"), QUIET)
+    monkeypatch.chdir(tmp_path / "here")
+    stop_at(4)
+    with pytest.raises(KeyboardInterrupt):
+        start(*again)
+    stop_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        start(*again)  # the same words in the same folder are the same settings
+    stop_at(100)
+    monkeypatch.chdir(tmp_path / "there")
+    start("resume=../here/run")
+    assert load_frozen(tmp_path / "here" / "run", []).data.path == str(tmp_path / "here" / "small")
+    assert_same_run(finished, tmp_path / "here" / "run")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from swift.utils import jsonl
 from swift.utils.errors import UserError
@@ -111,10 +112,18 @@ class JsonlLogger(Logger):
 
 
 class TrimMetrics(pl.Callback):
-    """Trims every `JsonlLogger` of the trainer to the step training starts from (0 for a fresh run)."""
+    """Trims what the loggers of the trainer hold to the step training starts from (0 for a fresh run).
+
+    The event files of TensorBoard are only ever added to, a new one for each start. The new one says that a session
+    starts at the next step, and TensorBoard then leaves out what earlier files hold from that step on.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Runs after a checkpoint is restored and before anything is logged."""
         for logger in trainer.loggers:
             if isinstance(logger, JsonlLogger):
                 logger.trim(trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                # The loader of TensorBoard purges by this alone, not by a step that comes again.
+                start = SessionLog(status=SessionLog.START)
+                logger.experiment.file_writer.add_event(Event(session_log=start), trainer.global_step + 1)

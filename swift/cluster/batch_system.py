@@ -58,15 +58,15 @@ def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def limits(partition: str | None) -> Limits | None:
-    """The limits of a partition of Slurm, None where Slurm does not tell them.
+    """The limits of a partition of Slurm, None where Slurm does not know it.
 
     Args:
-        partition: Its name; None: the one that jobs go to that name none.
+        partition: Its name; None: the default one.
     """
     if shutil.which("scontrol") is None:
         return None
-    told = ask(["scontrol", "--oneliner", "show", "partition", *([partition] if partition else [])])
-    for line in told.stdout.splitlines() if told.returncode == 0 else []:
+    answer = ask(["scontrol", "--oneliner", "show", "partition", *([partition] if partition else [])])
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
         fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if partition or fields.get("Default") == "YES":
             nodes = fields.get("MaxNodes", "")
@@ -93,9 +93,9 @@ def queue(jobs: Sequence[str]) -> dict[str, Queued]:
     Raises:
         UserError: Slurm gives no answer.
     """
-    told = ask(["squeue", "--noheader", "--array", "--format=%i|%T|%r", f"--jobs={','.join(jobs)}"])
+    answer = ask(["squeue", "--noheader", "--array", "--format=%i|%T|%r", f"--jobs={','.join(jobs)}"])
     # Of one job that is long gone Slurm says this.
-    if told.returncode and "Invalid job id" not in told.stderr:
-        raise UserError(f"squeue: {' '.join(told.stderr.split()) or f'status {told.returncode}'}")
-    rows = [line.strip().split("|") for line in told.stdout.splitlines()]
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise UserError(f"squeue: {' '.join(answer.stderr.split()) or f'status {answer.returncode}'}")
+    rows = [line.strip().split("|") for line in answer.stdout.splitlines()]
     return {row[0]: Queued(row[1], row[2]) for row in rows if len(row) == 3}

@@ -93,7 +93,7 @@ def submit(points: Sequence[Prepared]) -> None:
     Returns as soon as the batch system has them.
 
     Raises:
-        UserError: the batch system refuses; what was queued before has been said.
+        UserError: the batch system refuses; what was queued before has been announced.
     """
     launcher = points[0].cfg.launcher
     assert launcher is not None
@@ -169,13 +169,13 @@ def _check_site(launcher: LauncherConfig) -> None:
         f"launcher={launcher.name}: {command} is not on this machine; submit on a login node, "
         "or see the job with launcher.dry_run=true"
     )
-    _machine(launcher, not launcher.needs_account or bool(launcher.account), account)
-    _machine(launcher, shutil.which(command) is not None, missing)
+    _require_here(launcher, not launcher.needs_account or bool(launcher.account), account)
+    _require_here(launcher, shutil.which(command) is not None, missing)
 
 
-def _machine(launcher: LauncherConfig, well: bool, message: str) -> None:
-    """What only the login node can tell: refused there, said in a dry run anywhere else."""
-    if not well:
+def _require_here(launcher: LauncherConfig, holds: bool, message: str) -> None:
+    """Refuse what only the login node knows to be wrong; in a dry run, anywhere, it is a warning."""
+    if not holds:
         if not launcher.dry_run:
             raise UserError(message)
         log.warning("on submitting: %s", message)
@@ -248,7 +248,7 @@ def _checked_data(frozen: Config, launcher: LauncherConfig, make_data: Callable[
     for store in stores:
         missing = [name for name in ("store.json", "manifest.csv") if not (Path(store) / name).is_file()]
         message = f"{store}: no {' and no '.join(missing)} in it; make a store with python -m swift.data ingest"
-        _machine(launcher, not missing, message)
+        _require_here(launcher, not missing, message)
     return Path(stores[0])
 
 
@@ -286,7 +286,7 @@ def _check_limits(launcher: LauncherConfig) -> None:
         # A quality of service may lift the limits of a partition.
         log.warning("unless launcher.qos=%s allows it: %s", launcher.qos, problem)
     elif problem:
-        _machine(launcher, False, problem)
+        _require_here(launcher, False, problem)
 
 
 def _queue(launcher: LauncherConfig, script: Path, points: Sequence[Prepared]) -> str:

@@ -28,16 +28,16 @@ class Relatives:
         self.tree, self.root = tree, root
         inside = root.parent.name == "derivatives"
         self._raw = root.parent.parent if inside else None
-        self._known: dict[Path, dict[tuple[str, str], list[tuple[Name, Path]]]] = {}
+        self._known: dict[Path, dict[tuple[str, str], list[tuple[Name, str]]]] = {}
 
-    def _in(self, folder: Path, suffix: str, ending: str) -> list[tuple[Name, Path]]:
+    def _in(self, folder: Path, suffix: str, ending: str) -> list[tuple[Name, str]]:
         if folder not in self._known:
-            groups: dict[tuple[str, str], list[tuple[Name, Path]]] = {}
+            groups: dict[tuple[str, str], list[tuple[Name, str]]] = {}
             for file in self.tree.names(folder):
                 end = next((end for end in ENDINGS if file.endswith(end)), None)
                 if end is not None:
                     name = parse_name(file[: -len(end)])
-                    groups.setdefault((name.suffix, end), []).append((name, folder / file))
+                    groups.setdefault((name.suffix, end), []).append((name, file))
             self._known[folder] = groups
         return self._known[folder].get((suffix, ending), [])
 
@@ -75,24 +75,28 @@ class Relatives:
         for folder in folders:
             for suffix in suffixes:
                 for mark in marks or (None,):
-                    best: tuple[int, Path] | None = None
+                    best: tuple[int, str] | None = None
                     for ending in endings:
-                        for name, path in self._in(folder, suffix, ending):
+                        for name, file in self._in(folder, suffix, ending):
                             if mark is not None and name.entities.get(mark[0]) != mark[1]:
                                 continue
                             if same_space and name.entities.get("space") != mine.entities.get("space"):
                                 continue
                             theirs = {part for part in name.parts if mark is None or part[0] != mark[0]}
                             if theirs <= mine.parts and (best is None or len(theirs) > best[0]):
-                                best = (len(theirs), path)
+                                best = (len(theirs), file)
                     if best is not None:
-                        return best[1]
+                        return folder / best[1]
         return None
 
     def sidecars(self, scan: Path, mine: Name) -> tuple[Path, ...]:
         """All JSON files that speak of a run; the nearest last."""
         found: list[Path] = []
         for folder in self._up(scan):
-            here = [(name, path) for name, path in self._in(folder, mine.suffix, ".json") if name.parts <= mine.parts]
+            here = [
+                (name, folder / file)
+                for name, file in self._in(folder, mine.suffix, ".json")
+                if name.parts <= mine.parts
+            ]
             found += [path for _, path in sorted(here, key=lambda one: -len(one[0].parts))]
         return tuple(reversed(found))

@@ -151,9 +151,13 @@ def _repair(options: argparse.Namespace) -> int:
     from swift.data.ingest.bids import find
     from swift.data.ingest.listing import choice_of
     from swift.data.ingest.repair import repair
+    from swift.data.ingest.sources import Choice
     from swift.data.store.check import describe
 
-    sources = find(options.source, choice_of(options)).sources if options.source else []
+    choice = choice_of(options)
+    if not options.source and choice != Choice():
+        raise UserError("--layout, --prefix and entities say which scans of --source are meant, and there is none")
+    sources = find(options.source, choice).sources if options.source else []
     outcome = repair(options.store, replica=options.replica, sources=sources)
     lines = [f"restored from {giver}: {describe(one)}" for one, giver in outcome.fixed]
     lines += [f"still damaged: {describe(one)}: {why}" for one, why in outcome.left]
@@ -268,7 +272,6 @@ def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="target size of a shard; 0: one scan each (4)")
     parser.add_argument("--participants", type=Path, help="participants.tsv that does not lie in the data set")
-    parser.add_argument("--prefix", default="", help="put before subjects and scans: sub-01 of two data sets are two")
     parser.add_argument("--no-confounds", action="store_true", help="leave fMRIPrep's confounds out")
     parser.add_argument("--list", action="store_true", help="only say what would be ingested")
     add_places(parser)

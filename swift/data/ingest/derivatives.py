@@ -44,9 +44,13 @@ def find_bids(tree: Tree, choice: Choice, found: Found) -> list[Source]:
         name = parse_name(path)
         if is_surface(path):
             surfaces.append(path)
-        elif name.suffix != "bold" or is_mask_name(path):
-            if not name.entities:
+        elif is_mask_name(path):
+            continue
+        elif name.suffix != "bold":
+            if not name.entities or "-" in name.suffix:
                 odd.append(path)
+            else:
+                found.pass_over(f"no BOLD series: {name.suffix}", path)
         elif name.entities.get("part") in NOT_MAGNITUDE:
             found.pass_over(f"part-{name.entities['part']}: no magnitude image", path)
         else:

@@ -25,6 +25,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     for key in OPTIONS:
         text = HELP.get(key, f"only this label of {key}-")
         group.add_argument(f"--{key}", action="append", default=[], metavar="LABEL", dest=f"entity_{key}", help=text)
+    parser.add_argument("--prefix", default="", help="put before subjects and scans: sub-01 of two data sets are two")
     group.add_argument(
         "--entity",
         action="append",
@@ -48,7 +49,7 @@ def choice_of(options: argparse.Namespace) -> Choice:
         pairs.setdefault(key, []).append(label)
     chosen = parse_choice({key: labels for key, labels in pairs.items() if labels})
     participants: Path | None = getattr(options, "participants", None)
-    return Choice(options.layout, chosen, participants, getattr(options, "prefix", ""))
+    return Choice(options.layout, chosen, participants, options.prefix)
 
 
 def listing(found: Found) -> tuple[dict[str, Any], list[str]]:

@@ -1,8 +1,9 @@
 """File names as BIDS writes them: `sub-01_task-rest_desc-preproc_bold` is entities (key-label) and a suffix.
 
 https://bids-specification.readthedocs.io (file names, entities, derivatives). Read here by hand: bids2table 2.3, the
-kept library for this, was measured on 10,000 subjects: names alone take it 15 s of CPU time, the whole search here takes
-6 s. It does not see subjects with a hyphen, JSON files or anything above the subjects' folders, and turns run-01 into 1.
+kept library for this, was measured on 10,000 subjects: names alone take it 15 s of CPU time, the whole search here
+takes 6 s. It does not see subjects with a hyphen, JSON files or anything above the subjects' folders, and turns run-01
+into 1.
 """
 
 from __future__ import annotations

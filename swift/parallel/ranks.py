@@ -141,7 +141,10 @@ def _meeting_problem(env: Mapping[str, str], source: str, world: int) -> str | N
     """What is wrong where the ranks are not told at which address they meet, as mpirun does not by itself."""
     if {"MASTER_ADDR", "MASTER_PORT"} <= set(env):
         return None
-    how = {"openmpi": "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500", "mpich": "mpirun -genv MASTER_ADDR HOST ..."}
+    how = {
+        "openmpi": "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500",
+        "mpich": "mpirun -genv MASTER_ADDR HOST -genv MASTER_PORT 29500",
+    }
     return (
         f"{source} started {world} ranks, but MASTER_ADDR and MASTER_PORT are not set, where they meet "
         f"({how.get(source, 'rank 0 listens there')}); on one machine parallel.devices={world} starts the ranks itself"

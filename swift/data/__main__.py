@@ -39,6 +39,7 @@ def _ingest(options: argparse.Namespace) -> int:
         tr_resample=options.tr_resample,
         frame_spacing=options.frame_spacing,
         confounds=not options.no_confounds,
+        mask=str(options.mask) if options.mask is not None else None,
     )
     recipe.check()
     found = find(options.inputs, choice_of(options))
@@ -266,6 +267,9 @@ def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="STORE", help="folder of the store")
     parser.add_argument("--grid", type=int, nargs="+", default=[96], metavar="N", help="voxels, one or three (96)")
     parser.add_argument("--spacing", type=float, default=2.0, help="isotropic voxel size, mm (2)")
+    parser.add_argument(
+        "--mask", type=Path, metavar="NIFTI", help="brain mask of all NIfTI scans (else: the one beside, or computed)"
+    )
     parser.add_argument("--tr", type=float, help="seconds between frames, where the files do not say (wins over them)")
     parser.add_argument("--tr-resample", type=float, metavar="TR", help="bring every scan to this TR, seconds")
     parser.add_argument("--frame-spacing", type=float, help="voxel size of SwiFT v1 frames, mm (as --spacing)")

@@ -11,6 +11,7 @@ Legend: N rows, E width of a stage, T frames.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from swift.inference.fit_scan import FittedScan, Fitting, Scan, find_scans, fit
 from swift.inference.model import Trained, load_trained
 from swift.models.pooling import brain_tokens, pool
 from swift.utils.errors import UserError
+
+log = logging.getLogger("swift.embed")
 
 PER = ("frame", "clip", "scan", "subject")
 
@@ -190,6 +193,20 @@ class Embedding:
         return frames, values
 
 
+def say_masks(notes: dict[str, tuple[str, ...]]) -> None:
+    """One line on which brain masks were taken; a warning where some were computed, as nobody has looked at those."""
+    given = [scan for scan, said in notes.items() if any(note.startswith("brain mask:") for note in said)]
+    made = [scan for scan, said in notes.items() if any(note.startswith("no brain mask given:") for note in said)]
+    if not given and not made:
+        return
+    shown = f" ({', '.join(made[:3])}{', ...' if len(made) > 3 else ''})" if made else ""
+    log.log(
+        logging.WARNING if made else logging.INFO,
+        "brain masks of %d scans: %d given or found beside them, %d worked out from the scan%s; see notes_",
+        *(len(given) + len(made), len(given), len(made), shown),
+    )
+
+
 class Embedder(TransformerMixin, BaseEstimator):
     """Scans to embeddings as a scikit-learn transformer: one row a scan, in the order given.
 
@@ -206,6 +223,10 @@ class Embedder(TransformerMixin, BaseEstimator):
         other_tr: refuse | resample | keep scans of another TR than the model was trained on.
         device: auto | cpu | cuda | cuda:N.
         batch: Clips at once.
+
+    Attributes:
+        notes_: Scan -> what was assumed or corrected in bringing it to the model's input, such as which brain mask was
+            taken; of the last `transform`.
     """
 
     def __init__(
@@ -274,15 +295,18 @@ class Embedder(TransformerMixin, BaseEstimator):
         if isinstance(X, str | Path):
             raise UserError(f"transform wants a list of paths, not the path {X}")
         embedding = self._embedding()
-        rows = []
+        rows, notes = [], {}
         for place in X:
             if not isinstance(place, str | Path):
                 raise UserError(f"transform wants paths of NIfTI files, not {type(place).__name__}")
             scans = find_scans([place], embedding.trained.contract)
             if len(scans) != 1:
                 raise UserError(f"{place} holds {len(scans)} scans: name each by itself")
-            values = embedding(scans[0]).values
+            done = embedding(scans[0])
+            values, notes[scans[0].scan_id] = done.values, done.notes
             rows.append(np.concatenate([values[name][0] for name in embedding.layers]))
+        self.notes_ = notes
+        say_masks(notes)
         widths = sum(embedding.widths.values())
         return np.stack(rows) if rows else np.empty((0, widths), np.float32)
 

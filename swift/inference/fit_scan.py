@@ -51,7 +51,12 @@ class Fitting:
         """Raise UserError for values that make no sense."""
         if self.other_tr not in OTHER_TR:
             raise UserError(f"--other-tr {self.other_tr}: legal are {', '.join(OTHER_TR)}")
-        Recipe(tr=self.tr).check()
+        self.recipe.check()
+
+    @property
+    def recipe(self) -> Recipe:
+        """How ingestion would be told."""
+        return Recipe(tr=self.tr, mask=str(self.mask) if self.mask is not None else None)
 
 
 @dataclass(frozen=True)
@@ -212,9 +217,7 @@ def fit(scan: Scan, contract: Contract, fitting: Fitting) -> FittedScan:
 def _fit_source(source: Source, contract: Contract, fitting: Fitting) -> FittedScan:
     # What only ingestion keeps is not even looked at.
     source = replace(source, events=None, confounds=None)
-    if fitting.mask is not None and not source.is_frames:
-        source = replace(source, mask=fitting.mask)
-    recipe = Recipe(contract.grid, contract.spacing, tr=fitting.tr, confounds=False)
+    recipe = replace(fitting.recipe, grid=contract.grid, spacing=contract.spacing, confounds=False)
     origin = plan(source, recipe)
     recipe = replace(recipe, tr_resample=contract.resampled_tr(origin.tr, source.path.name, fitting.other_tr))
     scan = prepare(source, recipe)

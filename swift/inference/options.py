@@ -10,6 +10,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which weights, and how scans are brought to what they were trained on."""
     parser.add_argument("--which", default="latest", help="of a run: latest (default), best, or a checkpoint's name")
     parser.add_argument("--config", type=Path, metavar="RUN", help="settings for a SwiFT v1 file, which has none")
+    add_scan_options(parser)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+
+
+def add_scan_options(parser: argparse.ArgumentParser) -> None:
+    """How scans are brought to what a model was trained on."""
     parser.add_argument(
         "--mask", type=Path, metavar="NIFTI", help="brain mask of NIfTI scans (else: the one beside, or computed)"
     )
@@ -20,4 +26,3 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="refuse",
         help="scans of another TR than the model was trained on (default: refuse)",
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")

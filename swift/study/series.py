@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift.utils.errors import UserError
+from swift.utils.files import replace_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from swift.inference.fit_scan import FittedScan
+    from swift.inference.fit_scan import FittedScan, Fitting
     from swift.inference.model import Trained
 
 log = logging.getLogger("swift.series")
@@ -110,8 +111,16 @@ def describe_scan(
     return {"scan": scan.scan_id, "subject": scan.subject, "frames": used, "tr": scan.tr, "layers": layers}
 
 
-def write_series(run: Path, scans: Sequence[str | Path], count: int, frames: int, lag: float, seed: int) -> Path:
-    """Describe scans with a run's model and write RUN/temporal.json.
+def write_series(
+    run: Path,
+    scans: Sequence[str | Path],
+    count: int,
+    frames: int,
+    lag: float,
+    seed: int,
+    fitting: Fitting | None = None,
+) -> Path:
+    """Describe scans with a run's model and write RUN/temporal.json; `fitting`: how scans are brought to its input.
 
     Raises:
         UserError: no model, no scans, or scans that are too short.
@@ -122,6 +131,8 @@ def write_series(run: Path, scans: Sequence[str | Path], count: int, frames: int
     from swift.inference.model import load_trained
     from swift.report.temporal import FILE
 
+    fitting = fitting or Fitting()
+    fitting.check()
     trained = load_trained(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained.encoder.to(device).eval()
@@ -130,7 +141,9 @@ def write_series(run: Path, scans: Sequence[str | Path], count: int, frames: int
         raise UserError(f"{', '.join(map(str, scans))}: no scan in it")
     described = []
     for index, scan in enumerate(found):
-        fitted = fit(scan, trained.contract, Fitting())
+        fitted = fit(scan, trained.contract, fitting)
+        for note in fitted.notes:
+            log.info("%s: %s", fitted.scan_id, note)
         described.append(describe_scan(trained, fitted, frames, lag, seed + index, device))
         log.info("%s: %s described", run.name, fitted.scan_id)
     content = {
@@ -142,5 +155,5 @@ def write_series(run: Path, scans: Sequence[str | Path], count: int, frames: int
         "scans": described,
     }
     out = run / FILE
-    out.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    replace_text(out, json.dumps(content) + "\n")
     return out

@@ -12,6 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from swift.inference.options import add_scan_options
 from swift.study.series import write_series
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the shuffled frames and of the choice of series (0)"
     )
+    add_scan_options(parser)
     options = parser.parse_args(arguments)
     set_up_logging()
 
@@ -42,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--lag {options.lag}: must be a number of seconds above 0")
         if not options.run.is_dir():
             raise UserError(f"{options.run}: no such run directory")
-        out = write_series(options.run, options.scans, options.count, options.frames, options.lag, options.seed)
+        from swift.inference.fit_scan import Fitting
+
+        fitting = Fitting(options.tr, options.other_tr, options.mask)
+        counts = (options.count, options.frames)
+        out = write_series(options.run, options.scans, *counts, options.lag, options.seed, fitting)
         log.info("wrote %s", out)
 
     reported(work)

@@ -7,6 +7,7 @@ the source one frame at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -39,11 +40,15 @@ class Recipe:
     """Voxel size of SwiFT v1 frames, mm; None: `spacing`, so that they are not resampled."""
     confounds: bool = True
     """Keep fMRIPrep's confounds."""
+    mask: str | None = None
+    """Brain mask of all NIfTI scans, on their own grid; None: the one beside a scan, or a computed one."""
 
     def check(self) -> None:
         """Raises UserError for values that make no sense."""
         if len(self.grid) != 3 or min(self.grid) < 2:
             raise UserError(f"grid {list(self.grid)}: three voxel counts of 2 or more")
+        if self.mask is not None and not Path(self.mask).is_file():
+            raise UserError(f"--mask {self.mask}: no such file")
         if not 0.1 <= self.spacing <= 20:
             raise UserError(f"spacing {self.spacing:g} mm: legal is 0.1 to 20")
         for name, value in (("tr", self.tr), ("tr-resample", self.tr_resample)):
@@ -73,6 +78,8 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
     name = source.path.name
     scan = plan(source, recipe)
     seen = survey(scan.read(), name)
+    if recipe.mask is not None and not source.is_frames:
+        source = replace(source, mask=Path(recipe.mask))
     brain, notes = _brain(source, scan, seen)
     grid = plan_grid(brain, scan.affine, recipe.grid, recipe.spacing)
     sampler = Sampler(grid, brain, seen.good, name)

@@ -123,6 +123,8 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
     # Judged already by all ranks, while their engines still held the model; not if there was nothing left to train.
     summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
     summary |= judge(trainer) if judgement is None else judgement
+    if data.left_out:
+        summary["left_out"] = data.left_out
     if not trainer.is_global_zero:
         return {}
     leave(summary, cfg, run_dir)

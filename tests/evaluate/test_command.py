@@ -228,3 +228,17 @@ def test_what_cannot_be_done_is_said(cohort, tmp_path, capsys):
     three = replace(one, subject=np.array(["a", "b", "c"]), target=np.ones(3))
     with pytest.raises(UserError, match="3 training units do not do for a baseline's folds"):
         models.fitted(np.eye(3), three, "binary")
+
+
+def test_tasks_of_ones_own_and_settings_after_options(cohort, tmp_path, capsys):
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    text = "defaults: [_common, _target, _self_]\nname: mine\nloss: cross_entropy\ntarget:\n  kind: binary\n"
+    text += '  column: label_binary\n  classes: ["0", "1"]\n'
+    (tmp_path / "conf" / "task" / "mine.yaml").write_text(text)
+    before, after = options(cohort, "mine", tmp_path / "run"), ["model.patch_size=[99,99,99,1]", "seed=3"]
+    main([*before, "--only", "constant", "--json", "--config-dir", str(tmp_path / "conf"), *after])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["constant"]["task"], found["constant"]["seed"]) == ("mine", 3)
+    with pytest.raises(SystemExit):
+        main([*before, "--config-dir", str(tmp_path / "none")])
+    assert "none: no such folder" in capsys.readouterr().err

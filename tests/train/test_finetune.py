@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from swift.config.compose import typed
+from swift.data.labels.splits import Split, load_split, save_splits
 from swift.data.store.reader import StoreWriter
 from swift.data.task_module import TargetDataModule, class_weights, cut_in_time
 from swift.evaluate.judge import ClipRows, figures, predictions_of
@@ -149,6 +150,21 @@ def test_a_scan_too_short_to_be_cut_is_left_out(tmp_path: Path, caplog: pytest.L
     assert all(set(index.scan.tolist()) == {0, 2} for index in data.parts.values())
     assert "1 of 3 scans are left out, too short to be cut in time: sub-01_task-rest" in caplog.text
     assert "20 frames cannot be cut" in data.left_out["sub-01_task-rest"]
+
+
+def test_a_score_that_is_always_undefined_is_refused_before_training(folder: Path, tmp_path: Path) -> None:
+    whole = load_split(str(folder / "split.json"))
+    for count, well in ((1, False), (2, False), (3, True)):
+        parts = whole.parts | {"val": whole.parts["val"][:count]}
+        save_splits(tmp_path / "s.json", [Split(parts)])
+        command = ["task=synthetic_continuous", "task.select=r", f"data.split={tmp_path}/s.json"]
+        if well:
+            assert len(data_of(folder, *command).subjects_of("val")) == 3
+        else:
+            with pytest.raises(UserError, match=rf"task.select=r: .* val part, {count} subjects .*task.select=mae"):
+                data_of(folder, *command)
+    save_splits(tmp_path / "s.json", [Split(whole.parts | {"val": whole.parts["val"][:1]})])
+    data_of(folder, "task=synthetic_continuous", "task.select=mae", f"data.split={tmp_path}/s.json")
 
 
 # --- judged once --------------------------------------------------------------------------------------------------

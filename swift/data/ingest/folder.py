@@ -52,19 +52,18 @@ def mask_beside(scan: Path, tree: Tree | None = None) -> Path | None:
     stem = strip_suffix(scan)
     stems = [stem, *([stem.removesuffix("_bold")] if stem.endswith("_bold") else [])]
     tree = tree or Tree(scan.parent)
-    there = set(tree.names(scan.parent))
     for start in stems:
         for ending in MASK_ENDINGS:
             for suffix in NIFTI:
-                if f"{start}{ending}{suffix}" in there:
-                    return scan.with_name(f"{start}{ending}{suffix}")
+                if tree.has(mask := scan.with_name(f"{start}{ending}{suffix}")):
+                    return mask
     return None
 
 
 def sidecars_beside(scan: Path, tree: Tree | None = None) -> tuple[Path, ...]:
     """<scan>.json, next to a scan."""
-    name = strip_suffix(scan) + ".json"
-    return (scan.with_name(name),) if name in (tree or Tree(scan.parent)).names(scan.parent) else ()
+    file = scan.with_name(strip_suffix(scan) + ".json")
+    return (file,) if (tree or Tree(scan.parent)).has(file) else ()
 
 
 def one_file(path: Path, root: Path | None = None, tree: Tree | None = None) -> Source:
@@ -197,13 +196,12 @@ def _tool_source(tool: FolderTool, match: re.Match[str], path: Path, tree: Tree)
     elif source.notes:  # the folder above the tool's own
         subject = legal_name(Path(os.path.abspath(path)).parents[1].name)
         source = replace(source, subject=subject, notes=(GUESS_FOLDER.format(subject=subject),))
-    there = {*tree.names(path.parent)}
-    masks = [name.replace("{task}", task) for name in tool.masks]
-    mask = next((path.with_name(name) for name in masks if name in there), source.mask)
+    masks = [path.with_name(name.replace("{task}", task)) for name in tool.masks]
+    mask = next((mask for mask in masks if tree.has(mask)), source.mask)
     sidecars = source.sidecars
     if tool.sidecar:
         file = Path(os.path.normpath(path.parent / tool.sidecar.replace("{task}", task)))
-        sidecars = (file,) if file.name in tree.names(file.parent) else sidecars
+        sidecars = (file,) if tree.has(file) else sidecars
     session = parts.get("ses") or ""
     return replace(
         source,

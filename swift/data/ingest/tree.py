@@ -28,6 +28,14 @@ class Tree:
     """Folders that cannot be listed, and why."""
     again: dict[str, str] = field(default_factory=dict)
     """Linked folders that were listed under another name, and that name."""
+    _sets: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def has(self, path: Path) -> bool:
+        """Whether a file of that name is listed; one that leads nowhere counts."""
+        folder = str(path.parent)
+        if folder not in self._sets:
+            self._sets[folder] = frozenset(self.names(path.parent))
+        return path.name in self._sets[folder]
 
     def walk(self, endings: tuple[str, ...] = ("",)) -> Iterator[Path]:
         """Every file below the root whose name ends so, folder by folder in order."""

@@ -102,6 +102,37 @@ def test_a_second_data_set_with_the_same_names(made: tuple[Path, Path], tmp_path
     assert "--prefix" in row.reason
 
 
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = scans.dataset(tmp_path / "d", subjects=2, frames=4)
+    gone = next((root / "sub-02").rglob("*_bold.nii.gz"))
+    gone.unlink()
+    gone.symlink_to("../.git/annex/gone.nii.gz")
+    with pytest.raises(SystemExit) as ended:
+        main(["ingest", str(root), "--out", str(tmp_path / "s"), "--grid", "20", "--spacing", "4", "--workers", "1"])
+    assert ended.value.code == 1
+    assert "1 added, 0 there already, 0 changed, 1 failed" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "s" / "ingest_report.json").read_text())["scans"]
+    assert [(row["subject"], row["status"]) for row in rows] == [("sub-01", "added"), ("sub-02", "failed")]
+    assert "datalad get" in rows[1]["reason"]
+
+
+def test_a_guess_is_a_note_of_the_scan_and_of_the_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("7_rest1", "7_rest2"):
+        scans.save(tmp_path / "f" / f"{name}.nii.gz", scans.bold(4))
+        scans.save(tmp_path / "f" / f"{name}_mask.nii.gz", scans.ellipsoid(), dtype=np.uint8)
+    with pytest.raises(SystemExit):
+        main(["ingest", str(tmp_path / "f"), "--out", str(tmp_path / "s"), "--grid", "20", "--spacing", "4", "--quiet"])
+    assert "2 scans name no subject" in caplog.text
+    assert "7_rest1 and 7_rest2 may be one person" in caplog.text
+    with pytest.raises(SystemExit):
+        main(["info", str(tmp_path / "s"), "--scans"])
+    told = capsys.readouterr().out
+    assert "note: 2 scans name no subject" in told
+    assert "  note: subject 7_rest2: a guess, the name of the file" in told
+
+
 def test_export_and_ingest_are_inverse_in_all_that_is_said_of_a_scan(tmp_path: Path) -> None:
     root = scans.dataset(tmp_path / "d", subjects=2, frames=6)
     (root / "sub-01" / "ses-1" / "func" / "sub-01_ses-1_task-rest_run-1_events.tsv").write_text(

@@ -18,6 +18,7 @@ from swift.config.schema import (
     TrainerConfig,
 )
 from swift.config.schema_data import AugmentConfig, DataConfig
+from swift.utils.cache import REVISION
 from swift.utils.errors import UserError, require
 
 CHOICES = {
@@ -105,6 +106,7 @@ def check_data(cfg: DataConfig) -> None:
     _check_positive("data.grid", cfg.grid, 3)
     for name in ("frames", "frame_stride", "clip_stride", "batch_size"):
         require(getattr(cfg, name) >= 1, f"data.{name}", getattr(cfg, name), "must be at least 1")
+    require(1 <= cfg.revision <= REVISION, "data.revision", cfg.revision, f"legal is 1 to {REVISION}")
     for name in ("workers", "val_gap"):
         require(getattr(cfg, name) >= 0, f"data.{name}", getattr(cfg, name), "must not be negative")
     require(cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0")

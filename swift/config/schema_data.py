@@ -90,6 +90,9 @@ class DataConfig:
     layout: str = "swift"
     """How clips lie in the model's input: swift (RAS, `background` outside the brain) | swift_v1 (as SwiFT v1's weights
     know them: LAS, the scan's smallest value outside the brain, v1's box where a scan lies in a template's)."""
+    revision: int = 1
+    """Of the stores that swift makes in its cache (sample, synthetic). A run keeps that of its first start; runs from
+    before there was a second one do not name it."""
     repeat_batch: bool = False
     """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""
     exclude: list[str] = field(default_factory=list)

@@ -27,7 +27,7 @@ from swift.data.ingest.prepare import Recipe
 from swift.data.ingest.sources import Source
 from swift.data.store import format as fmt
 from swift.data.store.writer import tool_version
-from swift.utils.cache import cache_dir
+from swift.utils.cache import cache_dir, check_revision
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.data")
@@ -42,8 +42,6 @@ FILES = {
     "sub-HAPPYTEST.nii.gz": "e670ebe43980436c3490297f0a24677f6d2edf2ce38e3245a923f1ec2ccc101e",
 }
 """Name in the wheel's folder -> SHA-256."""
-STORE_REVISION = 1
-"""Raise when ingestion changes so that stores in caches must be made anew."""
 
 
 class SamplesUnavailable(UserError):
@@ -170,7 +168,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def sample_sources(folder: Path) -> list[Source]:
-    """The two scans with what belongs to them. For sub-HAPPYTEST no whole-brain mask is published: one is computed."""
+    """The two scans with what belongs to them. For sub-HAPPYTEST no whole-brain mask is published: one is computed.
+
+    Neither is in a template space: sub-RAPIDTIDETEST has the oblique affine of the scanner (code 1), the header of
+    sub-HAPPYTEST names no space (codes 0). So each is centred on its own mask, and what compares scans voxel by voxel
+    refuses the pair.
+    """
     mask = folder / "sub-RAPIDTIDETEST_brainmask.nii.gz"
     return [
         Source("sub-HAPPYTEST", folder / "sub-HAPPYTEST.nii.gz", "sub-HAPPYTEST"),
@@ -182,8 +185,8 @@ def sample_store(data: DataConfig) -> Path:
     """The store with both sample scans on the grid of `data`, made when it is not there.
 
     Args:
-        data: `grid` and `spacing` count; `path` is the store's folder, null: one in the cache, named by what went into
-            it.
+        data: `grid`, `spacing` and `revision` count; `path` is the store's folder, null: one in the cache,
+            named by what went into it.
 
     Returns:
         Folder of the store.
@@ -195,9 +198,10 @@ def sample_store(data: DataConfig) -> Path:
     x, y, z = data.grid
     recipe = Recipe(grid=(x, y, z), spacing=float(data.spacing))
     recipe.check()
-    path = Path(data.path) if data.path else cache_dir() / "stores" / store_name(recipe)
+    path = Path(data.path) if data.path else cache_dir() / "stores" / store_name(recipe, data.revision)
     if _complete(path, recipe):
         return path
+    check_revision(data.revision, False, path)
     with _locked(path.parent / f".{path.name}.lock"):
         if _complete(path, recipe):
             return path
@@ -212,10 +216,14 @@ def sample_store(data: DataConfig) -> Path:
     return path
 
 
-def store_name(recipe: Recipe) -> str:
+def store_name(recipe: Recipe, revision: int) -> str:
     """Name of the cached store: readable, and different for whatever would change its bytes."""
-    parts = (recipe, fmt.FORMAT_VERSION, STORE_REVISION, tool_version(), tuple(FILES.items()))
-    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+    if revision == 1:  # as it was written then: runs of that time name it so
+        told = f"Recipe(grid={recipe.grid}, spacing={recipe.spacing}, tr=None, tr_resample=None, frame_spacing=None, "
+        told += f"confounds=True), 1, 1, {tool_version()!r}, {tuple(FILES.items())!r}"
+    else:
+        told = f"{recipe!r}, {fmt.FORMAT_VERSION}, {revision}, {tool_version()!r}, {tuple(FILES.items())!r}"
+    digest = hashlib.sha256(f"({told})".encode()).hexdigest()[:8]
     return f"sample-{'x'.join(map(str, recipe.grid))}-{recipe.spacing:g}mm-{digest}"
 
 

@@ -140,6 +140,7 @@ class Baselines:
                 raise UserError("the store keeps no movement, and all training scans are alike in site, TR and length")
             return found
         if name == "volume":
+            self._check_one_space("a baseline on volumes")
             mask = models.common_mask(store, sorted(set(train.scan.tolist())))
             whole = [models.volumes(store, units, mask) for units in self.units.values()]
             return dict(zip(self.units, models.components(*whole), strict=True))
@@ -152,9 +153,14 @@ class Baselines:
             values = models.connectivity(signals, mine, "tangent" if name == "fc_tangent" else "correlation")
         return dict(zip(self.units, np.split(values, np.cumsum(counts)[:-1]), strict=True))
 
+    def _check_one_space(self, what: str) -> None:
+        used = {int(scan) for units in self.units.values() for scan in units.scan.tolist()}
+        self.data.store.check_one_space(used, what)
+
     def _cleaned(self) -> list[np.ndarray]:
         """(T, P) of every unit: train, then val, then test. Parcels are those of the training scans."""
         if self._signals is None:
+            self._check_one_space("a baseline on parcels")
             train = sorted(set(self.units["train"].scan.tolist()))
             parcels = models.Parcels(self.data.store, train)
             self._signals = []

@@ -48,8 +48,16 @@ def build_data(cfg: Config) -> ClipDataModule:
     """The DataModule over the store of `cfg.data`; with labels, where the task has a target."""
     path = store_path(cfg.data, cfg.seed)
     if cfg.task.target is not None:
-        return TargetDataModule(cfg.data, cfg.task, path, seed=cfg.seed)
-    return ClipDataModule(cfg.data, path, seed=cfg.seed)
+        data: ClipDataModule = TargetDataModule(cfg.data, cfg.task, path, seed=cfg.seed)
+    else:
+        data = ClipDataModule(cfg.data, path, seed=cfg.seed)
+    if len(data.store.placements) > 1 and cfg.model.position in ("absolute", "rope_global"):
+        raise UserError(
+            f"data.mixture: stores of several spaces ({', '.join(data.store.placements)}) and a model with a table of "
+            f"positions (model.position={cfg.model.position}): a voxel is not the same place in "
+            "all of them; take model.position=rope"
+        )
+    return data
 
 
 def build_module(setup: Setup, empty: bool = False) -> TrainingModule:

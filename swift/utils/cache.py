@@ -8,6 +8,29 @@ from pathlib import Path
 
 from swift.utils.errors import UserError
 
+REVISION = 2
+"""Of the stores that swift makes in its cache; raised when new ones differ from those that runs have been made with."""
+
+
+def check_revision(revision: int, there: bool, path: Path) -> None:
+    """Refuse a store of the cache that cannot be made any more.
+
+    Args:
+        revision: That the run names (data.revision).
+        there: Whether the store is in the cache.
+        path: Of the store, for messages.
+
+    Raises:
+        UserError: no such revision, or an early one that is not there.
+    """
+    if not 1 <= revision <= REVISION:
+        raise UserError(f"data.revision={revision}: legal is 1 to {REVISION}")
+    if revision < REVISION and not there:
+        raise UserError(
+            f"{path}: the store of data.revision={revision} that this run was made with is not there, and this swift "
+            f"makes revision {REVISION}, which differs; bring it back, or start a new run (init= takes the weights)"
+        )
+
 
 def cache_dir() -> Path:
     """The cache folder, made if need be: $SWIFT_CACHE, else $XDG_CACHE_HOME/swift-fmri, else ~/.cache/swift-fmri.

@@ -118,6 +118,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["data.batch_size=0"], "data.batch_size=0", "at least 1"),
     (["data.workers=-1"], "data.workers=-1", "not be negative"),
     (["data.val_gap=-1"], "data.val_gap=-1", "not be negative"),
+    (["data.revision=3"], "data.revision=3", "1 to 2"),
     (["data.spacing=0"], "data.spacing=0.0", "mm above 0"),
     (["data.spacing=inf"], "data.spacing=inf", "mm above 0"),
     (["data.val_fraction=0"], "data.val_fraction=0.0", "(0, 1)"),

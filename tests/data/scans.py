@@ -11,8 +11,8 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 SHAPE = (16, 20, 14)
-SPACING = 3.0
-AFFINE = np.array([[3.0, 0, 0, -22.5], [0, 3.0, 0, -31.5], [0, 0, 3.0, -18.0], [0, 0, 0, 1]])
+SPACING = 4.0  # a brain of 64 ml: ingestion takes less for no head
+AFFINE = np.array([[4.0, 0, 0, -30.0], [0, 4.0, 0, -54.0], [0, 0, 4.0, -21.0], [0, 0, 0, 1]])
 
 
 def ellipsoid(shape: tuple[int, ...] = SHAPE, part: float = 0.8) -> np.ndarray:

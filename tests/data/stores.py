@@ -22,6 +22,7 @@ PLAIN: dict[str, Any] = {
     "augment": AugmentConfig(0.0, 0.0, 5.0, 4.0, 0.05, 0.0, 0.1, 0.1, 0.0, 0.1),
     "repeat_batch": False,
     "stage_dir": None,
+    "revision": 2,
 }
 """Settings of DataConfig that most tests do not need."""
 

@@ -14,7 +14,7 @@ from swift.data.__main__ import main
 from swift.data.labels.splits import load_splits
 from tests.data import scans
 
-SMALL = ["--grid", "24", "--spacing", "3", "--workers", "1", "--quiet"]
+SMALL = ["--grid", "24", "--spacing", "4", "--workers", "1", "--quiet"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -63,7 +63,7 @@ MISTAKES = {
     "unwritable": (["ingest", "{d}", "--out", "/dev/null/s"], "cannot be made a store"),
     "grid": (["ingest", "{d}", "--out", "{t}/s", "--grid", "1"], "grid [1, 1, 1]"),
     "two voxel counts": (["ingest", "{d}", "--out", "{t}/s", "--grid", "3", "4"], "--grid 3 4: one number or three"),
-    "other grid": (["ingest", "{d}", "--out", "{s}", "--grid", "48", "--spacing", "3"], "use another folder"),
+    "other grid": (["ingest", "{d}", "--out", "{s}", "--grid", "48", "--spacing", "4"], "use another folder"),
     "layout": (["ingest", "{d}", "--out", "{t}/s", "--layout", "x"], "legal are auto, bids"),
     "tr": (["ingest", "{d}", "--out", "{t}/s", "--tr", "2000"], "--tr 2000"),
     "no store": (["info", "{t}"], "not a swift store"),
@@ -95,7 +95,7 @@ def test_info(tmp_path: Path, made: tuple[Path, Path], capsys: pytest.CaptureFix
     figures = json.loads(out)
     assert code == 0
     assert {k: figures[k] for k in ("scans", "subjects", "frames", "grid", "spacing_mm", "tr", "sites", "tasks")} == {
-        "scans": 6, "subjects": 6, "frames": 48, "grid": [24, 24, 24], "spacing_mm": 3.0, "tr": {"2": 6},
+        "scans": 6, "subjects": 6, "frames": 48, "grid": [24, 24, 24], "spacing_mm": 4.0, "tr": {"2": 6},
         "sites": ["A"], "tasks": ["rest"],
     }  # fmt: skip
     (scan,) = figures["scan_list"]

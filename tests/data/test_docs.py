@@ -22,7 +22,7 @@ from tests import small
 from tests.data import scans
 
 DOCS = Path(__file__).parents[2] / "docs"
-SIZE = {"swift.data": ["--grid", "24", "--spacing", "3"], "swift.train": ["data.grid=[24,24,24]", "data.spacing=3.0"]}
+SIZE = {"swift.data": ["--grid", "24", "--spacing", "4"], "swift.train": ["data.grid=[24,24,24]", "data.spacing=4.0"]}
 """Makes the grids small; nothing else of a command is changed."""
 
 

@@ -65,7 +65,7 @@ def unreachable(requirement: str, folder: Path) -> None:
 def config(**changes: object) -> DataConfig:
     fields: dict[str, object] = {
         **PLAIN,
-        "name": "sample", "path": None, "grid": [24, 24, 24], "spacing": 3.0, "frames": 4, "frame_stride": 1,
+        "name": "sample", "path": None, "grid": [24, 24, 24], "spacing": 4.0, "frames": 4, "frame_stride": 1,
         "clip_stride": 4, "normalization": "zscore_voxel", "background": 0.0, "batch_size": 1, "workers": 0,
         "val_fraction": 0.2, "val_gap": 1, "split": None, "verify": True,
     }  # fmt: skip
@@ -163,6 +163,8 @@ def test_store_is_made_once_with_its_notes(
 
 
 def test_other_parameters_are_another_store() -> None:
-    names = {samples.store_name(Recipe(grid=(g, g, g), spacing=s)) for g in (48, 96) for s in (2.0, 4.0)}
-    assert len(names) == 4
+    names = {
+        samples.store_name(Recipe(grid=(g, g, g), spacing=s), r) for r in (1, 2) for g in (48, 96) for s in (2.0, 4.0)
+    }
+    assert len(names) == 8
     assert all(name.startswith("sample-") for name in names)

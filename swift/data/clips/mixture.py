@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from swift.data.store.format import ScanInfo
 from swift.data.store.reader import Store
+from swift.data.store.spaces import OWN
 from swift.utils.errors import UserError
+
+log = logging.getLogger("swift.data")
 
 
 class Stores:
@@ -24,6 +28,7 @@ class Stores:
         scans: All scans, store by store.
         cohort: (S,) int64, the store of each scan.
         grid, spacing: Those of all stores.
+        placements: Where the grids of the stores lie, each once; more than one: the same voxel is another place.
 
     Raises:
         UserError: a store that cannot be opened, another grid or spacing than the first one's.
@@ -40,6 +45,12 @@ class Stores:
                     f"{store.path} has grid {list(store.grid)} at {store.spacing} mm, {first.path} has "
                     f"grid {list(first.grid)} at {first.spacing} mm: only stores of one grid and spacing can be mixed"
                 )
+        self.placements = sorted({store.placement for store in self.stores})
+        if len(self.placements) > 1:
+            log.warning(
+                "stores of several spaces are mixed (%s): a voxel is not the same place in all of them",
+                "; ".join(f"{store.path}: {store.placement}" for store in self.stores),
+            )
         self.scans: list[ScanInfo] = [scan for store in self.stores for scan in store.scans]
         sizes = [len(store.scans) for store in self.stores]
         self.cohort = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
@@ -49,6 +60,41 @@ class Stores:
         """The store of a scan, and its place there."""
         cohort = int(self.cohort[scan])
         return self.stores[cohort], scan - self._first[cohort]
+
+    def check_one_space(self, scans: Iterable[int], what: str) -> None:
+        """Refuse what compares scans voxel by voxel where voxels of two scans are not the same place.
+
+        Stores of format version 1 do not say where their grids lie: they are taken, with a warning unless all affines
+        are equal.
+
+        Args:
+            scans: Places of the scans that are compared.
+            what: Is to be done with them, for messages.
+
+        Raises:
+            UserError: the scans are centred each on its own mask, or lie in boxes of several templates.
+        """
+        places = sorted(set(scans))
+        stores = {id(store): store for store, _ in map(self.at, places)}.values()
+        where = sorted({store.placement for store in stores})
+        if len(places) < 2 or (len(where) == 1 and where[0] != OWN):
+            return
+        early = [store for store in stores if store.version == 1]
+        if len(where) == 1 and len(early) == len(stores):
+            affines = [self.affine(scan) for scan in places]
+            if not all(np.array_equal(affine, affines[0]) for affine in affines):
+                log.warning(
+                    "%s: made by format version 1, which centred every scan on its own brain mask: voxels of two scans "
+                    "may lie 10 mm apart, and %s compares them voxel by voxel; python -m swift.data place STORE --out "
+                    "NEW moves it, or ingest again",
+                    *(early[0].path, what),
+                )
+            return
+        paths = ", ".join(f"{store.path} ({store.placement})" for store in stores)
+        raise UserError(
+            f"{what} compares scans voxel by voxel, but they are not in one space: {paths}; ingest scans in a template "
+            "space, such as --space MNI152NLin2009cAsym"
+        )
 
     def close(self) -> None:
         """Close all handles; they open again when needed."""

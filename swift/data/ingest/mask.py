@@ -20,6 +20,8 @@ GRID_TOLERANCE_MM = 0.1
 """Largest distance between the same corner of a scan and of its mask."""
 SMALLEST_BRAIN = 8
 """Voxels below which a mask is no brain."""
+CENTRED = 0.5
+"""A series is centred whose brightest voxels have a mean below this part of their own range over time."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,26 @@ class Survey:
     frames: int
     flat_frames: int
     """Frames that hold one single value."""
+    span: np.ndarray
+    """float32, largest less smallest finite value over time; 0 where there is none."""
 
     @property
     def good(self) -> np.ndarray:
         """bool, voxels whose every value can be used."""
         return ~(self.nan | self.flat)
+
+    @property
+    def centred(self) -> bool:
+        """Whether the mean of a voxel tells nothing, as in residuals and z-scores: it is small beside the changes.
+
+        Of BOLD as scanned the mean of a brain voxel is many times its range over time.
+        """
+        moving = self.span > 0
+        if not moving.any():
+            return False
+        mean, span = np.abs(self.mean[moving]), self.span[moving]
+        bright = mean >= np.quantile(mean, 0.8)
+        return bool(np.median(mean[bright] / span[bright]) < CENTRED)
 
 
 def survey(frames: Iterable[np.ndarray], name: str) -> Survey:
@@ -76,7 +93,10 @@ def survey(frames: Iterable[np.ndarray], name: str) -> Survey:
     if empty:
         raise BadScan(f"{name}: frames without a finite value: {_listed(empty)} of {count}")
     mean = (total / count).astype(np.float32)
-    return Survey(mean=mean, nan=nan, flat=(low == high) & ~nan, frames=count, flat_frames=flat_frames)
+    with np.errstate(invalid="ignore", over="ignore"):  # voxels without a finite value
+        span = np.where(high > low, high - low, np.float32(0))
+    flat = (low == high) & ~nan
+    return Survey(mean=mean, nan=nan, flat=flat, frames=count, flat_frames=flat_frames, span=span)
 
 
 def _listed(numbers: list[int], most: int = 8) -> str:
@@ -112,6 +132,32 @@ def read_mask(path: Path, shape: tuple[int, int, int], affine: np.ndarray, name:
     if mask.sum() < SMALLEST_BRAIN:
         raise BadScan(f"{name}: mask {path.name} is empty ({int(mask.sum())} voxels above 0.5)")
     return mask
+
+
+def changing_voxels(seen: Survey, name: str) -> np.ndarray:
+    """The voxels that change over time, as the brain of a series that is centred and 0 outside.
+
+    Args:
+        seen: Of the scan.
+        name: The scan, for messages.
+
+    Returns:
+        (X, Y, Z) bool.
+
+    Raises:
+        BadScan: the background changes too, or nothing does.
+    """
+    changing = ~seen.flat
+    shell = np.ones(changing.shape, bool)
+    shell[1:-1, 1:-1, 1:-1] = False
+    if changing[shell].mean() > 0.5:
+        raise BadScan(
+            f"{name}: no brain mask given and none can be computed: values are centred (mean near 0) and the "
+            "background changes too; give a mask"
+        )
+    if changing.sum() < SMALLEST_BRAIN:
+        raise BadScan(f"{name}: no brain mask given, and {int(changing.sum())} voxels change over time; give a mask")
+    return changing
 
 
 def compute_mask(mean: np.ndarray, affine: np.ndarray, name: str) -> np.ndarray:

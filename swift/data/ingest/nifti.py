@@ -30,6 +30,8 @@ GZIP_MAX_RATIO = 1100
 PIECE = 1 << 24
 """Bytes asked of a stream at once, so that a lying header costs at most this much memory."""
 VOXEL_MM = (0.1, 20.0)
+LONGEST_QUATERNION = 1.001
+"""Beyond, a q-form is not a matter of rounding."""
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _LENGTH_NAME = {1: "metre", 3: "micron"}
 
@@ -46,6 +48,8 @@ class Volumes:
     """(4, 4) float64, voxel (RAS+ order) to world mm."""
     orientation: str
     """Axis codes in the file, such as LAS."""
+    code: int
+    """NIfTI code of the affine: 0 none, 1 scanner, 2 aligned, 3 Talairach, 4 MNI 152."""
     tr: float
     """Seconds between frames; 0 for a single volume."""
     notes: tuple[str, ...]
@@ -125,8 +129,10 @@ def plan_volume(path: str | Path) -> Volumes:
 def iter_frames(plan: Volumes) -> Iterator[np.ndarray]:
     """Yield each frame as a float32 (X, Y, Z) array in RAS+ order, scaled by slope and intercept; NaN kept.
 
+    After the last frame the rest of the file is read: only at its end does a gzip stream tell that a byte was changed.
+
     Raises:
-        BadScan: the data end early or are not readable.
+        BadScan: the data end early, are not readable or differ from the checksum of the gzip file.
     """
     count = int(np.prod(plan.stored_shape))
     nbytes = count * plan.dtype.itemsize
@@ -140,11 +146,13 @@ def iter_frames(plan: Volumes) -> Iterator[np.ndarray]:
             if plan.inter != 0.0:
                 values += np.float32(plan.inter)
             yield apply_orientation(values, plan.ornt)
+        _read_to_end(stream, plan)
 
 
 def read_volume(plan: Volumes) -> np.ndarray:
     """The single volume of a 3D image: float32 (X, Y, Z), RAS+."""
-    return next(iter_frames(plan))
+    (volume,) = iter_frames(plan)
+    return volume
 
 
 def _read_header(path: Path) -> nib.Nifti1Header:
@@ -201,6 +209,7 @@ def _volumes(
     offset = _check_size(header, path, shape, dtype)
     slope, inter = _scaling(header, path, dtype, notes)
     affine = _affine(header, path, notes)
+    code = int(header["sform_code"]) if int(header["sform_code"]) > 0 else max(0, int(header["qform_code"]))
     ornt = io_orientation(affine)
     stored = shape[:3]
     x, y, z = (stored[int(axis)] for axis in np.argsort(ornt[:, 0]))
@@ -210,6 +219,7 @@ def _volumes(
         frames=shape[3],
         affine=affine @ inv_ornt_aff(ornt, stored),
         orientation="".join(str(code) for code in ornt2axcodes(ornt)),
+        code=code,
         tr=tr,
         notes=tuple(notes),
         stored_shape=stored,
@@ -304,12 +314,34 @@ def _matrix(header: nib.Nifti1Header, path: Path) -> tuple[np.ndarray, str]:
         return np.asarray(header.get_sform(), dtype=np.float64), "sform"
     try:
         if int(header["qform_code"]) > 0:
-            return np.asarray(header.get_qform(), dtype=np.float64), "qform"
+            return _qform(header), "qform"
     except (HeaderDataError, ValueError) as error:
         raise BadScan(f"{path.name}: q-form not readable ({_one_line(error)})") from error
     if not np.isfinite(header["pixdim"][1:4]).all():
         raise BadScan(f"{path.name}: no orientation code and voxel sizes {header['pixdim'][1:4].tolist()}: no affine")
     return np.asarray(header.get_base_affine(), dtype=np.float64), "none"
+
+
+def _qform(header: nib.Nifti1Header) -> np.ndarray:
+    """(4, 4) of the q-form; a quaternion that rounding made longer than 1 is brought back to 1 (as NIfTI's C code)."""
+    parts = np.asarray([header[f"quatern_{axis}"] for axis in "bcd"], dtype=np.float64)
+    length = float(np.linalg.norm(parts))
+    if 1.0 < length <= LONGEST_QUATERNION:
+        header = header.copy()
+        # A hair shorter than 1, so that the float32 numbers of the header do not make it longer again.
+        for axis, value in zip("bcd", parts / length * (1 - 1e-7), strict=True):
+            header[f"quatern_{axis}"] = value
+    return np.asarray(header.get_qform(), dtype=np.float64)
+
+
+def _read_to_end(stream: IO[bytes], plan: Volumes) -> None:
+    if not plan.path.name.endswith(".gz"):
+        return
+    try:
+        while stream.read(PIECE):
+            pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise BadScan(f"{plan.path.name}: damaged: {_one_line(error)}; get the file again") from error
 
 
 def _leftover(header: nib.Nifti1Header, codes: str) -> str:

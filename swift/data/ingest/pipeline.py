@@ -24,10 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from swift.data.ingest.nifti import sha256_file
-from swift.data.ingest.prepare import Recipe, prepare
+from swift.data.ingest.prepare import Recipe, place_of, plan, prepare
 from swift.data.ingest.relabel import doubts, labels_of, relabel, write_path
 from swift.data.ingest.sources import Source, duplicates, why_twice
 from swift.data.store import format as fmt
+from swift.data.store.spaces import OWN, placement_of
 from swift.data.store.tables import REPORT, read_report
 from swift.data.store.writer import StoreWriter, tool_version
 from swift.utils.errors import BadScan, UserError
@@ -142,7 +143,8 @@ def ingest(
     if workers < 1:
         raise UserError(f"workers {workers}: legal is 1 or more")
     began = time.monotonic()
-    writer = StoreWriter(out, recipe.grid, recipe.spacing, shard_bytes=shard_bytes)
+    placement = _placement(sources, recipe, out)
+    writer = StoreWriter(out, recipe.grid, recipe.spacing, shard_bytes=shard_bytes, placement=placement)
     earlier = _earlier(out, recipe)
     results, todo = _sort_out(sources, writer.done(), earlier)
     try:
@@ -183,6 +185,36 @@ def _relabel(
         log.warning("and %d more scans whose labels differ from the store's; all are in the report", len(said) - SAID)
 
 
+def _placement(sources: list[Source], recipe: Recipe, out: Path) -> str:
+    """Where the grid of the store lies: what the store says already, else what the sources say.
+
+    Headers are read only where names do not tell: of the first such source that can be read. Others of another kind are
+    left out by name when their turn comes.
+
+    Raises:
+        UserError: sources of two kinds of space.
+    """
+    told: dict[str, list[Source]] = {}
+    twice = duplicates(sources)  # refused by name
+    for source in sources:
+        if source.scan_id not in twice and source.space and not source.is_frames:
+            told.setdefault(placement_of(source.space), []).append(source)
+    if len(told) > 1:
+        kinds = "; ".join(
+            f"{len(some)} scans in {', '.join(sorted({str(one.space) for one in some}))} (grid: {where})"
+            for where, some in sorted(told.items())
+        )
+        raise UserError(f"scans of two kinds of space do not go into one store: {kinds}; choose one with --space")
+    if (out / "store.json").is_file():
+        return str(fmt.read_json(out / "store.json").get("placement", OWN))
+    for source in sources if not told else ():
+        try:
+            return place_of(source, plan(source, recipe), recipe)[1]
+        except BadScan:  # it will fail by name
+            continue
+    return next(iter(told), OWN)
+
+
 def _sort_out(
     sources: list[Source], done: set[str], earlier: dict[str, dict[str, Any]]
 ) -> tuple[list[Result], list[Source]]:
@@ -206,7 +238,8 @@ def _sort_out(
 
 
 def _result(source: Source, status: str, reason: str = "") -> Result:
-    result = Result(source.scan_id, str(source.path), status, reason, subject=source.subject)
+    name = fmt.printable(str(source.path))
+    result = Result(source.scan_id, name, status, fmt.printable(reason), subject=source.subject)
     result.dataset, result.labels = write_path(source.dataset), labels_of(source)
     return result
 
@@ -299,15 +332,15 @@ def ingest_one(source: Source, recipe: Recipe, writer: StoreWriter) -> Result:
             result.source_bytes, result.source_modified = stat.st_size, stat.st_mtime_ns
         result.source_sha256 = scan.header.source_sha256
     except BadScan as error:
-        result.status, result.reason = "failed", " ".join(str(error).split())
+        result.status, result.reason = "failed", " ".join(fmt.printable(str(error)).split())
     except UserError:
         raise
     except MemoryError:
-        result.status, result.reason = "failed", f"{source.path.name}: not enough memory"
+        result.status, result.reason = "failed", f"{fmt.printable(source.path.name)}: not enough memory"
     except Exception as error:  # a scan that trips a library must not end a run over thousands
         log.debug("%s", source.path, exc_info=True)
-        text = " ".join(str(error).split())
-        result.status, result.reason = "failed", f"{source.path.name}: {type(error).__name__}: {text}"
+        text = " ".join(fmt.printable(str(error)).split())
+        result.status, result.reason = "failed", f"{fmt.printable(source.path.name)}: {type(error).__name__}: {text}"
     result.seconds = round(time.monotonic() - began, 3)
     return result
 
@@ -323,11 +356,11 @@ def _earlier(out: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Rows of the last report by scan_id; refuses to mix scans of two temporal resamplings."""
     content = read_report(out)
     rows = {row["scan_id"]: row for row in content.get("scans", []) if row.get("status") != "failed"}
-    before = content.get("recipe", {}).get("tr_resample")
-    if rows and before != recipe.tr_resample:
-        raise UserError(
-            f"{out}: its scans were made with --tr-resample {before}, not {recipe.tr_resample}; use another folder"
-        )
+    for name in ("tr_resample", "drop_first"):
+        before, now = content.get("recipe", {}).get(name, getattr(Recipe, name)), getattr(recipe, name)
+        if rows and before != now:
+            option = name.replace("_", "-")
+            raise UserError(f"{out}: its scans were made with --{option} {before}, not {now}; use another folder")
     return rows
 
 
@@ -350,4 +383,4 @@ def _write_report(report: Report, earlier: dict[str, dict[str, Any]]) -> None:
     table = csv.DictWriter(text, _FIELDS, lineterminator="\n")
     table.writeheader()
     table.writerows({**{name: row[name] for name in _FIELDS}, "notes": " | ".join(row["notes"])} for row in rows)
-    fmt.write_bytes(report.path / f"{REPORT}.csv", text.getvalue().encode())
+    fmt.write_bytes(report.path / f"{REPORT}.csv", text.getvalue().encode("utf-8", "backslashreplace"))

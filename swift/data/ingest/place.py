@@ -11,6 +11,7 @@ import numpy as np
 from nibabel.spaces import vox2out_vox
 from scipy.ndimage import affine_transform, map_coordinates
 
+from swift.data.store.spaces import OWN, box_affine
 from swift.utils.errors import BadScan
 
 
@@ -28,21 +29,32 @@ class GridPlan:
     """Part of the source's brain voxels that lies outside the target grid."""
 
 
-def plan_grid(brain: np.ndarray, affine: np.ndarray, grid: tuple[int, int, int], spacing: float) -> GridPlan:
-    """Lay the target grid around the middle of the brain's bounding box.
+def plan_grid(
+    brain: np.ndarray, affine: np.ndarray, grid: tuple[int, int, int], spacing: float, placement: str = OWN
+) -> GridPlan:
+    """Lay the target grid: in a template's fixed box, or around the middle of the brain's bounding box.
 
-    The grid's voxel centres coincide with those of the isotropic grid that spans the source (nibabel's vox2out_vox), so
-    a source that has the wanted spacing already is only shifted by whole voxels: its values are not touched.
+    In a template's box a voxel is the same place of the world in every scan. Around a brain's own mask the grid's voxel
+    centres coincide with those of the isotropic grid that spans the source (nibabel's vox2out_vox), so a source that
+    has the wanted spacing already is only shifted by whole voxels: its values are not touched.
 
     Args:
         brain: (X, Y, Z) bool of the source.
         affine: (4, 4) source voxel to world mm.
         grid: Target voxels x, y, z.
         spacing: Target voxel size, mm.
+        placement: Name of a template's box, or OWN.
 
     Returns:
         The plan; the planning itself reads no voxel of the scan.
     """
+    if placement != OWN:
+        target = box_affine(placement, grid, spacing)
+        to_target = np.linalg.inv(target) @ affine
+        places = np.argwhere(brain) @ to_target[:3, :3].T + to_target[:3, 3]
+        inside = ((places > -0.5) & (places < np.asarray(grid) - 0.5)).all(axis=1)
+        to_source = np.round(np.linalg.inv(affine) @ target, 7)
+        return GridPlan(grid, float(spacing), target, to_source, float(1 - inside.mean()))
     _, full = vox2out_vox((brain.shape, affine), voxel_sizes=(spacing,) * 3)
     source_to_full = np.linalg.inv(full) @ affine
     places = np.argwhere(brain) @ source_to_full[:3, :3].T + source_to_full[:3, 3]

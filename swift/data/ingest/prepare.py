@@ -6,19 +6,25 @@ the source one frame at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from swift.data.ingest.mask import Survey, compute_mask, read_mask, survey
+from swift.data.ingest.head import Meant, check_head
+from swift.data.ingest.mask import Survey, changing_voxels, compute_mask, read_mask, survey
 from swift.data.ingest.nifti import Volumes, plan_scan, sha256_file
 from swift.data.ingest.place import GridPlan, Sampler, plan_grid
 from swift.data.ingest.sidecar import Timing, read_timing
 from swift.data.ingest.sources import Source
+from swift.data.ingest.steady import FLAG, frames_to_drop, standing_out
 from swift.data.ingest.tr import resample_tr
 from swift.data.ingest.v1_frames import FrameFolder, plan_frames
-from swift.data.store.format import MAX_ATTRIBUTE, ScanHeader
+from swift.data.store.format import MAX_ATTRIBUTE, ScanHeader, printable
+from swift.data.store.spaces import MNI_CODE, OWN, is_known, placement_of
 from swift.utils.errors import BadScan, UserError
 
 TR_RANGE = (0.05, 30.0)
@@ -42,6 +48,14 @@ class Recipe:
     """Keep fMRIPrep's confounds."""
     mask: str | None = None
     """Brain mask of all NIfTI scans, on their own grid; None: the one beside a scan, or a computed one."""
+    drop_first: int = 0
+    """Frames at the start of every scan to leave out; those flagged as no steady state are left out anyway."""
+    any_size: bool = False
+    """Take brains of any volume."""
+    cropped: bool = False
+    """Take brains of which a large part lies outside the grid or the scan."""
+    as_version_1: bool = False
+    """Place, keep frames and take what format version 1 did: to repair such a store."""
 
     def check(self) -> None:
         """Raises UserError for values that make no sense."""
@@ -54,6 +68,8 @@ class Recipe:
         for name, value in (("tr", self.tr), ("tr-resample", self.tr_resample)):
             if value is not None and not TR_RANGE[0] <= value <= TR_RANGE[1]:
                 raise UserError(f"--{name} {value:g}: legal is {TR_RANGE[0]:g} to {TR_RANGE[1]:g} seconds")
+        if self.drop_first < 0:
+            raise UserError(f"--drop-first {self.drop_first}: legal is 0 or more frames")
         if self.frame_spacing is not None and not 0.1 <= self.frame_spacing <= 20:
             raise UserError(f"--frame-spacing {self.frame_spacing:g} mm: legal is 0.1 to 20")
 
@@ -75,27 +91,45 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
     Raises:
         BadScan: with a one-line reason.
     """
-    name = source.path.name
+    name = printable(source.path.name)
     scan = plan(source, recipe)
-    seen = survey(scan.read(), name)
+    table, notes = _read_confounds(source, scan.frames)
+    flags = {key: column for key, column in table.items() if key.startswith(FLAG)}
+    dropped, said = frames_to_drop({} if recipe.as_version_1 else flags, recipe.drop_first, scan.frames, name)
+    seen = survey(_kept(scan, dropped), name)
     if recipe.mask is not None and not source.is_frames:
         source = replace(source, mask=Path(recipe.mask))
-    brain, notes = _brain(source, scan, seen)
-    grid = plan_grid(brain, scan.affine, recipe.grid, recipe.spacing)
-    sampler = Sampler(grid, brain, seen.good, name)
+    brain, how = _brain(source, scan, seen)
+    space, placement, where = place_of(source, scan, recipe)
+    grid = plan_grid(brain, scan.affine, recipe.grid, recipe.spacing, placement)
     timing = timing_of(source, recipe)
-    notes = [*source.notes, *timing.notes, *scan.notes, *notes, *_remarks(scan, seen, brain, grid)]
-    bold = np.empty((scan.frames, int(sampler.mask.sum())), dtype=np.float32)
-    for frame, volume in enumerate(scan.read()):
+    notes = [
+        *source.notes,
+        *timing.notes,
+        *scan.notes,
+        *notes,
+        *said,
+        *how,
+        where,
+        *_remarks(scan, seen, brain),
+        *_head(name, scan, seen, brain, grid, recipe),
+    ]
+    sampler = Sampler(grid, brain, seen.good, name)
+    bold = np.empty((seen.frames, int(sampler.mask.sum())), dtype=np.float32)
+    for frame, volume in enumerate(_kept(scan, dropped)):
         bold[frame] = sampler(volume)
     if not np.isfinite(bold).all():  # the source's own values are finite, so only overflow can do this
         raise BadScan(f"{name}: values beyond 32-bit floats")
-    confounds, names = _confounds(source, recipe, scan.frames, notes)
+    if out := standing_out(bold.mean(axis=1, dtype=np.float64)):
+        notes.append(
+            f"the first {len(out)} frames stand out from the rest and are not flagged: no steady state? --drop-first"
+        )
+    confounds, names = _confounds(table, recipe, dropped)
     events = _events(source, notes)
     tr = scan.tr
     if recipe.tr_resample is not None and abs(recipe.tr_resample - tr) > 1e-6:
         bold = resample_tr(bold, tr, recipe.tr_resample)
-        notes.append(f"TR {tr:g} s resampled to {recipe.tr_resample:g} s: {scan.frames} frames became {len(bold)}")
+        notes.append(f"TR {tr:g} s resampled to {recipe.tr_resample:g} s: {seen.frames} frames became {len(bold)}")
         if confounds is not None:
             notes.append("confounds left out: they belong to the frames before the TR was resampled")
         tr, confounds, names = recipe.tr_resample, None, []
@@ -107,7 +141,6 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
         run=source.run,
         site=source.site,
         tr=tr,
-        start_time=timing.start_time or 0.0,
         affine=grid.affine,
         source=name,
         source_sha256=scan.digest() if isinstance(scan, FrameFolder) else sha256_file(source.path),
@@ -118,8 +151,32 @@ def prepare(source: Source, recipe: Recipe) -> Prepared:
         confounds=confounds,
         confound_names=names,
         events=events,
+        space=space,
+        placement=placement,
+        start_time=round((timing.start_time or 0.0) + dropped * scan.tr, 9),
+        dropped=dropped,
     )
     return Prepared(header, sampler.mask, bold)
+
+
+def _kept(scan: Volumes | FrameFolder, dropped: int) -> Iterator[np.ndarray]:
+    """The frames of a scan but the first few."""
+    return islice(scan.read(), dropped, None)
+
+
+def place_of(source: Source, scan: Volumes | FrameFolder, recipe: Recipe) -> tuple[str, str, str]:
+    """The space of a scan ("" where it is not known), where its grid lies, and the sentence that says so."""
+    space, why = source.space or "", ""
+    if isinstance(scan, FrameFolder):
+        space = ""  # its affine is made up: no place of a template's box is known
+    elif not space and scan.code == MNI_CODE:
+        space, why = "MNI", "; the header says MNI 152 (code 4), which of them is not said"
+    placement = OWN if recipe.as_version_1 else placement_of(space)
+    if placement != OWN:
+        return space, placement, f"space {space}: grid in the fixed box of {placement}{why}"
+    if space and not is_known(space):
+        why = f"; no box is known for space {space}"
+    return space, OWN, f"space {space or 'not known'}: grid centred on the scan's own brain mask{why}"
 
 
 def plan(source: Source, recipe: Recipe) -> Volumes | FrameFolder:
@@ -159,13 +216,19 @@ def _brain(source: Source, scan: Volumes | FrameFolder, seen: Survey) -> tuple[n
         if not brain.any():
             raise BadScan(f"{name}: no voxel changes over time")
         return brain, [f"no brain mask given: the {int(brain.sum())} voxels that change over time taken as brain"]
+    if seen.centred:
+        brain = changing_voxels(seen, name)
+        return brain, [
+            f"no brain mask given: values are centred (mean near 0), so the {int(brain.sum())} voxels that change over "
+            "time taken as brain"
+        ]
     brain = compute_mask(seen.mean, scan.affine, name)
     return brain, [
         f"no brain mask given: computed from the mean image (nilearn compute_epi_mask), {int(brain.sum())} voxels"
     ]
 
 
-def _remarks(scan: Volumes | FrameFolder, seen: Survey, brain: np.ndarray, grid: GridPlan) -> list[str]:
+def _remarks(scan: Volumes | FrameFolder, seen: Survey, brain: np.ndarray) -> list[str]:
     notes = []
     if scan.orientation != "RAS":
         notes.append(f"orientation {scan.orientation} brought to RAS+")
@@ -175,11 +238,17 @@ def _remarks(scan: Volumes | FrameFolder, seen: Survey, brain: np.ndarray, grid:
             notes.append(f"{count} of {inside} brain voxels hold {what} values: left out of the mask")
     if seen.flat_frames:
         notes.append(f"{seen.flat_frames} of {seen.frames} frames hold one single value in every voxel")
-    if grid.outside > 0:
-        notes.append(
-            f"{100 * grid.outside:.2g} % of the brain lies outside the {grid.grid} grid of {grid.spacing:g} mm"
-        )
     return notes
+
+
+def _head(
+    name: str, scan: Volumes | FrameFolder, seen: Survey, brain: np.ndarray, grid: GridPlan, recipe: Recipe
+) -> list[str]:
+    meant = Meant(recipe.any_size, recipe.cropped)
+    if recipe.as_version_1 or isinstance(scan, FrameFolder):  # the voxel size of v1 frames is assumed, and said
+        meant = Meant(any_size=True, cropped=meant.cropped or recipe.as_version_1)
+    text = f"{grid.grid} grid of {grid.spacing:g} mm"
+    return check_head(name, brain, scan.affine, seen.flat | seen.nan, grid.outside, text, meant)
 
 
 def _events(source: Source, notes: list[str]) -> str:
@@ -198,10 +267,10 @@ def _events(source: Source, notes: list[str]) -> str:
     return text
 
 
-def _confounds(source: Source, recipe: Recipe, frames: int, notes: list[str]) -> tuple[np.ndarray | None, list[str]]:
-    """(T, K) float32 with NaN for n/a, and the K names; columns without a number are left out."""
-    if source.confounds is None or not recipe.confounds:
-        return None, []
+def _read_confounds(source: Source, frames: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Numeric columns of the scan's confounds, (T,) each, NaN for n/a; none, and said, where lines are not frames."""
+    if source.confounds is None:
+        return {}, []
     import pandas as pd
 
     try:
@@ -209,6 +278,13 @@ def _confounds(source: Source, recipe: Recipe, frames: int, notes: list[str]) ->
     except (OSError, ValueError) as error:
         raise BadScan(f"{source.path.name}: confounds {source.confounds.name} not readable ({error})") from error
     if len(table) != frames:
-        notes.append(f"confounds left out: {source.confounds.name} has {len(table)} lines, the scan {frames} frames")
+        said = f"confounds left out: {source.confounds.name} has {len(table)} lines, the scan {frames} frames"
+        return {}, [said]
+    return {str(name): table[name].to_numpy(dtype=np.float32) for name in table.columns}, []
+
+
+def _confounds(table: dict[str, Any], recipe: Recipe, dropped: int) -> tuple[np.ndarray | None, list[str]]:
+    """(T, K) float32 of the kept frames, and the K names."""
+    if not table or not recipe.confounds:
         return None, []
-    return (table.to_numpy(dtype=np.float32), [str(name) for name in table.columns]) if table.shape[1] else (None, [])
+    return np.ascontiguousarray(np.stack(list(table.values()), axis=1)[dropped:]), list(table)

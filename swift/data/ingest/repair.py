@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from swift.data.ingest.nifti import sha256_file
@@ -141,9 +140,10 @@ def _from_replica(replica: Path, scan: str) -> dict[str, np.ndarray]:
     where = replica / "shards" / info.shard
     store.close()
     try:
-        with h5py.File(where, "r", locking=False) as file:
+        with fmt.open_hdf5(where) as file:
             group = fmt.safe_group(file, scan, str(where))
-            names = ["mask", "checksum", "bold", *fmt.VECTORS, *(["confounds"] if "confounds" in group else [])]
+            names = ["mask", "checksum", "bold", *fmt.VECTORS]
+            names += [extra for extra in ("confounds", "confound_names") if extra in group]
             return {name: fmt.safe_dataset(group, name, str(where))[...] for name in names}
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"{where}: scan {scan} is not readable ({error})") from error
@@ -153,10 +153,11 @@ def _from_source(path: Path, scan: str, source: Source) -> dict[str, np.ndarray]
     """Make a scan's arrays once more, as ingest did."""
     store = Store(path)
     told = store.attributes(store.find(scan)).get("source_sha256")
-    if not source.is_frames and told and sha256_file(source.path) != told:
+    if not source.is_frames and told and _hash(source) != told:
         raise UserError(f"{source.path.name} is not the file that was ingested (SHA-256 differs)")
     known = {key: value for key, value in read_report(path).get("recipe", {}).items() if key in Recipe.__annotations__}
-    recipe = Recipe(**{**known, "grid": store.grid, "spacing": store.spacing})
+    known |= {"grid": store.grid, "spacing": store.spacing, "any_size": True, "cropped": True}
+    recipe = Recipe(**{**known, "as_version_1": store.version == 1})
     store.close()
     ready = prepare(source, recipe)
     summary = summarize(ready.bold)
@@ -166,13 +167,21 @@ def _from_source(path: Path, scan: str, source: Source) -> dict[str, np.ndarray]
     arrays["checksum"] = fmt.row_hashes(codes)
     if ready.header.confounds is not None:
         arrays["confounds"] = ready.header.confounds
+        arrays["confound_names"] = fmt.encode_names(ready.header.confound_names)
     return arrays
+
+
+def _hash(source: Source) -> str:
+    try:
+        return sha256_file(source.path)
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
 
 
 def _write_array(path: Path, damage: Damage, right: np.ndarray) -> bool:
     """Write a small dataset in place if it fits the checksum that is stored with it."""
     file = path / "shards" / damage.shard
-    with h5py.File(file, "r", locking=False) as opened:
+    with fmt.open_hdf5(file) as opened:
         dataset = fmt.safe_dataset(fmt.safe_group(opened, damage.scan, str(file)), damage.part, str(file))
         offset, want = dataset.id.get_offset(), dataset.attrs.get("xxh3_64")
         fits = dataset.shape == right.shape and fmt.array_hash(right) == want and offset is not None
@@ -184,7 +193,7 @@ def _write_frame(path: Path, damage: Damage, bold: np.ndarray) -> bool:
     """Write one frame in place if it fits its checksum."""
     file = path / "shards" / damage.shard
     assert damage.frame is not None
-    with h5py.File(file, "r", locking=False) as opened:
+    with fmt.open_hdf5(file) as opened:
         group = fmt.safe_group(opened, damage.scan, str(file))
         dataset = fmt.safe_dataset(group, "bold", str(file))
         shape, offset = dataset.shape, dataset.id.get_offset()

@@ -63,6 +63,11 @@ def _header_seconds(raw: float, unit: int) -> tuple[float | None, str]:
     name, factor = {16: ("msec", 1e-3), 24: ("usec", 1e-6)}.get(unit, ("sec" if unit == 8 else "no unit", 1.0))
     seconds = raw * factor
     if TR_SECONDS[0] <= seconds <= TR_SECONDS[1]:
+        if unit not in (8, 16, 24):
+            lost = " (1 without a unit is what tools write that lose the TR)" if raw == 1.0 else ""
+            return round(
+                seconds, 6
+            ), f"TR {raw:g} without a time unit in the header: seconds assumed{lost}; else give --tr"
         return round(seconds, 6), f"TR {raw:g} {name} read as {seconds:g} s" if factor != 1.0 else ""
     if factor == 1.0 and TR_MILLISECONDS[0] <= raw <= TR_MILLISECONDS[1]:
         return round(

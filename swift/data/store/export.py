@@ -16,6 +16,7 @@ import numpy as np
 
 from swift.data.store import format as fmt
 from swift.data.store.reader import Store
+from swift.data.store.spaces import MNI_CODE
 from swift.data.store.tables import EXPORTED
 from swift.utils.errors import UserError
 
@@ -44,7 +45,8 @@ def export_scan(store: Store, scan: int, folder: Path) -> tuple[Path, Path]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
     bold, brain = folder / f"{info.scan_id}_bold.nii.gz", folder / f"{info.scan_id}_mask.nii.gz"
-    header = _header((*store.grid, info.frames), np.float32, affine, info.tr)
+    code = MNI_CODE if store.placement == "MNI152" else 1
+    header = _header((*store.grid, info.frames), np.float32, affine, info.tr, code)
     volume = np.zeros(store.grid, np.float32)
     with fmt.atomic(bold) as temp, temp.open("wb") as raw, gzip.GzipFile("", "wb", 4, raw, mtime=0) as stream:
         stream.write(header.binaryblock + bytes(4))
@@ -52,7 +54,7 @@ def export_scan(store: Store, scan: int, folder: Path) -> tuple[Path, Path]:
             volume[mask] = store.read(scan, frame, frame + 1, verify=True)[0] * a + b
             stream.write(volume.tobytes(order="F"))
     with fmt.atomic(brain) as temp, temp.open("wb") as raw, gzip.GzipFile("", "wb", 4, raw, mtime=0) as stream:
-        stream.write(_header(store.grid, np.uint8, affine, None).binaryblock + bytes(4))
+        stream.write(_header(store.grid, np.uint8, affine, None, code).binaryblock + bytes(4))
         stream.write(mask.astype(np.uint8).tobytes(order="F"))
     return bold, brain
 
@@ -106,12 +108,12 @@ def export_table(store: Store, scans: Sequence[int], folder: Path) -> Path:
     return target
 
 
-def _header(shape: tuple[int, ...], dtype: type, affine: np.ndarray, tr: float | None) -> nib.Nifti1Header:
+def _header(shape: tuple[int, ...], dtype: type, affine: np.ndarray, tr: float | None, code: int) -> nib.Nifti1Header:
     header = nib.Nifti1Header()
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
-    header.set_qform(affine, code=1)
-    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=code)
+    header.set_sform(affine, code=code)
     header.set_xyzt_units("mm", "sec")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     header.set_zooms((*spacing, tr) if tr is not None else tuple(spacing))

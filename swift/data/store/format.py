@@ -1,9 +1,9 @@
-"""The bytes of a store, format version 1: names, limits, and safe access to HDF5 files that others may have made.
+"""The bytes of a store, format version 2, and how version 1 is read: names, limits, safe access to files of others.
 
-A store is a folder: `store.json` (version, grid, spacing, the shards with size and hash), `manifest.csv` (one line a
-scan) and `shards/NNNNN.h5`. Docs: the group layout of a shard is in `put_scan`. Every byte of a shard follows from the
-scans in it: no time stamps, no host names, a fixed HDF5 version, so that an ingest that was killed and continued gives
-the same files as an undisturbed one.
+A store is a folder: `store.json` (version, grid, spacing, where the grid lies, the shards with size and hash),
+`manifest.csv` (one line a scan) and `shards/NNNNN.h5`. Docs: the group layout of a shard is in `put_scan`. Every byte
+of a shard follows from the scans in it: no time stamps, no host names, a fixed HDF5 version, so that an ingest that was
+killed and continued gives the same files as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ import h5py
 import numpy as np
 import xxhash
 
-from swift.utils.errors import UserError
+from swift.data.store.spaces import OWN
+from swift.utils.errors import BadScan, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
 SCAN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 SHARD_NAME = re.compile(r"\d{5,9}\.h5")
 COLUMNS = ("scan_id", "subject", "session", "task", "run", "site", "shard", "frames", "voxels", "tr")
 STATS = ("mean", "std", "min", "max", "median", "iqr")
 VECTORS = ("scale", "offset", *(f"stats/{name}" for name in STATS))
-DESCRIPTION = {"format_version", "grid", "spacing", "tool", "tool_version", "shards", "xxh3_64"}
+DESCRIPTION = {
+    1: {"format_version", "grid", "spacing", "tool", "tool_version", "shards", "xxh3_64"},
+    2: {"format_version", "grid", "spacing", "placement", "spaces", "tool", "tool_version", "shards", "xxh3_64"},
+}
+"""Keys of store.json by format version."""
 HDF5_OPTIONS: dict[str, Any] = {
     "libver": ("earliest", "v110"),
     "alignment_threshold": 1 << 16,
@@ -86,7 +92,6 @@ class ScanHeader:
     Attributes:
         scan_id: Unique in the store; letters, digits, `_ . + -`.
         tr: Seconds.
-        start_time: Seconds from the start of the run to the time that frame 0 stands for (BIDS StartTime).
         affine: (4, 4) from voxel indices of the stored grid to mm, RAS+.
         orientation: Axis codes of the stored grid.
         source: Name of the file that it came from (not a path of the machine); `source_sha256` its hash.
@@ -96,6 +101,10 @@ class ScanHeader:
         phenotypes: Further columns of the manifest.
         confounds: (T, K) float32 with K `confound_names`, or None.
         events: The scan's events.tsv as text, "" where there is none: tab-separated, onset and duration in seconds.
+        space: Space that the scan was given in (BIDS names; `MNI`: which one is not said); "": not known.
+        placement: Where the grid lies: the name of a template's box, or `spaces.OWN`. One for all scans of a store.
+        start_time: Seconds from the start of the run (the zero of its events) to the time of the first kept frame.
+        dropped: Frames at the start of the series that were left out before the first kept one.
     """
 
     scan_id: str
@@ -117,7 +126,10 @@ class ScanHeader:
     confounds: np.ndarray | None = None
     confound_names: list[str] = field(default_factory=list)
     events: str = ""
+    space: str = ""
+    placement: str = OWN
     start_time: float = 0.0
+    dropped: int = 0
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:
@@ -155,7 +167,7 @@ def _attribute(group: h5py.Group, name: str, value: Any) -> None:
     if isinstance(value, str):
         raw = value.encode()
         if len(raw) > MAX_ATTRIBUTE:
-            raise UserError(f"scan {group.name}: {name} has {len(raw)} bytes; at most {MAX_ATTRIBUTE} can be kept")
+            raise BadScan(f"scan {group.name}: {name} has {len(raw)} bytes; at most {MAX_ATTRIBUTE} can be kept")
         # Fixed length: a variable one would go to HDF5's global heap.
         kind = h5py.string_dtype("utf-8", max(1, len(raw)))
         group.attrs.create(name, np.array(raw, dtype=kind), dtype=kind)
@@ -182,7 +194,8 @@ def put_scan(
     Args:
         root: The shard.
         attributes: `scan_id` and everything of ScanHeader that is not an array, plus `affine` and `grid`.
-        arrays: mask (X, Y, Z) uint8; scale, offset and stats/* (V,) float32; checksum (T,) uint64; confounds.
+        arrays: mask (X, Y, Z) uint8; scale, offset and stats/* (V,) float32; checksum (T,) uint64; confounds, and
+            confound_names as bytes.
         frames: T.
         voxels: V.
     """
@@ -196,9 +209,33 @@ def put_scan(
     reserve_bold(group, frames, voxels)
 
 
+def encode_names(names: list[str]) -> np.ndarray:
+    """Names of confounds as a dataset, (n,) uint8 of JSON text: an attribute would end at 64 KiB."""
+    return np.frombuffer(json.dumps(names).encode(), np.uint8)
+
+
+def printable(text: str) -> str:
+    """A file's name as text that can be written anywhere: bytes that are no UTF-8 become their escapes."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """Open a shard for reading, without a lock; or as plain h5py has it open in this process already.
+
+    Raises:
+        OSError: it is no HDF5 file, or cannot be read.
+    """
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r")
+
+
 def bold_offsets(path: Path) -> dict[str, tuple[int, int]]:
     """Place of every scan's bold in a shard that we wrote: scan_id -> (offset, bytes)."""
-    with h5py.File(path, "r", locking=False) as file:
+    with open_hdf5(path) as file:
         return {
             name: (group["bold"].id.get_offset(), group["bold"].id.get_storage_size())
             for name, group in file["scans"].items()
@@ -328,14 +365,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent}: {kind} a swift store") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the description of a swift store ({error!r})") from error
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         hint = "update swift" if isinstance(version, int) and version > FORMAT_VERSION else "ingest again"
-        raise UserError(f"{path}: format version {version!r}; this swift reads version {FORMAT_VERSION}: {hint}")
-    unknown = set(content) - DESCRIPTION  # one of them may be a damaged "xxh3_64"; a store without it is an early one
+        raise UserError(f"{path}: format version {version!r}; this swift reads versions 1 and 2: {hint}")
+    # An unknown key may be a damaged "xxh3_64"; a store without it is an early one.
+    unknown = set(content) - DESCRIPTION[version]
     if unknown or ("xxh3_64" in content and raw != encode_json(content)):
         raise UserError(f"{path}: differs from its own checksum; run `python -m swift.data repair` with a replica")
     if not well:
         raise UserError(f"{path}: grid {grid!r} and spacing {spacing!r} must be three voxel counts and mm above 0")
+    if version > 1 and not (isinstance(content.get("placement"), str) and content["placement"]):
+        raise UserError(f"{path}: does not say where its grid lies (placement)")
     return content
 
 

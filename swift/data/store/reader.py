@@ -19,6 +19,7 @@ import xxhash
 from swift.data.store import format as fmt
 from swift.data.store.format import CorruptData, ScanHeader, ScanInfo
 from swift.data.store.shards import OpenShards, Shard
+from swift.data.store.spaces import OWN
 from swift.data.store.stats import KINDS, NEEDS, fold
 from swift.data.store.writer import StoreWriter
 from swift.utils.errors import UserError
@@ -70,6 +71,9 @@ class Store:
         scans: The manifest, in its order; methods take a scan as its place in this list.
         grid: Voxels (X, Y, Z).
         spacing: mm.
+        version: Of the format.
+        placement: Where the grid lies: the name of a template's box, or `spaces.OWN` (also in version 1).
+        spaces: Names of the spaces that its scans were given in, as far as known.
         local: Copies of shards on this node's own disk, to be read instead; see `swift.data.store.staging`.
 
     Raises:
@@ -81,6 +85,9 @@ class Store:
         description = fmt.read_json(self.path / "store.json")
         self.grid: tuple[int, int, int] = tuple(description["grid"])
         self.spacing = float(description["spacing"])
+        self.version = int(description["format_version"])
+        self.placement = str(description.get("placement", OWN))
+        self.spaces: tuple[str, ...] = tuple(description.get("spaces", ()))
         manifest = self.path / "manifest.csv"
         self.scans: list[ScanInfo] = fmt.decode_manifest(manifest) if manifest.exists() else []
         if not self.scans:
@@ -331,7 +338,14 @@ class Store:
         table = dataset[...]
         if fmt.array_hash(table) != dataset.attrs.get("xxh3_64"):
             raise self._corrupt(scan, "confounds differ from their checksum")
-        names = json.loads(self.attributes(scan)["confound_names"])
+        if self.version == 1:
+            names = json.loads(self.attributes(scan)["confound_names"])
+        else:
+            listed = fmt.safe_dataset(group, "confound_names", where)
+            raw = listed[...]
+            if fmt.array_hash(raw) != listed.attrs.get("xxh3_64"):
+                raise self._corrupt(scan, "the names of the confounds differ from their checksum")
+            names = json.loads(raw.tobytes())
         return {name: table[:, place] for place, name in enumerate(names)}
 
     def events(self, scan: int) -> str:
@@ -353,7 +367,7 @@ class Store:
             attributes = fmt.attributes_of(group, where)
             if fmt.header_hash(attributes) != attributes.get("header_xxh3_64"):
                 found.append(Damage(info.shard, info.scan_id, "header"))
-            for name in [*ARRAYS, *(["confounds"] if "confounds" in group else [])]:
+            for name in [*ARRAYS, *(extra for extra in ("confounds", "confound_names") if extra in group)]:
                 dataset = fmt.safe_dataset(group, name, where)
                 if fmt.array_hash(dataset[...]) != dataset.attrs.get("xxh3_64"):
                     found.append(Damage(info.shard, info.scan_id, name))

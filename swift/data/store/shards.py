@@ -9,6 +9,7 @@ from pathlib import Path
 
 import h5py
 
+from swift.data.store import format as fmt
 from swift.utils.errors import UserError
 
 OPEN_SHARDS = 64
@@ -55,7 +56,7 @@ class OpenShards:
             UserError: it is no HDF5 file.
         """
         try:
-            file = h5py.File(path, "r", locking=False)
+            file = fmt.open_hdf5(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened as HDF5 ({error}); copy or repair it") from error
         self._shards[name] = Shard(file, os.open(path, os.O_RDONLY | os.O_CLOEXEC))

@@ -23,6 +23,7 @@ import numpy as np
 
 from swift.data.store import format as fmt
 from swift.data.store.format import COLUMNS, ScanHeader, ScanInfo
+from swift.data.store.spaces import OWN
 from swift.data.store.stats import quantize, summarize
 from swift.utils.errors import BadScan, UserError
 
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from typing import Self
 
 BLOCK = 1 << 24
-HEADER_TEXTS = ("scan_id", "subject", "session", "task", "run", "site", "orientation", "source", "source_sha256")
-HEADER_COUNTS = ("nan_voxels", "flat_voxels", "clipped")
+HEADER_TEXTS = (
+    *("scan_id", "subject", "session", "task", "run", "site", "orientation", "source", "source_sha256"),
+    *("space", "placement"),
+)
+HEADER_COUNTS = ("nan_voxels", "flat_voxels", "clipped", "dropped")
 
 
 def tool_version() -> str:
@@ -53,15 +57,22 @@ class StoreWriter:
         grid: Voxels (X, Y, Z).
         spacing: Isotropic voxel size, mm.
         shard_bytes: A shard is full when one more scan would bring its voxels above this; 1 gives one-scan shards.
+        placement: Where the grid of all scans lies: the name of a template's box, or `spaces.OWN`.
 
     Raises:
-        UserError: the folder is a store of another grid or version, or cannot be written.
+        UserError: the folder is a store of another grid, placement or version, or cannot be written.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], grid: Sequence[int], spacing: float, shard_bytes: int = 4 << 30
+        self,
+        path: str | os.PathLike[str],
+        grid: Sequence[int],
+        spacing: float,
+        shard_bytes: int = 4 << 30,
+        placement: str = OWN,
     ) -> None:
         self.path = Path(path)
+        self.placement = placement
         self.grid = tuple(int(n) for n in grid)
         self.spacing = float(spacing)
         self.shard_bytes = int(shard_bytes)
@@ -78,13 +89,23 @@ class StoreWriter:
         description = self.path / "store.json"
         if description.exists():
             have = fmt.read_json(description)
+            if have["format_version"] != fmt.FORMAT_VERSION:
+                raise UserError(
+                    f"{self.path}: is of format version {have['format_version']}; new scans go into another folder, or "
+                    "move it first: python -m swift.data place"
+                )
             if tuple(have["grid"]) != self.grid or float(have["spacing"]) != self.spacing:
                 raise UserError(
                     f"{self.path}: holds scans of grid {have['grid']} at {have['spacing']} mm, not {list(self.grid)} "
                     f"at {self.spacing} mm; use another folder"
                 )
+            if have["placement"] != self.placement:
+                raise UserError(
+                    f"{self.path}: holds scans with their grid in {have['placement']!r}, not {self.placement!r}: scans "
+                    "of two kinds of space do not go into one store; use another folder"
+                )
         else:
-            self._write_description({})
+            self._write_description({}, [])
         self._names = frozenset(scan.scan_id for scan in self.packed())
 
     def __enter__(self) -> Self:
@@ -133,13 +154,12 @@ class StoreWriter:
         arrays |= {f"stats/{name}": array for name, array in summary.voxel.items()}
         if header.confounds is not None:
             arrays["confounds"] = np.asarray(header.confounds, np.float32)
+            arrays["confound_names"] = fmt.encode_names(header.confound_names)
         attributes = _attributes(header, self.grid, self.spacing, frames, voxels)
         attributes |= {name: np.float64(value) for name, value in summary.brain.items()}
         attributes["constant_voxels"] = np.int64(summary.constant)
         if header.events:  # only where there are some: other scans keep the bytes they had before events were known
             attributes["events"] = header.events
-        if header.start_time:
-            attributes["start_time"] = np.float64(header.start_time)
 
         def blocks() -> Iterator[np.ndarray]:
             step = max(1, BLOCK // (8 * voxels))
@@ -154,7 +174,7 @@ class StoreWriter:
     def _check(self, header: ScanHeader, mask: np.ndarray, bold: np.ndarray) -> None:
         name = header.scan_id
         if not fmt.SCAN_ID.fullmatch(name):
-            raise UserError(f"scan name {name!r}: at most 200 letters, digits, _ . + - and not beginning with . + or -")
+            raise BadScan(f"scan name {name!r}: at most 200 letters, digits, _ . + - and not beginning with . + or -")
         if tuple(mask.shape) != self.grid or mask.dtype != np.bool_:
             raise BadScan(f"{name}: mask {mask.dtype} {mask.shape}; the store wants bool {self.grid}")
         if bold.ndim != 2 or bold.shape[1] != int(mask.sum()):
@@ -168,7 +188,14 @@ class StoreWriter:
             raise BadScan(f"{name}: no subject; splits need one")
         taken = set(header.phenotypes) & set(COLUMNS)
         if taken:
-            raise UserError(f"{name}: phenotype columns {sorted(taken)} have names that the manifest itself uses")
+            raise BadScan(f"{name}: phenotype columns {sorted(taken)} have names that the manifest itself uses")
+        if header.placement != self.placement:
+            raise BadScan(
+                f"{name}: its grid lies in {header.placement!r}, the store's in {self.placement!r}: scans of two kinds "
+                "of space do not go into one store"
+            )
+        if not np.isfinite(header.start_time) or header.dropped < 0:
+            raise BadScan(f"{name}: start_time {header.start_time} s, {header.dropped} frames dropped")
         if header.confounds is not None:
             want = (bold.shape[0], len(header.confound_names))
             if np.shape(header.confounds) != want:
@@ -184,13 +211,14 @@ class StoreWriter:
                 if file.name[: -len(".h5")] in have:  # committed by a run that ended before it could tidy up
                     file.unlink()
             todo = [file for file in staged if file.exists()]
-            shards = fmt.read_json(self.path / "store.json").get("shards", {})
+            description = fmt.read_json(self.path / "store.json")
+            shards, spaces = description.get("shards", {}), set(description["spaces"])
             used = {scan.shard for scan in scans}
             shards = {name: entry for name, entry in shards.items() if name in used}
             number = 1 + max((int(name.split(".")[0]) for name in used), default=-1)
             for group in _fill(todo, self.shard_bytes):
                 name = f"{number:05d}.h5"
-                scans += self._commit(name, group, scans, shards)
+                scans += self._commit(name, [read_staged(file) for file in group], scans, shards, spaces, group)
                 number += 1
             if not (self.path / "manifest.csv").exists():  # nothing could be added: a store without scans
                 fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest([]))
@@ -204,10 +232,16 @@ class StoreWriter:
             fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest(scans))
 
     def _commit(
-        self, name: str, staged: list[Path], before: list[ScanInfo], shards: dict[str, dict[str, Any]]
+        self,
+        name: str,
+        scans: list[Staged],
+        before: list[ScanInfo],
+        shards: dict[str, dict[str, Any]],
+        spaces: set[str],
+        staged: list[Path],
     ) -> list[ScanInfo]:
+        """Write a shard and its lines; `shards` and `spaces` are brought up to date."""
         target = self.path / "shards" / name
-        scans = [read_staged(file) for file in staged]
         with fmt.atomic(target) as temp:
             if len(staged) == 1:
                 try:
@@ -217,18 +251,21 @@ class StoreWriter:
             else:
                 _write_scans(temp, scans)
         shards[name] = {"bytes": target.stat().st_size, "xxh3_64": fmt.file_hash(target)}
-        self._write_description(shards)
+        spaces |= {attributes["space"] for attributes, *_ in scans} - {""}
+        self._write_description(shards, sorted(spaces))
         new = [_info(attributes, name) for attributes, *_ in scans]
         fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest(before + new))
         for file in staged:
             file.unlink()
         return new
 
-    def _write_description(self, shards: dict[str, dict[str, Any]]) -> None:
+    def _write_description(self, shards: dict[str, dict[str, Any]], spaces: list[str]) -> None:
         content = {
             "format_version": fmt.FORMAT_VERSION,
             "grid": list(self.grid),
             "spacing": self.spacing,
+            "placement": self.placement,
+            "spaces": spaces,
             "tool": "swift-fmri",
             "tool_version": tool_version(),
             "shards": shards,
@@ -270,6 +307,7 @@ def _attributes(header: ScanHeader, grid: tuple[int, ...], spacing: float, frame
         **{name: str(getattr(header, name)) for name in HEADER_TEXTS},
         **{name: np.int64(getattr(header, name)) for name in HEADER_COUNTS},
         "tr": np.float64(header.tr),
+        "start_time": np.float64(header.start_time),
         "affine": np.asarray(header.affine, np.float64),
         "grid": np.asarray(grid, np.int64),
         "spacing": np.float64(spacing),
@@ -277,7 +315,6 @@ def _attributes(header: ScanHeader, grid: tuple[int, ...], spacing: float, frame
         "voxels": np.int64(voxels),
         "notes": json.dumps(header.notes),
         "phenotypes": json.dumps({name: str(value) for name, value in header.phenotypes.items()}),
-        "confound_names": json.dumps(header.confound_names),
         "tool_version": tool_version(),
     }
 
@@ -308,12 +345,12 @@ def _fill(staged: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
 
 def read_staged(path: Path) -> Staged:
     """Everything of a one-scan shard that we wrote; its voxels as a function that gives blocks of bytes in order."""
-    with h5py.File(path, "r", locking=False) as file:
+    with fmt.open_hdf5(path) as file:
         (group,) = file["scans"].values()
         attributes = fmt.attributes_of(group, str(path))
         attributes.pop("header_xxh3_64")
         names = ["mask", "scale", "offset", *(f"stats/{name}" for name in fmt.STATS)]
-        names += ["confounds"] if "confounds" in group else []
+        names += [name for name in ("confounds", "confound_names") if name in group]
         arrays = {name: group[name][...] for name in names}
         frames, voxels = group["bold"].shape
         offset = group["bold"].id.get_offset()

@@ -12,8 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from swift.data.store.spaces import box_affine, placement_of
 from swift.data.synthetic.spec import BASELINE, CohortSpec, stream
 
+SPACE = "MNI152NLin2009cAsym"
+"""What the scans say that they are in."""
 SEMI_AXES = (70.0, 86.0, 68.0)
 """Half the brain's size along x, y, z, mm: about the 1.8 litres of the MNI brain mask."""
 
@@ -41,7 +44,7 @@ class Geometry:
     """What all subjects of a cohort share in space. X, Y, Z is the grid; K networks."""
 
     affine: np.ndarray
-    """(4, 4) voxel to mm, RAS+, the middle of the grid at 0."""
+    """(4, 4) voxel to mm, RAS+: the box in which ingestion would place scans of SPACE."""
     axes: tuple[np.ndarray, np.ndarray, np.ndarray]
     """Head coordinates of the voxels along x, y and z."""
     radius: np.ndarray
@@ -175,7 +178,7 @@ def _geometry(
     semi = [min(s, 0.46 * n * spacing) for s, n in zip(SEMI_AXES, grid)]
     positions = [(np.arange(n) - (n - 1) / 2) * spacing for n in grid]
     affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = [p[0] for p in positions]
+    affine[:3, 3] = box_affine(placement_of(SPACE), grid, spacing)[:3, 3]
     ax, ay, az = (p / s for p, s in zip(positions, semi))
     axes = (ax, ay, az)
 

@@ -23,14 +23,14 @@ import nibabel as nib
 import numpy as np
 
 from swift.config.schema_data import DataConfig
+from swift.data.store.spaces import placement_of
 from swift.data.synthetic.labels import Person, cohort_table, person, phenotypes
-from swift.data.synthetic.maps import geometry
+from swift.data.synthetic.maps import SPACE, geometry
 from swift.data.synthetic.scan import MOTION_COLUMNS, SyntheticScan, make_subject
 from swift.data.synthetic.spec import RECIPE, CohortSpec
-from swift.utils.cache import cache_dir
+from swift.utils.cache import cache_dir, check_revision
 from swift.utils.errors import UserError
 
-SPACE = "MNI152NLin2009cAsym"
 Progress = Callable[[SyntheticScan], None]
 
 
@@ -255,7 +255,8 @@ def write_store(spec: CohortSpec, folder: Path | str, progress: Progress | None 
     folder = _new_folder(Path(folder))
     names = [*MOTION_COLUMNS, "framewise_displacement", "valence", "valence_bold"]
     truth = _write_cohort_truth(spec, folder)
-    with StoreWriter(folder, spec.grid, spec.spacing) as writer:
+    placement = placement_of(SPACE)
+    with StoreWriter(folder, spec.grid, spec.spacing, placement=placement) as writer:
         for scan in _scans(spec):
             who, task = scan.person, scan.task
             columns = [
@@ -279,6 +280,8 @@ def write_store(spec: CohortSpec, folder: Path | str, progress: Progress | None 
                 confounds=np.column_stack(columns).astype(np.float32),
                 confound_names=names,
                 events=_events(scan),
+                space=SPACE,
+                placement=placement,
             )
             writer.add(header, scan.mask, scan.bold)
             _write_scan_truth(spec, scan, truth)
@@ -312,8 +315,10 @@ def synthetic_store(data: DataConfig, seed: int) -> Path:
 
     """
     spec = spec_for(data, seed)
-    key = hashlib.sha256(spec.to_json().encode()).hexdigest()[:16]
+    told = spec.to_json() if data.revision == 1 else f"revision {data.revision}\n{spec.to_json()}"
+    key = hashlib.sha256(told.encode()).hexdigest()[:16]
     target = Path(data.path) if data.path else cache_dir() / "synthetic" / key
+    check_revision(data.revision, _is_cohort(target, spec), target)
     if not made_once(spec, target):
         raise UserError(f"data.path={target}: holds something else than this synthetic cohort; use a new folder")
     return target

@@ -15,7 +15,7 @@ from swift.data.store.reader import Store
 from swift.utils.errors import UserError
 from tests.data import scans
 
-RECIPE = Recipe(grid=(24, 24, 24), spacing=3.0)
+RECIPE = Recipe(grid=(24, 24, 24), spacing=4.0)
 SPACE = "space-MNI152NLin2009cAsym_res-2"
 
 

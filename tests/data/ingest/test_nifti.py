@@ -124,7 +124,7 @@ CORRECTIONS: dict[str, tuple[Callable[[Path], object], str, float]] = {
     "ms with unit sec": (lambda p: scans.set_place(p, "pixdim", 4, 2000), "header says 2000 with sec", 2.0),
     "ms": (lambda p: scans.patch(scans.set_place(p, "pixdim", 4, 720), xyzt_units=2 + 16), "read as 0.72 s", 0.72),
     "sec called ms": (lambda p: scans.patch(p, xyzt_units=2 + 16), "read as 2 s", 2.0),
-    "negative voxel size": (lambda p: scans.set_place(p, "pixdim", 1, -3), "negative voxel sizes", 2.0),
+    "negative voxel size": (lambda p: scans.set_place(p, "pixdim", 1, -4), "negative voxel sizes", 2.0),
     "NaN slope": (lambda p: scans.patch(p, scl_slope=NAN), "scl_slope is NaN", 2.0),
     "no codes": (lambda p: scans.patch(p, sform_code=0, qform_code=0), "no orientation code .* LAS assumed", 2.0),
 }
@@ -139,12 +139,12 @@ def test_correction_is_stated(scan: Path, fault: str) -> None:
     assert len(plan.notes) == 1
     assert re.search(words, plan.notes[0])
     assert np.isfinite(plan.affine).all()
-    np.testing.assert_allclose(plan.spacing, 3.0, atol=1e-5)
+    np.testing.assert_allclose(plan.spacing, scans.SPACING, atol=1e-5)
 
 
 def test_negative_voxel_size_does_not_mirror(scan: Path) -> None:
     before = plan_scan(scan)
-    scans.patch(scans.set_place(scan, "pixdim", 1, -3), sform_code=0, qform_code=1)
+    scans.patch(scans.set_place(scan, "pixdim", 1, -4), sform_code=0, qform_code=1)
     np.testing.assert_allclose(plan_scan(scan).affine, before.affine, atol=1e-4)
 
 
@@ -267,7 +267,7 @@ def test_linear_field_is_sampled_exactly(angle: float) -> None:
     field = (5 + world @ [1.0, -2.0, 0.5]).reshape(scans.SHAPE).astype(np.float32)
     good = np.ones(scans.SHAPE, bool)
     good[0] = False  # outside of the brain: must not matter
-    plan = plan_grid(brain, affine, (32, 32, 32), 2.0)
+    plan = plan_grid(brain, affine, (32, 32, 32), 8 / 3)
     sampler = Sampler(plan, brain, good, "s")
     there = np.argwhere(sampler.mask) @ plan.affine[:3, :3].T + plan.affine[:3, 3]
     np.testing.assert_allclose(sampler(field), 5 + there @ [1.0, -2.0, 0.5], atol=1e-4)

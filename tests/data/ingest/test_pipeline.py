@@ -25,7 +25,7 @@ from swift.data.store.reader import Store
 from swift.utils.errors import BadScan, UserError
 from tests.data import scans
 
-RECIPE = Recipe(grid=(24, 24, 24), spacing=3.0)
+RECIPE = Recipe(grid=(24, 24, 24), spacing=4.0)
 
 
 def one(tmp_path: Path, name: str = "a", seed: int = 0, frames: int = 8) -> Source:
@@ -186,7 +186,7 @@ def test_killed_and_continued_gives_the_same_store(tmp_path: Path) -> None:
     """kill -9 with a scan in hand, twice; then to the end: the bytes of an undisturbed run."""
     dataset = scans.dataset(tmp_path / "d", subjects=5)
     words = ["ingest", str(dataset), "--out", str(tmp_path / "s")]
-    words += ["--grid", "24", "--spacing", "3", "--workers", "1", "--quiet"]
+    words += ["--grid", "24", "--spacing", "4", "--workers", "1", "--quiet"]
     for more, whole in (
         ("1", 1),
         ("2", 3),
@@ -268,7 +268,7 @@ def test_v1_frames(tmp_path: Path) -> None:
     ready = prepare(source, replace(RECIPE, tr=0.8))
     assert ready.mask.sum() == brain.sum()
     np.testing.assert_array_equal(ready.bold[2], data[..., 2].astype(np.float16)[brain].astype(np.float32))
-    assert any("no affine: RAS+ and 3 mm assumed" in note for note in ready.header.notes)
+    assert any("no affine: RAS+ and 4 mm assumed" in note for note in ready.header.notes)
     torch.save(ready, folder / "frame_2.pt")  # a pickle that would run code of any class
     with pytest.raises(BadScan, match=r"sub1/frame_2\.pt: not a plain tensor file"):
         prepare(source, replace(RECIPE, tr=0.8))

@@ -22,7 +22,7 @@ from swift.data.store.reader import Damage, Store
 from swift.utils.errors import UserError
 from tests.data import scans
 
-RECIPE = Recipe(grid=(24, 24, 24), spacing=3.0)
+RECIPE = Recipe(grid=(24, 24, 24), spacing=4.0)
 FLIPS = 200
 
 
@@ -192,7 +192,7 @@ def test_export_comes_back(made: tuple[Path, Path], tmp_path: Path) -> None:
     bold, mask = export_scan(store, 1, tmp_path / "out")
     image = nib.load(bold)
     np.testing.assert_array_equal(image.affine, store.affine(1))
-    assert image.header.get_zooms() == (3.0, 3.0, 3.0, 2.0)
+    assert image.header.get_zooms() == (4.0, 4.0, 4.0, 2.0)
     assert image.header.get_xyzt_units() == ("mm", "sec")
     data, brain = image.get_fdata(dtype=np.float32), store.mask(1)
     np.testing.assert_array_equal(nib.load(mask).get_fdata() > 0, brain)

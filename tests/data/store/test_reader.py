@@ -271,8 +271,8 @@ def test_stores_that_cannot_be_read(own: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a swift store"):
         Store(tmp_path / "nothing")
     description = json.loads((own / "store.json").read_text())
-    (own / "store.json").write_text(json.dumps(description | {"format_version": 2}))
-    with pytest.raises(UserError, match="format version 2; this swift reads version 1: update swift"):
+    (own / "store.json").write_text(json.dumps(description | {"format_version": 3}))
+    with pytest.raises(UserError, match="format version 3; this swift reads versions 1 and 2: update swift"):
         Store(own)
     (own / "store.json").write_text("{")
     with pytest.raises(UserError, match="not the description"):

@@ -13,6 +13,7 @@ from typing import Any
 
 from swift.data.ingest.listing import add_places
 from swift.data.labels import split_cli
+from swift.data.store import join_cli
 from swift.data.synthetic import cli as synthetic
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
@@ -40,6 +41,9 @@ def _ingest(options: argparse.Namespace) -> int:
         frame_spacing=options.frame_spacing,
         confounds=not options.no_confounds,
         mask=str(options.mask) if options.mask is not None else None,
+        drop_first=options.drop_first,
+        any_size=options.any_size,
+        cropped=options.cropped,
     )
     recipe.check()
     found = find(options.inputs, choice_of(options))
@@ -65,6 +69,7 @@ def _ingest(options: argparse.Namespace) -> int:
             shard_bytes=shard_bytes,
             progress=not options.quiet,
             notes=[*found.notes, *found.told()],
+            part=options.part,
         )
     figures = report.summary()
     line = (
@@ -82,6 +87,7 @@ def _info(options: argparse.Namespace) -> int:
     from swift.data.store import format as fmt
     from swift.data.store.export import quality_picture
     from swift.data.store.reader import Store
+    from swift.data.store.spaces import placement_text
     from swift.data.store.tables import read_report
 
     store = Store(options.store)
@@ -94,6 +100,8 @@ def _info(options: argparse.Namespace) -> int:
         "tool_version": description.get("tool_version", ""),
         "grid": list(store.grid),
         "spacing_mm": store.spacing,
+        "placement": placement_text(store.placement, store.version),
+        "spaces": list(store.spaces),
         "shards": len(store.shards),
         "bytes": sum(entry["bytes"] for entry in store.shards.values()),
         "scans": len(store.scans),
@@ -129,6 +137,8 @@ def _scan_row(store: Any, place: int) -> dict[str, Any]:
     counts = ("nan_voxels", "flat_voxels", "clipped")
     row = {name: getattr(scan, name) for name in ("scan_id", "subject", "session", "task", "run", "site", "shard")}
     row |= {"frames": scan.frames, "voxels": scan.voxels, "tr": scan.tr, "phenotypes": scan.phenotypes}
+    row |= {"space": attributes.get("space", ""), "dropped": int(attributes.get("dropped", 0))}
+    row["start_time"] = float(attributes.get("start_time", 0.0))
     row |= {name: attributes[name] for name in names} | {name: int(attributes[name]) for name in counts}
     row |= {name: float(value) for name, value in attributes.items() if name.startswith("global_")}
     return row | {"affine": attributes["affine"].tolist(), "notes": json.loads(attributes["notes"])}
@@ -249,6 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("store", type=Path)
     copy.add_argument("target", type=Path)
     copy.add_argument("--workers", type=int, default=2, help="shards copied at once (2)")
+    join_cli.add_join(add("join", join_cli.run_join, "several stores made one, verified: what ingest --part made"))
+    join_cli.add_place(add("place", join_cli.run_place, "move a store of format version 1 into its template's box"))
     export = add("export", _export, "scans back to NIfTI, with the right affine")
     export.add_argument("store", type=Path)
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
@@ -276,9 +288,24 @@ def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="target size of a shard; 0: one scan each (4)")
     parser.add_argument("--participants", type=Path, help="participants.tsv that does not lie in the data set")
+    parser.add_argument(
+        "--drop-first", type=int, default=0, metavar="N", help="leave out N frames at the start of every scan (0)"
+    )
+    parser.add_argument("--any-size", action="store_true", help="take brains below 0.05 or above 5 litres: it is meant")
+    parser.add_argument("--cropped", action="store_true", help="take brains of which more than 10 %% are cut off")
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="I/N", help="only the I-th of N parts, for job arrays; see join"
+    )
     parser.add_argument("--no-confounds", action="store_true", help="leave fMRIPrep's confounds out")
     parser.add_argument("--list", action="store_true", help="only say what would be ingested")
     add_places(parser)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdigit() and parts.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: I/N, such as 3/8")
+    return int(number), int(parts)
 
 
 def _add_repair(parser: argparse.ArgumentParser) -> None:

@@ -215,8 +215,8 @@ def fit(scan: Scan, contract: Contract, fitting: Fitting) -> FittedScan:
 
 
 def _fit_source(source: Source, contract: Contract, fitting: Fitting) -> FittedScan:
-    # What only ingestion keeps is not even looked at.
-    source = replace(source, events=None, confounds=None)
+    # Of what only ingestion keeps, confounds are looked at for frames that are no steady state.
+    source = replace(source, events=None)
     recipe = replace(fitting.recipe, grid=contract.grid, spacing=contract.spacing, confounds=False)
     origin = plan(source, recipe)
     recipe = replace(recipe, tr_resample=contract.resampled_tr(origin.tr, source.path.name, fitting.other_tr))

@@ -99,9 +99,12 @@ def test_info(tmp_path: Path, made: tuple[Path, Path], capsys: pytest.CaptureFix
         "sites": ["A"], "tasks": ["rest"],
     }  # fmt: skip
     (scan,) = figures["scan_list"]
-    assert scan["notes"] == [
-        "brain mask: sub-01_ses-1_task-rest_run-1_space-MNI152NLin2009cAsym_res-2_desc-brain_mask.nii.gz"
+    assert scan["notes"][:2] == [
+        "brain mask: sub-01_ses-1_task-rest_run-1_space-MNI152NLin2009cAsym_res-2_desc-brain_mask.nii.gz",
+        "space MNI152NLin2009cAsym: grid in the fixed box of MNI152",
     ]
+    assert figures["placement"] == "MNI152: one fixed box for all scans around 0, -17, 5 mm"
+    assert (scan["space"], scan["dropped"], scan["start_time"]) == ("MNI152NLin2009cAsym", 0, 0.0)
     assert Path(scan["picture"]).is_file()
     code, out, _ = run(capsys, "info", made[0], "--scans")
     assert "scans           6" in out

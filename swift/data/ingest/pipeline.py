@@ -6,9 +6,6 @@ renames it), so running the same command again goes on where the last one stoppe
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import multiprocessing
 import signal
@@ -29,8 +26,8 @@ from swift.data.ingest.relabel import doubts, labels_of, relabel, write_path
 from swift.data.ingest.sources import Source, duplicates, why_twice
 from swift.data.store import format as fmt
 from swift.data.store.spaces import OWN, placement_of
-from swift.data.store.tables import REPORT, read_report
-from swift.data.store.writer import StoreWriter, tool_version
+from swift.data.store.tables import read_report, write_report
+from swift.data.store.writer import StoreWriter
 from swift.utils.errors import BadScan, UserError
 
 log = logging.getLogger("swift.data")
@@ -38,7 +35,6 @@ SHARD_BYTES = 4 << 30
 SAID = 20
 """Changed labels that are named on the screen; the report has all."""
 _KEPT = ("frames", "voxels", "tr", "notes", "source_bytes", "source_modified", "source_sha256", "dataset")
-_FIELDS = ("scan_id", "status", "reason", "source", "frames", "voxels", "tr", "seconds", "notes")
 
 
 @dataclass
@@ -79,6 +75,8 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     """What has to be said of the whole: assumptions, people in doubt."""
+    part: str = ""
+    """i/n of a job array's point; "": the whole."""
     relabelled: int = 0
     """Scans that were there already and whose labels were taken anew."""
 
@@ -115,6 +113,7 @@ def ingest(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
     notes: Sequence[str] = (),
+    part: tuple[int, int] = (1, 1),
 ) -> Report:
     """Bring scans into a store; those that it has already are left as they are, but for their labels.
 
@@ -129,6 +128,7 @@ def ingest(
         shard_bytes: Target size of a shard.
         progress: Show a bar with rate and time left.
         notes: What was said in finding the sources; goes into the report.
+        part: i, n: only the i-th of n parts, each with its own `out`; swift.data.store.join makes them one.
 
     Returns:
         The report; `exit_code` is 1 when some scan failed.
@@ -144,8 +144,9 @@ def ingest(
         raise UserError(f"workers {workers}: legal is 1 or more")
     began = time.monotonic()
     placement = _placement(sources, recipe, out)
+    sources = part_of(sources, *part)
     writer = StoreWriter(out, recipe.grid, recipe.spacing, shard_bytes=shard_bytes, placement=placement)
-    earlier = _earlier(out, recipe)
+    earlier = _earlier(out, recipe, part)
     results, todo = _sort_out(sources, writer.done(), earlier)
     try:
         with closing(_run(todo, recipe, writer, workers)) as finished:
@@ -160,6 +161,7 @@ def ingest(
     finally:
         report = Report(out, recipe, sorted(results, key=lambda result: (result.scan_id, result.source)))
         report.seconds = time.monotonic() - began
+        report.part = f"{part[0]}/{part[1]}" if part[1] > 1 else ""
         report.relabelled = sum(result.reason.startswith("labels taken anew") for result in results)
         rows = {**earlier, **{result.scan_id: asdict(result) for result in results}}
         new = doubts(rows.values(), notes)
@@ -183,6 +185,21 @@ def _relabel(
         _say(there[name])
     if len(said) > SAID:
         log.warning("and %d more scans whose labels differ from the store's; all are in the report", len(said) - SAID)
+
+
+def part_of(sources: list[Source], number: int, parts: int) -> list[Source]:
+    """The sources of one of n parts: every n-th name, so that long and short scans are spread, and doubles together.
+
+    Raises:
+        UserError: no such part, or more parts than scans.
+    """
+    names = sorted({source.scan_id for source in sources})
+    if not 1 <= number <= parts <= len(names):
+        raise UserError(
+            f"--part {number}/{parts}: legal is i/n with i from 1 to n, and n at most the {len(names)} scans"
+        )
+    mine = set(names[number - 1 :: parts])
+    return [source for source in sources if source.scan_id in mine]
 
 
 def _placement(sources: list[Source], recipe: Recipe, out: Path) -> str:
@@ -352,9 +369,12 @@ def _say(result: Result) -> None:
         log.info("%s: %s", result.scan_id, note)
 
 
-def _earlier(out: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Rows of the last report by scan_id; refuses to mix scans of two temporal resamplings."""
+def _earlier(out: Path, recipe: Recipe, part: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """Rows of the last report by scan_id; refuses to mix scans that were made otherwise."""
     content = read_report(out)
+    before, now = content.get("part", ""), f"{part[0]}/{part[1]}" if part[1] > 1 else ""
+    if before and before != now:
+        raise UserError(f"{out}: is part {before} of an ingest, not {now or 'the whole'}; use another folder")
     rows = {row["scan_id"]: row for row in content.get("scans", []) if row.get("status") != "failed"}
     for name in ("tr_resample", "drop_first"):
         before, now = content.get("recipe", {}).get(name, getattr(Recipe, name)), getattr(recipe, name)
@@ -372,15 +392,10 @@ def _write_report(report: Report, earlier: dict[str, dict[str, Any]]) -> None:
         [*rows, *(row for name, row in earlier.items() if name not in now)], key=lambda row: str(row["scan_id"])
     )
     content = {
-        "tool_version": tool_version(),
         "recipe": asdict(report.recipe),
+        "part": report.part,
         **report.summary(),
         "notes": report.notes,
         "scans": rows,
     }
-    fmt.write_bytes(report.path / f"{REPORT}.json", (json.dumps(content, indent=1) + "\n").encode())
-    text = io.StringIO()
-    table = csv.DictWriter(text, _FIELDS, lineterminator="\n")
-    table.writeheader()
-    table.writerows({**{name: row[name] for name in _FIELDS}, "notes": " | ".join(row["notes"])} for row in rows)
-    fmt.write_bytes(report.path / f"{REPORT}.csv", text.getvalue().encode("utf-8", "backslashreplace"))
+    write_report(report.path, content)

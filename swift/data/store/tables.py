@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from swift.data.store import format as fmt
 from swift.data.store.format import ScanInfo
+from swift.data.store.writer import tool_version
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.data")
@@ -16,6 +19,7 @@ REPORT = "ingest_report"
 """Name of the two files that tell what became of every source, without their endings."""
 EXPORTED = "exported.csv"
 """Table beside files that `export` wrote; `ingest` of their folder reads it."""
+_FIELDS = ("scan_id", "status", "reason", "source", "frames", "voxels", "tr", "seconds", "notes")
 NAMES = ("store.json", "manifest.csv")
 
 
@@ -103,3 +107,14 @@ def read_report(store: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         log.warning("%s is not readable and will be written anew", path)
         return {}
+
+
+def write_report(store: Path, content: dict[str, Any]) -> None:
+    """Both forms of the report; `scans` holds a row a source."""
+    told = {"tool_version": tool_version(), **content}
+    fmt.write_bytes(store / f"{REPORT}.json", (json.dumps(told, indent=1) + "\n").encode())
+    text = io.StringIO()
+    table = csv.DictWriter(text, _FIELDS, lineterminator="\n", restval="", extrasaction="ignore")
+    table.writeheader()
+    table.writerows({**row, "notes": " | ".join(row.get("notes", []))} for row in content.get("scans", []))
+    fmt.write_bytes(store / f"{REPORT}.csv", text.getvalue().encode("utf-8", "backslashreplace"))

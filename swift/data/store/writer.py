@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,20 +212,41 @@ class StoreWriter:
             for file in staged:
                 if file.name[: -len(".h5")] in have:  # committed by a run that ended before it could tidy up
                     file.unlink()
-            todo = [file for file in staged if file.exists()]
-            description = fmt.read_json(self.path / "store.json")
-            shards, spaces = description.get("shards", {}), set(description["spaces"])
-            used = {scan.shard for scan in scans}
-            shards = {name: entry for name, entry in shards.items() if name in used}
-            number = 1 + max((int(name.split(".")[0]) for name in used), default=-1)
-            for group in _fill(todo, self.shard_bytes):
-                name = f"{number:05d}.h5"
-                scans += self._commit(name, [read_staged(file) for file in group], scans, shards, spaces, group)
-                number += 1
-            if not (self.path / "manifest.csv").exists():  # nothing could be added: a store without scans
-                fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest([]))
-            self._tidy({scan.shard for scan in scans})
-            self._names = frozenset(scan.scan_id for scan in scans)
+            todo = [Packable(_bold_bytes(file), partial(read_staged, file), file) for file in staged if file.exists()]
+            self._pack(scans, todo)
+
+    def take(self, found: Sequence[tuple[ScanInfo, Callable[[], Staged]]]) -> None:
+        """Pack scans that lie elsewhere, in this order; those that are here already are left out.
+
+        Called again with the same scans after a kill, it gives the same shards.
+
+        Args:
+            found: The line of each scan in the manifest, and what reads its content.
+        """
+        with self._lock():
+            scans = self.packed()
+            have = {scan.scan_id for scan in scans}
+            todo = [
+                Packable(2 * info.frames * info.voxels, read, None, info)
+                for info, read in found
+                if info.scan_id not in have
+            ]
+            self._pack(scans, todo)
+
+    def _pack(self, scans: list[ScanInfo], todo: list[Packable]) -> None:
+        """Write scans into new shards behind those that hold `scans`."""
+        description = fmt.read_json(self.path / "store.json")
+        spaces = set(description["spaces"])
+        used = {scan.shard for scan in scans}
+        shards = {name: entry for name, entry in description.get("shards", {}).items() if name in used}
+        number = 1 + max((int(name.split(".")[0]) for name in used), default=-1)
+        for group in _fill(todo, self.shard_bytes):
+            scans = scans + self._commit(f"{number:05d}.h5", group, scans, shards, spaces)
+            number += 1
+        if not (self.path / "manifest.csv").exists():  # nothing could be added: a store without scans
+            fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest([]))
+        self._tidy({scan.shard for scan in scans})
+        self._names = frozenset(scan.scan_id for scan in scans)
 
     def replace_lines(self, lines: dict[str, ScanInfo]) -> None:
         """Write lines of the manifest anew, such as those of scans whose labels were corrected; by scan_id."""
@@ -234,29 +257,33 @@ class StoreWriter:
     def _commit(
         self,
         name: str,
-        scans: list[Staged],
+        group: list[Packable],
         before: list[ScanInfo],
         shards: dict[str, dict[str, Any]],
         spaces: set[str],
-        staged: list[Path],
     ) -> list[ScanInfo]:
         """Write a shard and its lines; `shards` and `spaces` are brought up to date."""
         target = self.path / "shards" / name
+        scans = [one.read() for one in group]
         with fmt.atomic(target) as temp:
-            if len(staged) == 1:
+            if len(group) == 1 and group[0].file is not None:
                 try:
-                    os.link(staged[0], temp)  # the staged file is a whole shard already
+                    os.link(group[0].file, temp)  # the staged file is a whole shard already
                 except OSError:
-                    shutil.copyfile(staged[0], temp)
+                    shutil.copyfile(group[0].file, temp)
             else:
                 _write_scans(temp, scans)
         shards[name] = {"bytes": target.stat().st_size, "xxh3_64": fmt.file_hash(target)}
         spaces |= {attributes["space"] for attributes, *_ in scans} - {""}
         self._write_description(shards, sorted(spaces))
-        new = [_info(attributes, name) for attributes, *_ in scans]
+        new = [
+            replace(one.info, shard=name) if one.info is not None else _info(attributes, name)
+            for one, (attributes, *_) in zip(group, scans, strict=True)
+        ]
         fmt.write_bytes(self.path / "manifest.csv", fmt.encode_manifest(before + new))
-        for file in staged:
-            file.unlink()
+        for one in group:
+            if one.file is not None:
+                one.file.unlink()
         return new
 
     def _write_description(self, shards: dict[str, dict[str, Any]], spaces: list[str]) -> None:
@@ -328,17 +355,30 @@ def _info(attributes: dict[str, Any], shard: str) -> ScanInfo:
     )
 
 
-def _fill(staged: list[Path], shard_bytes: int) -> Iterator[list[Path]]:
+@dataclass(frozen=True)
+class Packable:
+    """A scan that is to go into a shard: bytes of its voxels, what reads it, its staged file and line if it has one."""
+
+    size: int
+    read: Callable[[], Staged]
+    file: Path | None = None
+    info: ScanInfo | None = None
+
+
+def _bold_bytes(file: Path) -> int:
+    return sum(size for _, size in fmt.bold_offsets(file).values())
+
+
+def _fill(found: list[Packable], shard_bytes: int) -> Iterator[list[Packable]]:
     """Scans in order, cut where the next would bring the voxels of a shard above the limit."""
-    group: list[Path] = []
+    group: list[Packable] = []
     total = 0
-    for file in staged:
-        size = sum(size for _, size in fmt.bold_offsets(file).values())
-        if group and total + size > shard_bytes:
+    for one in found:
+        if group and total + one.size > shard_bytes:
             yield group
             group, total = [], 0
-        group.append(file)
-        total += size
+        group.append(one)
+        total += one.size
     if group:
         yield group
 

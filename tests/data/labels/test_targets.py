@@ -145,7 +145,7 @@ def test_events_from_a_folder_by_their_names(tmp_path: Path) -> None:
 def test_events_of_a_bids_dataset_are_kept_in_the_store(tmp_path: Path) -> None:
     spec = CohortSpec(n_subjects=1, frames=40, grid=(12, 12, 12), spacing=4.0, sites=1)
     write_bids(spec, tmp_path / "bids")
-    ingest(find_sources([tmp_path / "bids"]), tmp_path / "a", Recipe(grid=(12, 12, 12), spacing=4.0))
+    ingest(find_sources([tmp_path / "bids"]), tmp_path / "a", Recipe((12, 12, 12), 4.0, any_size=True))
     write_store(spec, tmp_path / "b")
     truth = load_truth(tmp_path / "b")["scans"]["sub-0001_task-rest"]["valence_bold"]
     target = TargetConfig("regression", "frame", "events", column="valence", response="hrf")

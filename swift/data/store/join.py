@@ -132,7 +132,7 @@ def _check_out(out: Path, names: Sequence[str]) -> None:
 def _joined(out: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The reports of all parts as one."""
     rows = sorted((row for report in reports for row in report.get("scans", [])), key=lambda row: str(row["scan_id"]))
-    recipe = next((report["recipe"] for report in reports if report.get("recipe")), {})
+    recipe: dict[str, Any] = next((report["recipe"] for report in reports if report.get("recipe")), {})
     return {"recipe": recipe, "store": str(out), "joined": len(reports), "scans": rows}
 
 

@@ -200,8 +200,8 @@ def put_scan(
         voxels: V.
     """
     group = root.require_group("scans").create_group(attributes["scan_id"])
-    for name, value in attributes.items():
-        _attribute(group, name, value)
+    for name in sorted(attributes):  # not in the order of the caller, who may have read them from another shard
+        _attribute(group, name, attributes[name])
     group.attrs.create("header_xxh3_64", header_hash(attributes))
     for name, array in arrays.items():
         dataset = group.create_dataset(name, data=array, track_times=False)

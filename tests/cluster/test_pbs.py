@@ -23,7 +23,8 @@ echo "$@" >>"$(dirname "$0")/calls"
 echo "$((76 + $(wc -l <"$(dirname "$0")/calls"))).server"
 """
 QSTAT = """#!/bin/bash
-echo "    job_state = R"
+# The job that asks runs; those before it have ended.
+if [ "$2" = "$PBS_JOBID" ]; then echo "    job_state = R"; else echo "    job_state = F"; fi
 """
 MPIEXEC = """#!/bin/bash
 # Starts -n copies on this machine; ends all when one fails; hands signals to those it has started, not to theirs.

@@ -28,6 +28,7 @@ CHOICES = {
     "model.order": ("st", "ts"),
     "model.mlp": ("shared", "each"),
     "model.decoder": ("local", "linear"),
+    "model.maps_of": ("shared", "scan"),
     "data.name": ("sample", "synthetic", "store"),
     "data.layout": ("swift", "swift_v1"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),

@@ -63,6 +63,12 @@ class ModelConfig:
     """local: per-patch head over the features of all scales | linear: one linear map a cell of the last stage."""
     decoder_dim: int
     """Width of the local decoder; the same at every embed_dim."""
+    maps: int = 0
+    """Spatial maps that pre-training reads from the visible voxels of each frame by a ridge regression and draws again:
+    the network learns what they and the visible neighbours of a voxel leave. 0: none."""
+    maps_of: str = "scan"
+    """shared: one set on the common grid, trained, for stores in one template space | scan: each scan's own, from its
+    training frames, not trained."""
     attention_base_width: Optional[int] = None
     """muP: embed_dim at which attention scores are divided by sqrt(head_dim) as usual; the divisor then grows like
     head_dim. Follows optimizer.base_width; null: sqrt(head_dim) at every width."""

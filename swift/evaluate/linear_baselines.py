@@ -1,6 +1,6 @@
 """The strongest predictions without a network, fitted to the training frames of a run, scored on its held-out clips.
 
-- low-rank: a low-rank Gaussian (`swift.evaluate.low_rank`), its rank chosen on the last training frames or scans. Of
+- low-rank: a low-rank Gaussian (`swift.models.low_rank`), its rank chosen on the last training frames or scans. Of
   clips held out in time each scan has its own, fitted to its training frames; of held-out subjects there is one, fitted
   to frames of the training scans on the common grid.
 - local ridge: from the visible neighbours in space and time (`swift.evaluate.local_ridge`).
@@ -24,7 +24,8 @@ from swift.config.schema import Config
 from swift.data.clips.order import PADDING, ValBatches
 from swift.data.module import ClipDataModule
 from swift.evaluate.local_ridge import LocalRidge
-from swift.evaluate.low_rank import RANKS, LowRank, Sketch, choose_rank
+from swift.evaluate.low_rank import RANKS, choose_rank
+from swift.models.low_rank import LowRank, Sketch
 from swift.models.masking import draw_mask, mask_voxels
 from swift.utils.errors import UserError
 
@@ -123,7 +124,7 @@ def _on_voxels(model: Fitted, index: Tensor) -> LowRank:
     return LowRank(basis, model.low_rank.variance, model.low_rank.noise)
 
 
-class _Frames:
+class TrainingFrames:
     """Normalized training frames of a store."""
 
     def __init__(self, data: ClipDataModule) -> None:
@@ -141,6 +142,31 @@ class _Frames:
         codes = self.store.read(scan, begin + first, begin + stop, step)
         a, b = self.store.normalizer(scan, self.kind)
         return torch.from_numpy(codes * a + b).float()
+
+
+def _wide(values: Tensor, place: np.ndarray | Tensor, index: np.ndarray) -> Tensor:
+    """(n, V) frames of the voxels at `place` on those at `index`, of which they are a part; 0 elsewhere."""
+    out = torch.zeros(len(values), len(index))
+    out[:, torch.from_numpy(np.searchsorted(index, np.asarray(place)))] = values
+    return out
+
+
+def union_of(frames: TrainingFrames, scans: Sequence[int], cells: int) -> np.ndarray:
+    """Flat places, ascending, of the voxels that any of these scans has."""
+    union = np.zeros(cells, bool)
+    for scan in scans:
+        union[frames.index(scan)] = True
+    return np.flatnonzero(union)
+
+
+def add_scans(sketch: Sketch, frames: TrainingFrames, scans: Sequence[int], index: np.ndarray, each: int) -> None:
+    """Add up to `each` frames of each scan to a sketch over the voxels at `index`, evenly spaced."""
+    for scan in scans:
+        length = frames.parts[scan][1]
+        step = max(length // each, 1)
+        for at in range(0, min(length, step * each), step * BLOCK):
+            stop = min(at + step * BLOCK, step * each, length)
+            sketch.add(_wide(frames.read(scan, at, stop, step), frames.index(scan), index))
 
 
 def _choice_masks(cfg: Config, clips: int) -> Tensor:
@@ -166,7 +192,7 @@ def _fits_memory(name: str, voxels: int, notes: list[str]) -> bool:
     return False
 
 
-def _fit_own(frames: _Frames, scan: int, cfg: Config, notes: list[str], low_rank: bool) -> Fitted:
+def _fit_own(frames: TrainingFrames, scan: int, cfg: Config, notes: list[str], low_rank: bool) -> Fitted:
     """The models of one scan, from its training frames alone: the last quarter (at least a clip) chooses the rank."""
     index, length = frames.index(scan), frames.parts[scan][1]
     name = frames.store.scans[scan].scan_id
@@ -197,7 +223,7 @@ def _fit_own(frames: _Frames, scan: int, cfg: Config, notes: list[str], low_rank
     return Fitted(index, sketch.fit(rank), local, rest)
 
 
-def _fit_subjects(frames: _Frames, cfg: Config, notes: list[str], low_rank: bool) -> Fitted:
+def _fit_subjects(frames: TrainingFrames, cfg: Config, notes: list[str], low_rank: bool) -> Fitted:
     """One model for all, from frames dealt evenly to the training scans; the last fifth of these chooses the rank."""
     scans = sorted(frames.parts)
     scans = scans[:: -(-len(scans) // MOST_FRAMES)]
@@ -208,35 +234,17 @@ def _fit_subjects(frames: _Frames, cfg: Config, notes: list[str], low_rank: bool
     clips = [frames.read(scan, 0, min(span, frames.parts[scan][1])).T for scan in choosing]
     places = [torch.from_numpy(frames.index(scan)) for scan in choosing]
     local = LocalRidge.of(clips, places, cfg.data.grid)
-    union = np.zeros(int(np.prod(cfg.data.grid)), bool)
-    for scan in scans if low_rank else []:
-        union[frames.index(scan)] = True
-    index = np.flatnonzero(union)
+    index = union_of(frames, scans if low_rank else [], int(np.prod(cfg.data.grid)))
     if not low_rank or not _fits_memory(SUBJECTS, len(index), notes):
         return Fitted(index, None, local, None)
-    row = np.cumsum(union) - 1
     each = max(MOST_FRAMES // len(scans), 1)
-
-    def wide(values: Tensor, scan: int) -> Tensor:
-        out = torch.zeros(len(values), len(index))
-        out[:, torch.from_numpy(row[frames.index(scan)])] = values
-        return out
-
-    def taken(chosen: Sequence[int], sketch: Sketch) -> None:
-        for scan in chosen:
-            length = frames.parts[scan][1]
-            step = max(length // each, 1)
-            for at in range(0, min(length, step * each), step * BLOCK):
-                stop = min(at + step * BLOCK, step * each, length)
-                sketch.add(wide(frames.read(scan, at, stop, step), scan))
-
     sketch = Sketch(KEEP)
-    taken(fitting, sketch)
-    late = torch.cat([wide(clip.T, scan) for clip, scan in zip(clips, choosing)]).T
+    add_scans(sketch, frames, fitting, index, each)
+    late = torch.cat([_wide(clip.T, place, index) for clip, place in zip(clips, places)]).T
     masks = ~_choice_masks(cfg, len(choosing)).flatten(1, 3)[:, torch.from_numpy(index)]
     visible = torch.cat([mask[:, : clip.shape[1]] for mask, clip in zip(masks, clips)], 1)
     # What lies outside a scan's own brain is neither seen nor counted.
-    inside = torch.cat([_inside(union, place, clip.shape[1]) for place, clip in zip(places, clips)], 1)
+    inside = torch.cat([_inside(index, place, clip.shape[1]) for place, clip in zip(places, clips)], 1)
     rank, error = choose_rank(sketch, late, visible & inside, counted=~visible & inside)
     notes.append(
         f"{SUBJECTS}: rank {rank} of {sketch.frames} frames of {len(fitting)} scans (error {error:.4f} on others)"
@@ -247,14 +255,13 @@ def _fit_subjects(frames: _Frames, cfg: Config, notes: list[str], low_rank: bool
     ]
     rest = LocalRidge.of(left, places, cfg.data.grid)
     if scans[cut:]:
-        taken(scans[cut:], sketch)
+        add_scans(sketch, frames, scans[cut:], index, each)
     return Fitted(index, sketch.fit(rank), local, rest)
 
 
-def _inside(union: np.ndarray, place: Tensor, frames: int) -> Tensor:
-    own = np.zeros(len(union), bool)
-    own[place.numpy()] = True
-    return torch.from_numpy(own[union])[:, None].expand(-1, frames)
+def _inside(index: np.ndarray, place: Tensor, frames: int) -> Tensor:
+    """Which of the voxels at `index` are at `place`: bool (V, n)."""
+    return torch.from_numpy(np.isin(index, place.numpy()))[:, None].expand(-1, frames)
 
 
 def fit_linear(data: ClipDataModule, cfg: Config, clips: int) -> LinearBaselines:
@@ -265,7 +272,7 @@ def fit_linear(data: ClipDataModule, cfg: Config, clips: int) -> LinearBaselines
         cfg: Of the run.
         clips: Held-out clips that will be predicted.
     """
-    frames = _Frames(data)
+    frames = TrainingFrames(data)
     # The first clips of validation's order, on however many ranks.
     first = next(iter(ValBatches(len(data.val_index), clips, 0, 1)))
     scored = np.array([clip for _, clip in first if clip != PADDING])

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
-from swift.models.decoders import build_decoder
+from swift.models.decoders import LinearDecoder, LocalDecoder, build_decoder
 from swift.models.encoder import SwinEncoder
-from swift.models.init import NORMAL, STD, Init
+from swift.models.init import FIRST_WEIGHT, NORMAL, STD, ZERO, Init
+from swift.models.maps import LinearPart, Maps
 
 
 class MaskedAutoencoder(nn.Module):
@@ -26,7 +27,13 @@ class MaskedAutoencoder(nn.Module):
         self.volume = (*grid, frames)
         self.encoder = SwinEncoder(cfg, grid, frames)
         self.mask_token = nn.Parameter(torch.zeros(cfg.embed_dim))
-        self.decoder = build_decoder(cfg, grid, frames)
+        self.decoder: LocalDecoder | LinearDecoder = build_decoder(cfg, grid, frames)
+        self.linear = LinearPart(cfg, grid) if cfg.maps else None
+        if self.linear is not None:
+            # The prediction begins as the linear one.
+            head = self.decoder.head
+            setattr(head, FIRST_WEIGHT, ZERO)
+            nn.init.zeros_(head.weight)
         nn.init.normal_(self.mask_token, std=STD)
 
     def own_initial_values(self) -> dict[str, Init]:
@@ -37,24 +44,31 @@ class MaskedAutoencoder(nn.Module):
         """The parts that repeat, in the order they run."""
         return self.encoder.blocks()
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, brain: Tensor | None = None, maps: Maps | None = None) -> Tensor:
         """Reconstruct a clip from its visible patches.
 
         Args:
             x: (B, 1, X, Y, Z, T) voxels.
             mask: bool (B, x, y, z, t), True = the patch is hidden.
+            brain: bool (B, X, Y, Z), where a model with maps reads them; None: everywhere.
+            maps: Of each clip's scan, for a model with model.maps_of=scan.
 
         Returns:
             (B, 1, X, Y, Z, T) prediction for every voxel, visible ones included.
 
         Raises:
-            ValueError: a clip of another size than the decoder was built for.
+            ValueError: a clip of another size than the decoder was built for; no maps where each scan has its own.
         """
         if tuple(x.shape[2:]) != self.volume:
             raise ValueError(f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.volume}")
         tokens = self.encoder.embed(x)
         tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        return self.decoder(self.encoder.encode(tokens))
+        rest = self.decoder(self.encoder.encode(tokens))
+        if self.linear is None:
+            return rest
+        if brain is None:
+            brain = torch.ones(len(x), *self.volume[:3], dtype=torch.bool, device=x.device)
+        return rest + self.linear(x, mask, brain, maps)
 
 
 LOSSES = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}

@@ -83,7 +83,8 @@ class LinearDecoder(nn.Module):
         return voxels[:, :, :nx, :ny, :nz, :nt]
 
 
-def build_decoder(cfg: ModelConfig, grid: Sequence[int], frames: int) -> nn.Module:
+def build_decoder(cfg: ModelConfig, grid: Sequence[int], frames: int) -> LocalDecoder | LinearDecoder:
     """The decoder that `cfg.decoder` names, for a volume of `grid` voxels and `frames` frames."""
     stage_grids(cfg, (*grid, frames))
-    return {"local": LocalDecoder, "linear": LinearDecoder}[cfg.decoder](cfg, grid, frames)
+    kind = LocalDecoder if cfg.decoder == "local" else LinearDecoder
+    return kind(cfg, grid, frames)

@@ -19,6 +19,8 @@ from swift.models.noise import GOLDEN, mix, signed
 
 STD = 0.02
 _CHUNK = 1 << 20
+FIRST_WEIGHT = "first_weight"
+"""Attribute of a linear map whose weight begins in another way than all others."""
 
 
 class Init(NamedTuple):
@@ -58,7 +60,7 @@ def initial_values(model: nn.Module, scales: Mapping[str, float] | None = None) 
         if not own:
             continue
         if isinstance(module, nn.Linear):
-            values = {"weight": NORMAL, "bias": ZERO}
+            values = {"weight": getattr(module, FIRST_WEIGHT, NORMAL), "bias": ZERO}
         elif isinstance(module, nn.LayerNorm):
             values = {"weight": ONE, "bias": ZERO}
         else:

@@ -155,6 +155,14 @@ def branch_part(name: str, branch: Branch, widths: Widths) -> Part:
     return Part(name, branch_bytes(branch, widths), working, branch.parameters, early)
 
 
+def maps_bytes(geometry: Geometry) -> int:
+    """Trained maps, in float32: them by patch, the visible voxels, and each frame's Gram matrix twice."""
+    if not geometry.maps_trained:
+        return 0
+    frames = geometry.volume[3]
+    return 4 * (geometry.space * (geometry.maps + frames) + 2 * frames * geometry.maps**2)
+
+
 def segments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) -> list[Segment]:
     """The forward pass in order, as what is kept of it."""
 
@@ -179,8 +187,8 @@ def segments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) 
             working = 2 * stage.merged_rows * 8 * stage.width * widths.stream
             part = Part(f"merging {index}", merging_bytes(stage, widths), working, stage.merging_parameters)
             found.append(alone(part))
-    after = parameters["final norm"] + parameters["decoder"]
-    kept = decoder_bytes(geometry, widths) + loss_bytes(geometry, loss)
+    after = parameters["final norm"] + parameters["decoder"] + parameters.get("maps", 0)
+    kept = decoder_bytes(geometry, widths) + loss_bytes(geometry, loss) + maps_bytes(geometry)
     found.append(alone(Part("decoder and loss", kept, 2 * geometry.voxels * 4, after)))
     return found
 

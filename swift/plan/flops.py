@@ -77,6 +77,27 @@ def decoder_flops(geometry: Geometry) -> Flops:
     return expand + linear(last.tokens * patch[3], last.width, cell)
 
 
+def maps_flops(geometry: Geometry) -> Flops:
+    """Spatial maps: a Gram matrix a patch, their sum over the visible patches of a time step, reading, drawing.
+
+    Over the whole grid; patches without brain are left out when it runs. Of maps that are not trained there is no
+    backward pass.
+    """
+    maps, (_, _, _, frames) = geometry.maps, geometry.volume
+    first = geometry.stages[0].grid
+    patches = first[0] * first[1] * first[2]
+    voxels = geometry.volume[0] * geometry.volume[1] * geometry.volume[2]
+    products = 2.0 * geometry.space * maps**2
+    sums = 2.0 * first[3] * patches * maps**2
+    read = 2.0 * geometry.space * frames * maps
+    draw = 2.0 * voxels * frames * maps
+    forward = products + sums + read + draw
+    # Masks and voxels need no gradient: one product there, two where both sides come from the maps; and the gradient of
+    # each frame's equations, an outer product.
+    backward = 2 * products + sums + read + 2 * draw + 2.0 * frames * maps**2
+    return Flops(forward, backward if geometry.maps_trained else 0.0)
+
+
 def flops_by_part(geometry: Geometry) -> dict[str, Flops]:
     """Of one clip: patch embedding, stage 1, merging 1, ..., decoder."""
     # Voxels need no gradient.
@@ -90,6 +111,8 @@ def flops_by_part(geometry: Geometry) -> dict[str, Flops]:
         if stage.merged_rows:
             parts[f"merging {index}"] = merging_flops(stage)
     parts["decoder"] = decoder_flops(geometry)
+    if geometry.maps:
+        parts["maps"] = maps_flops(geometry)
     return parts
 
 

@@ -103,8 +103,11 @@ class Geometry:
     final_norm: bool
     decoder: str
     decoder_dim: int
+    maps: int
+    """Spatial maps; 0: none."""
+    maps_trained: bool
     parameters: dict[str, int] = field(hash=False)
-    """By part: patch embedding, mask token and positions, stage 1, merging 1, ..., final norm, decoder."""
+    """By part: patch embedding, mask token and positions, stage 1, merging 1, ..., final norm, decoder, maps."""
     sizes: tuple[int, ...]
     """Elements of each parameter, largest first."""
 
@@ -117,6 +120,11 @@ class Geometry:
     def tokens(self) -> int:
         """Patch tokens of a clip."""
         return self.stages[0].tokens
+
+    @property
+    def space(self) -> int:
+        """Voxels that the patches cover in one frame."""
+        return self.padded_voxels // (self.stages[0].grid[3] * self.patch[3])
 
     @property
     def patch_voxels(self) -> int:
@@ -196,6 +204,8 @@ def build_geometry(cfg: ModelConfig, volume: tuple[int, ...]) -> Geometry:
             parameters[f"merging {index}"] = stage.merging_parameters
     parameters["final norm"] = count([encoder.norm])
     parameters["decoder"] = count([model.decoder])
+    if model.linear is not None:
+        parameters["maps"] = count([model.linear])
     assert sum(parameters.values()) == count([model]), "a part of the model is missing here"
     return Geometry(
         volume=tuple(volume),
@@ -205,6 +215,8 @@ def build_geometry(cfg: ModelConfig, volume: tuple[int, ...]) -> Geometry:
         final_norm=cfg.final_norm,
         decoder="local" if isinstance(model.decoder, LocalDecoder) else "linear",
         decoder_dim=cfg.decoder_dim,
+        maps=cfg.maps,
+        maps_trained=model.linear is not None and model.linear.shared,
         parameters=parameters,
         sizes=tuple(sorted((parameter.numel() for parameter in model.parameters()), reverse=True)),
     )

@@ -14,6 +14,7 @@ from swift.config.schema import Config, ModelConfig
 from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
 from swift.models.masking import draw_mask, mask_voxels
 from swift.train.base import Batch, TrainingModule
+from swift.train.scan_maps import ScanMaps
 
 __all__ = ["Batch", "PretrainModule"]
 
@@ -57,6 +58,8 @@ class PretrainModule(TrainingModule):
         super().__init__(cfg, empty)
         self.val_loss = WeightedMean()
         self.val_l1 = WeightedMean()
+        self.scan_maps: ScanMaps | None = None
+        """Of model.maps_of=scan: the maps of every scan, from its training frames."""
 
     def build_model(self, cfg: ModelConfig) -> MaskedAutoencoder:
         """The model of an architecture, on the grid of this run."""
@@ -80,7 +83,10 @@ class PretrainModule(TrainingModule):
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Prediction (B, 1, X, Y, Z, T) and the token mask (B, x, y, z, t) it was made under."""
         mask = self.draw_mask(batch)
-        return self.model(batch["bold"], mask), mask
+        if not self.cfg.model.maps:
+            return self.model(batch["bold"], mask), mask
+        maps = self.scan_maps(batch, self.training) if self.scan_maps is not None else None
+        return self.model(batch["bold"], mask, batch["brain"], maps), mask
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_step(batch_idx)

@@ -23,6 +23,7 @@ from swift.data.task_module import TargetDataModule, class_weights
 from swift.evaluate.judge import figures
 from swift.models.v1 import INPUT
 from swift.parallel.checkpoint.init_from import contract_differences
+from swift.parallel.checkpoint.read import TensorWeights
 from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.parallel.setup import Setup
 from swift.parallel.strategies import build_strategy
@@ -39,6 +40,8 @@ from swift.train.callbacks.provenance import Provenance
 from swift.train.callbacks.signals import Heartbeat, StopOnSignal
 from swift.train.callbacks.throughput import Throughput
 from swift.train.finetune import FinetuneModule, make_module
+from swift.train.pretrain import PretrainModule
+from swift.train.scan_maps import ScanMaps, shared_maps
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -99,6 +102,8 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
                 module.cfg.init,
             )
         data.seen_before = list(module.seen_before or [])
+        assert isinstance(module, PretrainModule)
+        give_maps(module, data)
         return
     assert isinstance(module, FinetuneModule)
     if module.cfg.init is None and module.cfg.task.adapt != "scratch":
@@ -111,6 +116,18 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
         info = {"classes": data.labels.classes, "class_weights": weights.tolist()}
     module.target_info = info
     module.figures = figures(data, module.cfg.task.loss)
+
+
+def give_maps(module: PretrainModule, data: ClipDataModule) -> None:
+    """Spatial maps from the training frames: first values of shared ones, or a maker of each scan's own."""
+    model = module.cfg.model
+    if not model.maps:
+        return
+    if model.maps_of == "scan":
+        module.scan_maps = ScanMaps(data, model.maps)
+    elif module.first_weights is None:
+        made = shared_maps(data, model.maps)
+        module.first_weights = TensorWeights({f"model.linear.{name}": value for name, value in made.items()})
 
 
 def check_memory(setup: Setup, parameters: int) -> None:

@@ -14,8 +14,9 @@ from swift.config.schema import Config
 from swift.data.labels.splits import Split, save_splits
 from swift.evaluate import linear_baselines
 from swift.evaluate.linear_baselines import BOTH, LOCAL, OWN, SUBJECTS, fit_linear
-from swift.evaluate.low_rank import RANKS, Sketch
+from swift.evaluate.low_rank import RANKS
 from swift.evaluate.reconstruction import compare
+from swift.models.low_rank import Sketch
 from swift.models.masking import mask_voxels
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data

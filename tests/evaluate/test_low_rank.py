@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swift.evaluate.low_rank import LowRank, Sketch, choose_rank, legal_ranks
+from swift.evaluate.low_rank import choose_rank, legal_ranks
+from swift.models.low_rank import LowRank, Sketch
 from swift.utils.errors import UserError
 
 V, FRAMES = 30, 60

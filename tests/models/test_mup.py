@@ -186,3 +186,9 @@ def test_a_missing_or_foreign_record_is_one_line() -> None:
     del less["mask_token"]
     with pytest.raises(UserError, match=r"\(1 differ: mask_token: None there, \[16\] here\)"):
         mup.check_record(less, table)
+
+
+def test_spatial_maps_do_not_grow_with_the_width() -> None:
+    table = mup.width_table(build, config(embed_dim=64, maps=3, maps_of="shared"), BASE)
+    assert {table[f"linear.{name}"].kind for name in ("maps", "log_noise")} == {"finite"}
+    assert {table[f"linear.{name}"].lr for name in ("maps", "log_noise")} == {1.0}

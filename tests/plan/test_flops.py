@@ -92,3 +92,9 @@ def test_published_encoder_cost_of_v1() -> None:
     parts = flops_by_part(build_geometry(cfg, CLIP))
     encoder = sum(part.forward for name, part in parts.items() if name != "decoder")
     assert 0.8 * 22.8e9 < encoder < 22.8e9
+
+
+@pytest.mark.parametrize("shape", ["divisible", "padded"])
+def test_spatial_maps(shape: str) -> None:
+    """Trained maps: all products but the solution of K equations a frame, which torch does not count."""
+    check(config("factorized", shape, maps=3, maps_of="shared"), (*SHAPES[shape].grid, SHAPES[shape].frames))

@@ -36,8 +36,10 @@ DROPS = ["model.dropout=0.1", "model.drop_path=0.2"]
         (["trainer.accumulate=2", "data.batch_size=2"], 3),
         (DROPS, 5),
         (["data.workers=1", "task.loss=smooth_l1", "model/variant=v1", "model.depths=[1,2]"], 3),
+        (["model.maps=4"], 4),
+        (["model.maps=4", "model.maps_of=shared"], 4),
     ],
-    ids=["plain", "accumulate", "dropout", "worker"],
+    ids=["plain", "accumulate", "dropout", "worker", "maps of each scan", "shared maps"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     store: Path, tmp_path: Path, stop_at: Callable[[int], None], options: list[str], stop: int

@@ -28,6 +28,7 @@ NO_BOLD = re.compile(
 NOT_MAGNITUDE = ("phase", "real", "imag")
 """Labels of part- for images that are no magnitude."""
 GUESS_FOLDER = "subject {subject}: a guess, the name of the folder"
+FROM_ABOVE = "subject {subject}: the name of a folder above the one that was given"
 GUESS_FILE = "subject {subject}: a guess, the name of the file"
 
 
@@ -76,6 +77,8 @@ def one_file(path: Path, root: Path | None = None, tree: Tree | None = None) -> 
     subject, problem = label or folder, ""
     if label and folder and label != folder:
         problem = f"{path.name}: the name says {label}, the folder {folder}: whose scan it is, is not known"
+    if subject and not label and root is not None and folder not in (root.name, *relative.parts):
+        notes = (FROM_ABOVE.format(subject=subject),)
     if not subject:
         subject = legal_name(parts[0]) or "unnamed"
         notes = ((GUESS_FOLDER if len(parts) > 1 else GUESS_FILE).format(subject=subject),)
@@ -133,6 +136,9 @@ def _run_of(source: Source, but: str) -> tuple[Path, frozenset[tuple[str, str]]]
 def guesses(sources: list[Source]) -> list[str]:
     """What has to be said of subjects that were guessed: one sentence for each kind of guess."""
     notes = []
+    above = sorted({one.subject for one in sources if FROM_ABOVE.format(subject=one.subject) in one.notes})
+    if above:
+        notes.append(f"subject {' and '.join(above)}: the name of a folder above the one that was given")
     for guess, what in ((GUESS_FILE, "file"), (GUESS_FOLDER, "folder")):
         names = [one.subject for one in sources if guess.format(subject=one.subject) in one.notes]
         if not names:

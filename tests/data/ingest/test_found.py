@@ -117,6 +117,8 @@ def test_subject_folder_anywhere_in_a_path(tmp_path: Path) -> None:
     assert found.notes == []
     (one,) = find([tmp_path / "study" / "sub-02" / "ses-1"]).sources
     assert one.subject == "sub-02"
+    assert one.notes == ("subject sub-02: the name of a folder above the one that was given",)
+    assert find([tmp_path / "study" / "sub-02"]).notes == []
 
 
 def test_guesses_are_said(tmp_path: Path) -> None:

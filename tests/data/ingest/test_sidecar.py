@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from swift.data.ingest.bids import find_sources
+from swift.data.ingest.pipeline import ingest
 from swift.data.ingest.prepare import Recipe, prepare
 from swift.data.ingest.sidecar import read_timing
 from swift.data.store.reader import Store
-from swift.data.store.writer import StoreWriter
 from swift.utils.errors import BadScan
 from tests.data import scans
 
@@ -34,8 +34,7 @@ def test_each_key_counts_from_the_nearest_file_that_has_it(tmp_path: Path) -> No
     assert [path.name for path in source.sidecars] == names
     ready = prepare(source, Recipe(grid=(24, 24, 24), spacing=3.0))
     assert (ready.header.tr, ready.header.start_time) == (2.5, 0.75)
-    with StoreWriter(tmp_path / "s", (24, 24, 24), 3.0) as writer:
-        writer.add(ready.header, ready.mask, ready.bold)
+    assert ingest([source], tmp_path / "s", Recipe(grid=(24, 24, 24), spacing=3.0)).exit_code == 0
     assert float(Store(tmp_path / "s").attributes(0)["start_time"]) == 0.75
 
 

@@ -17,7 +17,7 @@ def test_every_setting_has_a_meaning() -> None:
     for section in sections:
         silent = {key for key, text in texts[section].items() if len(text) < 8}
         assert silent - {hint.removesuffix("Config").lower() for hint in texts} == set()
-    assert texts["DataConfig"]["spacing"] == "Isotropic voxel size, mm."
+    assert texts["DataConfig"]["spacing"] == "Isotropic voxel size, mm; null: that of the store, 2 where there is none."
     # Of several lines, one.
     assert texts["ModelConfig"]["last_stage"].endswith("| unshifted: windowed, never shifted.")
 

@@ -1,6 +1,6 @@
 """`python -m swift.embed`: embeddings of scans from a trained model."""
 
-from swift.utils.entry import run_command
+from swift.inference.embed_cli import main
 
 if __name__ == "__main__":
-    run_command("swift.inference.embed_cli")
+    main()

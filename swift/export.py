@@ -1,6 +1,6 @@
 """`python -m swift.export`: weights, settings and input contract in one file."""
 
-from swift.utils.entry import run_command
+from swift.inference.export_cli import main
 
 if __name__ == "__main__":
-    run_command("swift.inference.export_cli")
+    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import os
 import re
@@ -89,12 +88,3 @@ def no_memory(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return f"the GPU's memory is not enough ({told.split('. ')[0]}): try a smaller batch"
     return None
-
-
-def run_command(module: str) -> None:
-    """The `main` of a module, where Ctrl-C is one line already while its imports run.
-
-    Args:
-        module: Its full name.
-    """
-    reported(lambda: importlib.import_module(module).main())

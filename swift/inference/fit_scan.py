@@ -28,8 +28,11 @@ from swift.data.ingest.v1_frames import FrameFolder
 from swift.data.store.reader import Store
 from swift.data.store.stats import fold, quantize, summarize
 from swift.inference.contract import Contract
+from swift.models.v1 import INPUT, v1_box
 from swift.utils.errors import BadScan, UserError
 
+MNI_CODE = 4
+"""NIfTI code of an affine into MNI 152 space."""
 OTHER_TR = ("refuse", "resample", "keep")
 
 
@@ -241,7 +244,7 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
 
     background = contract.background_of(store.attributes(place))
     head = (info.scan_id, info.subject, info.frames, info.tr)
-    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read)
+    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read, False)
 
 
 def _packed(
@@ -267,7 +270,8 @@ def _packed(
 
     background = contract.background_of(summary.brain)
     head = (scan.scan_id, scan.subject, len(bold), tr)
-    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read)
+    in_template = isinstance(scan, Source) and _in_mni(scan)
+    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read, in_template)
 
 
 def _laid_out(
@@ -281,9 +285,10 @@ def _laid_out(
     a: np.ndarray,
     b: np.ndarray,
     read: Callable[[int], np.ndarray],
+    in_template: bool,
 ) -> FittedScan:
     """The scan in the orientation and the box that the model knows; mask and affine are those it is kept with."""
-    shift, said = _shift(affine, contract)
+    shift, said = _shift(affine, contract, in_template)
     layout = Layout(contract.orientation == "LAS", shift)
     cells = np.flatnonzero(mask).astype(np.int32)
     there, on = layout.cells(torch.from_numpy(cells).long(), mask.shape)
@@ -300,9 +305,36 @@ def _laid_out(
     return FittedScan(*head, affine @ moved, own, notes + said, origin, contract, cells, layout, background, a, b, read)
 
 
-def _shift(affine: np.ndarray, contract: Contract) -> tuple[tuple[int, int, int], tuple[str, ...]]:
-    """Cells from the first of the grid that a scan is kept on to that of the model's box, and what is to be said."""
-    return (0, 0, 0), ()
+def _shift(affine: np.ndarray, contract: Contract, in_template: bool) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Cells from the first of the grid that a scan is kept on to that of the model's box, and what is to be said.
+
+    Args:
+        affine: (4, 4) of the grid that it is kept on, RAS+.
+        contract: Of the model.
+        in_template: Whether the scan is known to lie in MNI space, so that the box means the same place.
+    """
+    if contract.placement != INPUT["placement"]:
+        return (0, 0, 0), ()
+    if not in_template:
+        return (0, 0, 0), (
+            "not known to lie in MNI space: its grid is not moved to the box that the model was trained on, of "
+            f"{contract.placement}",
+        )
+    exact = (v1_box(contract.grid) - affine[:3, 3]) / contract.spacing
+    x, y, z = (int(cells) for cells in np.rint(exact))
+    off = float(np.abs(exact - np.rint(exact)).max()) * contract.spacing
+    said = (f"the box of {contract.placement} is met to {off:.1f} mm",) if off > 0.01 else ()
+    return (x, y, z), said
+
+
+def _in_mni(source: Source) -> bool:
+    """Whether a scan's name or its header (code 4) says that it lies in an MNI space."""
+    if source.is_frames:
+        return False
+    if source.space is not None:
+        return source.space.upper().startswith("MNI")
+    header: Any = nib.load(source.path).header
+    return int(header["sform_code"] or header["qform_code"]) == MNI_CODE
 
 
 def mean_image(scan: Scan, fitted: FittedScan) -> nib.Nifti1Image:

@@ -23,6 +23,7 @@ from swift.data.clips.ring import PREFETCH, check_fresh
 from swift.data.clips.scatter import AS_KEPT, PACKED, Layout, to_dense
 from swift.data.clips.subset import spend
 from swift.data.labels.splits import load_split
+from swift.data.store.spaces import MNI, V1, v1_box
 from swift.data.store.staging import stage
 from swift.data.store.stats import KINDS, MINIMUM, least
 from swift.utils.errors import UserError
@@ -132,7 +133,22 @@ class ClipDataModule(lightning.LightningDataModule):
         return MixedOrder(clips, weights, self.seed)
 
     def _v1_layout(self) -> Layout:
-        return Layout(mirrored=True)
+        """Mirrored; and from a template's box to v1's, which is whole voxels of 2 mm away.
+
+        Raises:
+            UserError: stores of several spaces.
+        """
+        if len(self.store.placements) > 1:
+            raise UserError(f"data.layout=swift_v1: stores of several spaces ({', '.join(self.store.placements)})")
+        if self.store.placements[0] != MNI:
+            log.warning("data.layout=swift_v1: scans are not known to lie in MNI space: they keep their own place")
+            return Layout(mirrored=True)
+        x, y, z = (v1_box(self.store.grid, self.store.spacing) - self.store.affine(0)[:3, 3]) / self.store.spacing
+        return Layout(True, (round(x), round(y), round(z)))
+
+    def _placement(self) -> str:
+        where = ", ".join(self.store.placements)
+        return V1 if self._v1 and where == MNI else where
 
     def contract(self) -> dict[str, Any]:
         """What a model trained on these batches must be given: plain values, to be kept with its weights."""
@@ -157,7 +173,7 @@ class ClipDataModule(lightning.LightningDataModule):
 
     def beside_contract(self) -> dict[str, Any]:
         """What more is known of the training scans: the range of their TR, and where their grids lie."""
-        return {"tr": self.tr_range()}
+        return {"tr": self.tr_range(), "placement": self._placement()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that exact continuation needs, and what it must find again."""

@@ -26,13 +26,11 @@ from swift.data.ingest.sources import Source, duplicates
 from swift.data.ingest.tr import resample_tr
 from swift.data.ingest.v1_frames import FrameFolder
 from swift.data.store.reader import Store
+from swift.data.store.spaces import MNI, V1, v1_box
 from swift.data.store.stats import fold, quantize, summarize
 from swift.inference.contract import Contract
-from swift.models.v1 import INPUT, v1_box
 from swift.utils.errors import BadScan, UserError
 
-MNI_CODE = 4
-"""NIfTI code of an affine into MNI 152 space."""
 OTHER_TR = ("refuse", "resample", "keep")
 
 
@@ -225,7 +223,9 @@ def _fit_source(source: Source, contract: Contract, fitting: Fitting) -> FittedS
     recipe = replace(recipe, tr_resample=contract.resampled_tr(origin.tr, source.path.name, fitting.other_tr))
     scan = prepare(source, recipe)
     head = scan.header
-    return _packed(scan.bold, scan.mask, head.affine, head.tr, source, tuple(head.notes), origin, contract)
+    return _packed(
+        scan.bold, scan.mask, head.affine, head.tr, source, tuple(head.notes), origin, contract, head.placement
+    )
 
 
 def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> FittedScan:
@@ -236,7 +236,7 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
     if wanted is not None:
         bold = resample_tr(store.values(place), info.tr, wanted)
         notes = (f"TR {info.tr:g} s resampled to {wanted:g} s: {info.frames} frames became {len(bold)}",)
-        return _packed(bold, mask, store.affine(place), wanted, scan, notes, None, contract)
+        return _packed(bold, mask, store.affine(place), wanted, scan, notes, None, contract, store.placement)
     a, b = store.normalizer(place, contract.normalization)
 
     def read(start: int) -> np.ndarray:
@@ -244,7 +244,7 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
 
     background = contract.background_of(store.attributes(place))
     head = (info.scan_id, info.subject, info.frames, info.tr)
-    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read, False)
+    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read, store.placement)
 
 
 def _packed(
@@ -256,6 +256,7 @@ def _packed(
     notes: tuple[str, ...],
     origin: Volumes | FrameFolder | None,
     contract: Contract,
+    placement: str,
 ) -> FittedScan:
     """Values (T, V) float32 as a store would keep them: statistics, and int16 codes."""
     summary = summarize(bold)
@@ -270,8 +271,7 @@ def _packed(
 
     background = contract.background_of(summary.brain)
     head = (scan.scan_id, scan.subject, len(bold), tr)
-    in_template = isinstance(scan, Source) and _in_mni(scan)
-    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read, in_template)
+    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read, placement)
 
 
 def _laid_out(
@@ -285,10 +285,10 @@ def _laid_out(
     a: np.ndarray,
     b: np.ndarray,
     read: Callable[[int], np.ndarray],
-    in_template: bool,
+    placement: str,
 ) -> FittedScan:
     """The scan in the orientation and the box that the model knows; mask and affine are those it is kept with."""
-    shift, said = _shift(affine, contract, in_template)
+    shift, said = _shift(affine, contract, placement)
     layout = Layout(contract.orientation == "LAS", shift)
     cells = np.flatnonzero(mask).astype(np.int32)
     there, on = layout.cells(torch.from_numpy(cells).long(), mask.shape)
@@ -305,36 +305,28 @@ def _laid_out(
     return FittedScan(*head, affine @ moved, own, notes + said, origin, contract, cells, layout, background, a, b, read)
 
 
-def _shift(affine: np.ndarray, contract: Contract, in_template: bool) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+def _shift(affine: np.ndarray, contract: Contract, placement: str) -> tuple[tuple[int, int, int], tuple[str, ...]]:
     """Cells from the first of the grid that a scan is kept on to that of the model's box, and what is to be said.
 
     Args:
         affine: (4, 4) of the grid that it is kept on, RAS+.
         contract: Of the model.
-        in_template: Whether the scan is known to lie in MNI space, so that the box means the same place.
+        placement: Where that grid lies, a name of `swift.data.store.spaces`.
     """
-    if contract.placement != INPUT["placement"]:
-        return (0, 0, 0), ()
-    if not in_template:
+    if contract.placement != V1:
+        other = contract.placement and contract.placement != placement
+        differs = (f"grid placed by {placement}, but the model was trained on {contract.placement}",) if other else ()
+        return (0, 0, 0), differs
+    if placement != MNI:
         return (0, 0, 0), (
             "not known to lie in MNI space: its grid is not moved to the box that the model was trained on, of "
             f"{contract.placement}",
         )
-    exact = (v1_box(contract.grid) - affine[:3, 3]) / contract.spacing
+    exact = (v1_box(contract.grid, contract.spacing) - affine[:3, 3]) / contract.spacing
     x, y, z = (int(cells) for cells in np.rint(exact))
     off = float(np.abs(exact - np.rint(exact)).max()) * contract.spacing
     said = (f"the box of {contract.placement} is met to {off:.1f} mm",) if off > 0.01 else ()
     return (x, y, z), said
-
-
-def _in_mni(source: Source) -> bool:
-    """Whether a scan's name or its header (code 4) says that it lies in an MNI space."""
-    if source.is_frames:
-        return False
-    if source.space is not None:
-        return source.space.upper().startswith("MNI")
-    header: Any = nib.load(source.path).header
-    return int(header["sform_code"] or header["qform_code"]) == MNI_CODE
 
 
 def mean_image(scan: Scan, fitted: FittedScan) -> nib.Nifti1Image:

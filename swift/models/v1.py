@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +23,6 @@ INPUT: dict[str, Any] = {
 """What SwiFT v1 was trained on, as input contracts of swift name it. Its code reads arrays as they are stored, which in
 HCP and FSL files is LAS; scales a scan by the mean and standard deviation of its voxels that are not 0, and gives the
 others the smallest value; and brings 91x109x91 voxels to 96x96x96: pads (3, 2), cuts (7, 6), pads (3, 2)."""
-BOX_CENTRE = (1.0, -17.0, 17.0)
-"""Middle of the 96x96x96 voxels that v1 keeps of an MNI image of 91x109x91 voxels of 2 mm, mm (RAS)."""
 _RENAMES = (
     (r"^patch_embed\.fc\.", "patch_embed.proj."),
     (r"^pos_embeds\.(\d+)\.pos_embed$", r"stages.\1.position.space"),
@@ -56,12 +52,6 @@ class ImportReport:
         if self.missing:
             lines.append("not in the checkpoint, kept as they were: " + ", ".join(self.missing))
         return "\n".join(lines)
-
-
-def v1_box(grid: Sequence[int]) -> np.ndarray:
-    """(3,) mm (RAS) of the first voxel (left, back, below) of the box that v1 keeps; of other grids around its middle."""
-    first = (np.asarray(BOX_CENTRE) - (np.asarray(grid) - 1)) / INPUT["spacing"]
-    return np.asarray(np.floor(first + 0.5) * INPUT["spacing"])
 
 
 def _rename(key: str) -> str:

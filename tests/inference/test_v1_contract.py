@@ -97,12 +97,14 @@ def small(folder: Path, tr: float = 0.72) -> tuple[Contract, Path]:
     """A contract of a small grid, and a scan that is not known to lie in a template."""
     path = scans.save(folder / "a.nii.gz", scans.bold(12) + 5 * np.arange(16)[:, None, None, None], tr=tr)
     scans.save(folder / "a_mask.nii.gz", scans.ellipsoid(), dtype=np.uint8)
-    return Contract.of(INPUT | {"spacing": 3.0, "grid": (16, 20, 14), "frames": 6, "frame_stride": 1}, "test"), path
+    return Contract.of(
+        INPUT | {"spacing": scans.SPACING, "grid": (16, 20, 14), "frames": 6, "frame_stride": 1}, "test"
+    ), path
 
 
 def test_a_store_gives_the_same_as_the_file(tmp_path: Path) -> None:
     contract, path = small(tmp_path)
-    ingest(find_sources([path]), tmp_path / "store", Recipe(contract.grid, 3.0))
+    ingest(find_sources([path]), tmp_path / "store", Recipe(contract.grid, scans.SPACING))
     scans_of: list[FittedScan] = [
         fit(find_scans([place], contract)[0], contract, Fitting()) for place in (path, tmp_path / "store")
     ]

@@ -46,6 +46,10 @@ TEMPLATES = (
         "x -72 to 72, y -107 to 73, z -72 to 82 mm; names: BIDS specification 1.10, standard template identifiers",
     ),
 )
+V1 = "SwiFT v1"
+"""Placement that SwiFT v1's weights know: another box in MNI space. No store has it; clips are shifted to it."""
+V1_CENTRE = (1.0, -17.0, 17.0)
+MNI = TEMPLATES[0].name
 NATIVE = ("T1w", "T2w", "anat", "bold", "boldref", "epi", "func", "individual", "orig", "native", "scanner", "ACPC")
 """Names of spaces that are a subject's own."""
 MNI_CODE = 4
@@ -93,6 +97,16 @@ def box_affine(placement: str, grid: Sequence[int], spacing: float) -> np.ndarra
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = np.floor(np.round(first, 6) + 0.5) * spacing
     return affine
+
+
+def v1_box(grid: Sequence[int], spacing: float = 2.0) -> np.ndarray:
+    """(3,) world mm of the first voxel (left, back, below) of the box that SwiFT v1 keeps of an MNI image.
+
+    Of 91x109x91 voxels of 2 mm it keeps 96x96x96 (pads by 3 and 2, cuts 7 and 6, pads by 3 and 2); boxes of other sizes
+    lie around the same middle.
+    """
+    first = (np.asarray(V1_CENTRE) - (np.asarray(grid) - 1) / 2 * spacing) / spacing
+    return np.asarray(np.floor(first + 0.5) * spacing)
 
 
 def placement_text(placement: str, version: int = 2) -> str:

@@ -20,8 +20,8 @@ from swift.inference.fit_scan import Fitting, find_scans, fit
 from tests.data import scans
 from tests.inference.test_embed_cli import embed, npz
 
-STEM = "sub-1_task-a_space-MNI152NLin2009cAsym"
-SMALL = 0.55
+STEM = "sub-1_task-a_space-T1w"
+SMALL = 0.76
 """Of the half axes: no mask that is computed from the image."""
 
 
@@ -83,7 +83,7 @@ def test_the_transformer_takes_the_same_and_says_which(
 def test_a_mask_that_is_named_wins_everywhere(
     finished: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mask = scans.save(tmp_path / "own.nii.gz", scans.ellipsoid(part=0.7), dtype=np.uint8)
+    mask = scans.save(tmp_path / "own.nii.gz", scans.ellipsoid(part=0.78), dtype=np.uint8)
     (tmp_path / "scans.csv").write_text(f"path,mask,subject,task\n{file},own.nii.gz,sub-1,a\n")
     embed(finished, file, "--out", tmp_path / "option.npz", "--mask", mask)
     embed(finished, tmp_path / "scans.csv", "--out", tmp_path / "table.npz")

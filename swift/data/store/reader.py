@@ -112,7 +112,8 @@ class Store:
                 size = file.stat().st_size
             except OSError as error:
                 raise UserError(
-                    f"{file}: this shard is missing from the set ({error.strerror}); copy it again"
+                    f"{file}: this shard is missing from the set that manifest.csv names ({error.strerror}); copy it "
+                    "again"
                 ) from error
             if name not in listed:
                 raise UserError(f"{self.path / 'store.json'}: does not list shard {name}, which the manifest names")

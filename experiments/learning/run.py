@@ -178,10 +178,10 @@ def main() -> None:
             results[part] = {**made, "cpu_seconds": time.process_time() - began}
         path.write_text(json.dumps(results, indent=1) + "\n")
     for part in ("linear", "cohort"):
-        for name, one in sorted(results.get(part, {}).get("table", {}).items(), key=lambda item: item[1]["l1"]):
-            print(
-                f"{part:<7} {name:<36} {one['l1']:.4f}  {one['difference']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]"
-            )
+        rows = results.get(part, {}).get("table", {})
+        for name, one in sorted(rows.items(), key=lambda item: item[1]["l1"]):
+            interval = f"[{one['low']:+.4f}, {one['high']:+.4f}]"
+            print(f"{part:<7} {name:<44} {one['l1']:.4f}  {one['difference']:+.4f} {interval}")
     if "linear" in results:
         draw(results, HERE / "learning.png")
 

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift.inference.options import add_model_options
+from swift.inference.options import add_model_options, fitting_of
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
 
@@ -33,12 +33,12 @@ def run(options: argparse.Namespace) -> None:
 
     from swift.inference.attribution import choose_target, explains, score_of
     from swift.inference.embedding import choose_device
-    from swift.inference.fit_scan import Fitting, find_scans, fit, mean_image
+    from swift.inference.fit_scan import find_scans, fit, mean_image
     from swift.inference.model import load_trained
 
     trained = load_trained(options.model, options.which, options.config)
     place = choose_target(trained, options.target)
-    fitting = Fitting(options.tr, options.other_tr, options.mask)
+    fitting = fitting_of(options)
     fitting.check()
     device = choose_device(options.device)
     scans = find_scans([options.scan], trained.contract)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.inference.embedding_table import PLACE, check_out
-from swift.inference.options import add_model_options
+from swift.inference.options import add_model_options, fitting_of
 from swift.parallel.ranks import current_place
 from swift.utils import parts as parts_of
 from swift.utils.entry import reported, set_up_logging
@@ -37,12 +37,12 @@ def run(options: argparse.Namespace) -> int:
 
     from swift.inference.embedding import PER, Embedding
     from swift.inference.embedding_parts import Parts, embed_places
-    from swift.inference.fit_scan import Fitting, find_scans
+    from swift.inference.fit_scan import find_scans
     from swift.inference.model import fingerprint, load_trained
 
     began = time.monotonic()
     trained = load_trained(options.model, options.which, options.config)
-    fitting = Fitting(options.tr, options.other_tr, options.mask)
+    fitting = fitting_of(options)
     per = options.per if options.per in PER[:2] else "scan"
     embedding = Embedding(trained, options.layer, per, fitting, options.device, options.batch, ranks.local_rank)
     scans = find_scans(options.scans, trained.contract)

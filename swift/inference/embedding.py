@@ -221,6 +221,7 @@ class Embedder(TransformerMixin, BaseEstimator):
         mask: Brain mask on the scans' own grid; None: the one beside each scan, or a computed one.
         tr: Seconds, for scans whose files do not say.
         other_tr: refuse | resample | keep scans of another TR than the model was trained on.
+        any_size, cropped: Take brains of a size that no head has, and brains of which more than 10 % are cut off.
         device: auto | cpu | cuda | cuda:N.
         batch: Clips at once.
 
@@ -238,6 +239,8 @@ class Embedder(TransformerMixin, BaseEstimator):
         mask: str | Path | None = None,
         tr: float | None = None,
         other_tr: str = "refuse",
+        any_size: bool = False,
+        cropped: bool = False,
         device: str = "auto",
         batch: int = 4,
     ) -> None:
@@ -248,6 +251,8 @@ class Embedder(TransformerMixin, BaseEstimator):
         self.mask = mask
         self.tr = tr
         self.other_tr = other_tr
+        self.any_size = any_size
+        self.cropped = cropped
         self.device = device
         self.batch = batch
 
@@ -256,7 +261,8 @@ class Embedder(TransformerMixin, BaseEstimator):
         parameters = {name: str(value) for name, value in self.get_params().items()}
         kept = self.__dict__.get("_made")
         if kept is None or kept[0] != parameters:
-            fitting = Fitting(self.tr, self.other_tr, Path(self.mask) if self.mask is not None else None)
+            mask = Path(self.mask) if self.mask is not None else None
+            fitting = Fitting(self.tr, self.other_tr, mask, self.any_size, self.cropped)
             trained = load_trained(self.model, self.which, self.config)
             kept = parameters, Embedding(trained, self.layer, "scan", fitting, self.device, self.batch)
             self._made = kept

@@ -42,11 +42,14 @@ class Fitting:
         tr: Seconds, for scans whose files do not say; wins over header and sidecar.
         other_tr: refuse | resample | keep scans of another TR than the model was trained on.
         mask: Brain mask of NIfTI scans, on their own grid; None: the one beside a scan, or a computed one.
+        any_size, cropped: Take brains of a size that no head has, and brains of which more than 10 % are cut off.
     """
 
     tr: float | None = None
     other_tr: str = "refuse"
     mask: Path | None = None
+    any_size: bool = False
+    cropped: bool = False
 
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
@@ -57,7 +60,8 @@ class Fitting:
     @property
     def recipe(self) -> Recipe:
         """How ingestion would be told."""
-        return Recipe(tr=self.tr, mask=str(self.mask) if self.mask is not None else None)
+        mask = str(self.mask) if self.mask is not None else None
+        return Recipe(tr=self.tr, mask=mask, any_size=self.any_size, cropped=self.cropped)
 
 
 @dataclass(frozen=True)

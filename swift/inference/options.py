@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swift.inference.fit_scan import Fitting
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -26,3 +30,12 @@ def add_scan_options(parser: argparse.ArgumentParser) -> None:
         default="refuse",
         help="scans of another TR than the model was trained on (default: refuse)",
     )
+    parser.add_argument("--any-size", action="store_true", help="take brains below 0.05 or above 5 litres: it is meant")
+    parser.add_argument("--cropped", action="store_true", help="take brains of which more than 10 %% are cut off")
+
+
+def fitting_of(options: argparse.Namespace) -> Fitting:
+    """What `add_scan_options` was given."""
+    from swift.inference.fit_scan import Fitting
+
+    return Fitting(options.tr, options.other_tr, options.mask, options.any_size, options.cropped)

@@ -12,7 +12,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from swift.inference.options import add_scan_options
+from swift.inference.options import add_scan_options, fitting_of
 from swift.study.series import write_series
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
@@ -44,9 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--lag {options.lag}: must be a number of seconds above 0")
         if not options.run.is_dir():
             raise UserError(f"{options.run}: no such run directory")
-        from swift.inference.fit_scan import Fitting
 
-        fitting = Fitting(options.tr, options.other_tr, options.mask)
+        fitting = fitting_of(options)
         counts = (options.count, options.frames)
         out = write_series(options.run, options.scans, *counts, options.lag, options.seed, fitting)
         log.info("wrote %s", out)

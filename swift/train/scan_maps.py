@@ -35,10 +35,11 @@ def shared_maps(data: ClipDataModule, maps: int) -> dict[str, Tensor]:
         maps (K, X, Y, Z) and log_noise (1,).
 
     Raises:
-        UserError: more maps than the training frames can give.
+        UserError: more maps than the training frames can give, or scans that are not in one space.
     """
     frames = TrainingFrames(data)
     scans = sorted(frames.parts)
+    data.store.check_one_space(scans, "model.maps_of=shared")
     scans = scans[:: -(-len(scans) // MOST_FRAMES)]
     grid = data.store.grid
     index = union_of(frames, scans, int(np.prod(grid)))

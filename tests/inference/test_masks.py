@@ -101,3 +101,15 @@ def test_a_mask_that_is_named_wins_everywhere(
     capsys.readouterr()
     embed(finished, file, "--out", tmp_path / "gone.npz", "--mask", tmp_path / "gone.nii.gz", status=2)
     assert f"--mask {tmp_path}/gone.nii.gz: no such file" in capsys.readouterr().err
+
+
+def test_a_brain_that_is_no_head_is_taken_where_it_is_meant(
+    finished: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = scans.save(tmp_path / "small.nii.gz", scans.ellipsoid(part=0.5), dtype=np.uint8)
+    out = "--out", tmp_path / "small.npz", "--mask", small
+    embed(finished, file, *out, status=1)
+    assert "no head (0.05 to 5 litres)" in capsys.readouterr().err
+    embed(finished, file, *out, "--any-size")
+    embedder = swift.Embedder(finished, mask=small, any_size=True, device="cpu")
+    np.testing.assert_array_equal(embedder.transform([file]), npz(tmp_path / "small.npz")["embedding"])

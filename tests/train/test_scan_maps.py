@@ -10,6 +10,7 @@ import torch
 
 from swift.config.compose import composed
 from swift.data.labels.splits import Split, save_splits
+from swift.data.store.spaces import OWN
 from swift.models.low_rank import Sketch
 from swift.parallel.setup import resolve
 from swift.train.pretrain import PretrainModule
@@ -87,3 +88,10 @@ def test_shared_maps_begin_as_those_of_the_training_subjects(tmp_path: Path) -> 
     batch = data.dense(next(iter(data.val_dataloader())))
     with pytest.raises(UserError, match=r"maps belong to each scan, and .* has no training frames"):
         ScanMaps(data, 6)(batch, False)
+
+
+def test_shared_maps_need_scans_of_one_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build_data(composed(SMALL)[0])
+    monkeypatch.setattr(data.store.stores[0], "placement", OWN)
+    with pytest.raises(UserError, match="maps_of=shared compares scans voxel by voxel, but they are not in one space"):
+        shared_maps(data, 6)

@@ -83,6 +83,7 @@ def check_model(cfg: ModelConfig) -> None:
     wide_enough = math.isfinite(cfg.mlp_ratio) and int(cfg.mlp_ratio * cfg.embed_dim) >= 1
     legal = f"must be a number that leaves a hidden layer of model.embed_dim={cfg.embed_dim} at least one channel"
     require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
+    require(cfg.maps >= 0, "model.maps", cfg.maps, "must be a number of maps, or 0 for none")
     require(cfg.rope_base > 0 and math.isfinite(cfg.rope_base), "model.rope_base", cfg.rope_base, "must be above 0")
     scale = cfg.layer_scale
     require(scale is None or math.isfinite(scale), "model.layer_scale", scale, "must be a finite number or null")

@@ -29,6 +29,9 @@ echo 4711
 SQUEUE = """#!/bin/bash
 [ ! -e "$(dirname "$0")/state" ] || echo "4711|$(cat "$(dirname "$0")/state")|None"
 """
+SCONTROL = """#!/bin/bash
+exit 1
+"""
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with commands of a batch system, first in PATH."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
@@ -186,7 +189,8 @@ def test_a_refusal_of_the_batch_system_is_passed_on(cluster: Path, store: Path, 
     assert "Invalid partition name specified" in done.stderr.splitlines()[-1]
 
 
-def test_the_memory_is_checked_by_the_plan(cluster: Path, store: Path, tmp_path: Path) -> None:
+def test_the_memory_is_checked_by_the_plan(cluster: Path, tmp_path: Path) -> None:
+    store = tmp_path / "not-there-yet"  # so the grid is that of the published sizes
     big = ["model=14b5", "parallel=ddp", "launcher.machine=frontier", "launcher.nodes=1"]
     command = [sys.executable, "-m", "swift.train", "data=store", f"data.path={store}", f"run_dir={tmp_path}/run", *big]
     done = subprocess.run([*command, "+launcher=frontier", ACCOUNT], capture_output=True, text=True)

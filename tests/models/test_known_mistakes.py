@@ -175,6 +175,8 @@ OPTIONS: list[tuple[str, Any, dict[str, Any]]] = [
     ("decoder", "linear", {}),
     ("decoder_dim", 20, {}),
     ("attention_base_width", 5, {}),
+    ("maps", 4, {"maps_of": "shared"}),
+    ("maps_of", "shared", {"maps": 4, "maps_of": "scan"}),
 ]
 
 

@@ -27,8 +27,11 @@ def judge(trainer: Any) -> dict[str, Any]:
     Of pre-training: held-out reconstruction error of the model and of the baselines. Of a task: the scores in
     validation and test.
     """
-    module = trainer.lightning_module
-    module.to(trainer.strategy.root_device).eval()
+    module, device = trainer.lightning_module, trainer.strategy.root_device
+    if module.device.type != device.type:
+        # Only then: moving to cpu:0 what is on the CPU makes copies, and DeepSpeed would go on with the old tensors.
+        module.to(device)
+    module.eval()
     return _judge_reconstruction(trainer) if module.cfg.task.target is None else _judge_target(trainer)
 
 

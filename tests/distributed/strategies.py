@@ -11,6 +11,7 @@ import pytest
 
 from swift.inference.export import export, load
 from swift.parallel.checkpoint import files as checkpoint
+from swift.parallel.checkpoint.read import subjects_file
 
 WHOLE = ["data.batch_size=4"]
 """On one rank."""
@@ -36,7 +37,8 @@ def slow_but(quick: Iterable[str], names: Iterable[str] = STRATEGIES) -> list[An
 def exported(run_dir: Path) -> Any:
     """The model of a run, by way of `swift.export`."""
     out = run_dir.with_name(f"{run_dir.name}.safetensors")
-    out.unlink(missing_ok=True)
+    for left in (out, subjects_file(out)):
+        left.unlink(missing_ok=True)
     export(run_dir, out)
     return load(out).model
 

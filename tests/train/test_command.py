@@ -249,7 +249,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(store: Path, tmp_path: Path, fini
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("val_every", "at", "says"), [(3, 4, "resume={run} goes on"), (999, 2, "stopped before the first checkpoint")]
+    ("val_every", "at", "says"), [(3, 4, "resume={run} goes on"), (999, 2, "resume={run} goes on from step")]
 )
 def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path, val_every: int, at: int, says: str) -> None:
     endless = command(store, tmp_path / "run", "trainer.max_steps=1000000", f"trainer.val_every={val_every}")

@@ -146,6 +146,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
                 ax.plot(one["difference"], place, "o", color=colour, ms=4)
             ax.axvline(0, color="0.6", lw=0.8)
             ax.set_yticks(range(len(rows)), [f"{name}  {one['l1']:.4f}" for name, one in rows], fontsize=6)
+            ax.locator_params(axis="x", nbins=4)
             ax.set_xlabel("held-out L1 beside low-rank", fontsize=7)
             ax.set_title(titles[part], fontsize=7.5)
         save(fig, out)

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-slurm check format demo sizes studies bench bench-data clean
+.PHONY: help setup test test-slow test-slurm check format demo sizes studies bench bench-data bench-gpu test-gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-slow: setup ## Run the slow tests too: several ranks, kills, whole commands
 test-slurm: setup ## Run the tests that need Slurm: installs (Debian, root), starts and stops four nodes on this machine
 	launch/local_slurm.sh install
 	$(BIN)/python -m pytest tests/slurm -m slurm
+
+test-gpu: setup ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 check: setup ## Format, lint, types, import contract
 	$(BIN)/ruff format --check .
@@ -62,6 +65,12 @@ bench: setup ## Time the encoder against the slow reference: CPU-seconds and pea
 
 bench-data: setup ## Time reading clips: raw reads, the store, per-frame files, gzip HDF5
 	$(BIN)/python -m tests.bench.data
+
+# PART=gates,steps: only these parts.
+PART ?= all
+OUT ?= runs/bench_gpu.json
+bench-gpu: setup ## Gates, speed and memory on a GPU, in parts that go on where they stopped (small form on a CPU)
+	$(BIN)/python -m tests.bench.gpu --part $(PART) --out $(OUT)
 
 clean: ## Remove .venv and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

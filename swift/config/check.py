@@ -112,7 +112,9 @@ def check_data(cfg: DataConfig) -> None:
     for name in ("workers", "val_gap"):
         require(getattr(cfg, name) >= 0, f"data.{name}", getattr(cfg, name), "must not be negative")
     require(cfg.spacing > 0 and math.isfinite(cfg.spacing), "data.spacing", cfg.spacing, "must be a size in mm above 0")
-    require(0 < cfg.val_fraction < 1, "data.val_fraction", cfg.val_fraction, "must lie inside (0, 1)")
+    legal = "must lie inside (0, 1), or be 0 beside data.split=FILE, which then says what is held out"
+    well = 0 < cfg.val_fraction < 1 or (cfg.val_fraction == 0 and cfg.split is not None)
+    require(well, "data.val_fraction", cfg.val_fraction, legal)
     require(math.isfinite(cfg.background), "data.background", cfg.background, "must be a finite number")
     if cfg.layout == "swift_v1":
         legal = "data.layout=swift_v1 needs zscore_global, as SwiFT v1 was trained on"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from swift.config.check import check
-from swift.config.derive import fill_grid, quoted, refuse_truth_values, take_model
+from swift.config.derive import fill_grid, quoted, refuse_truth_values, take_model, take_v1_input
 from swift.config.schema import Config
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
@@ -48,7 +48,8 @@ def typed(tree: DictConfig, overrides: Sequence[str] | None = None, model: bool 
 
     Args:
         tree: Composed by Hydra, or read from a run.
-        overrides: Those it was composed with; init= then brings its model along. None: of a run, which has its own.
+        overrides: Those it was composed with; init= then brings its model along, or v1's input.
+            None: of a run, which has its own.
         model: Check the model too; False: it plays no part.
 
     Raises:
@@ -58,6 +59,7 @@ def typed(tree: DictConfig, overrides: Sequence[str] | None = None, model: bool 
     try:
         if overrides is not None:
             take_model(tree, overrides)
+            take_v1_input(tree, overrides)
         plain = OmegaConf.to_container(tree, resolve=True)
         plain.pop("hydra", None)
         if isinstance(plain.get("data"), dict):

@@ -1,4 +1,4 @@
-"""Settings that follow from what is there: grid and spacing from the store, the model from the weights of init=."""
+"""Settings that follow from what is there: grid and spacing from the store, model or input from weights of init=."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ GRID, SPACING = [96, 96, 96], 2.0
 """Voxels and mm where neither settings nor a store say."""
 PATHS = ("data.path", "data.split", "data.stage_dir", "init", "resume", "run_dir", "task.target.events")
 """Settings that name a file or a folder."""
+V1_INPUT = {"layout": "swift_v1", "normalization": "zscore_global"}
+"""Settings of the data that give clips as SwiFT v1's weights know them."""
+_V1_NAME = re.compile(rb"\b(?:patch_embed\.fc|pos_embeds\.\d+\.\w+_embed|layers\.\d+\.(?:blocks|downsample)\.)")
+"""Names of tensors that only SwiFT v1 has; as `swift.models.v1` knows them, which needs torch."""
 TEXTS = ("task.target.classes", "task.target.column", "data.exclude")
 """Settings that hold names of the user's own."""
 
@@ -80,6 +85,45 @@ def take_model(tree: DictConfig, overrides: Iterable[str]) -> None:
         own = {name: tree.model[name] for name in kept if name in tree.model}
         tree.model = OmegaConf.create({**model, **own})
     log.info("init=%s: model %s, as there", tree.init, model.get("name"))
+
+
+def take_v1_input(tree: DictConfig, overrides: Iterable[str]) -> None:
+    """Give a composed tree the clips that SwiFT v1's weights know, where init= is a file of them.
+
+    What is typed stays; with another data.normalization, for which v1's layout is not legal, the layout stays too.
+    `swift.train.wiring.tell` then names all that differs.
+
+    Args:
+        tree: Composed; changed in place.
+        overrides: As typed.
+    """
+    if not tree.get("init") or tree.get("data") is None or not _is_v1_file(Path(str(tree.init))):
+        return
+    names = {override.lstrip("+~").partition("=")[0].removeprefix("data.") for override in overrides}
+    wanted = {name: value for name, value in V1_INPUT.items() if name not in names}
+    if wanted.get("normalization", tree.data.get("normalization")) != V1_INPUT["normalization"]:
+        wanted.pop("layout", None)
+    if not wanted:
+        return
+    with open_dict(tree):
+        tree.data.update(wanted)
+    said = " ".join(f"data.{name}={value}" for name, value in wanted.items())
+    log.info("init=%s: weights of SwiFT v1: %s, as it was trained on", tree.init, said)
+
+
+def _is_v1_file(path: Path) -> bool:
+    """Whether a file of torch's holds tensors with SwiFT v1's own names. Nothing is unpickled."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return False
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as stream:  # the format before torch 1.6: names stand before the numbers
+                return stream.read(1) == b"\x80" and bool(_V1_NAME.search(stream.read(1 << 22)))
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(_V1_NAME.search(archive.read(name)) for name in names)
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError):
+        return False  # what is wrong there is said when the weights are read
 
 
 def _model_of(path: Path) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ class DataConfig:
     workers: int
     """DataLoader worker processes a rank."""
     val_fraction: float
-    """Last part of every scan that is held out in time, when there is no split file."""
+    """Last part of every scan that is held out in time, when there is no split file; beside one it may be 0."""
     val_gap: int
     """Frames left out between training and held-out frames."""
     split: Optional[str]

@@ -139,7 +139,10 @@ class ClipDataModule(lightning.LightningDataModule):
             UserError: stores of several spaces.
         """
         if len(self.store.placements) > 1:
-            raise UserError(f"data.layout=swift_v1: stores of several spaces ({', '.join(self.store.placements)})")
+            raise UserError(
+                f"data.layout=swift_v1: stores of several spaces ({', '.join(self.store.placements)}) have no "
+                "box of v1's in common; take those of one space, or data.layout=swift"
+            )
         if self.store.placements[0] != MNI:
             log.warning("data.layout=swift_v1: scans are not known to lie in MNI space: they keep their own place")
             return Layout(mirrored=True)

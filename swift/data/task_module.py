@@ -79,6 +79,7 @@ class TargetDataModule(ClipDataModule):
     def _clips(self) -> tuple[ClipIndex, ClipIndex]:
         data, scans = self.data, self.store.scans
         self.labels = read_labels(self.store, self.target)
+        self.left_out = self.labels.failed | self.left_out
         self.parts = self._in_time() if data.split is None else self._by_subject()
         subjects = [scan.subject for scan in scans]
         self.parts["train"] = spend(self.parts["train"], subjects, data.max_subjects, data.max_frames, data.budget_seed)

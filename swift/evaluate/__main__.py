@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 
 from swift.config.compose import composed
+from swift.data.clips.chosen import say_unmeant
 from swift.evaluate.baselines import PER_FRAME, PER_SUBJECT, run_baselines, table
 from swift.utils.entry import reported, set_up_logging
 
@@ -38,8 +40,13 @@ def main(arguments: list[str] | None = None) -> None:
         found = run_baselines(cfg, options.only.split(",") if options.only else None)
         print(json.dumps(found, indent=2) if options.json else table(found))
         log.info("written to %s", cfg.run_dir)
+        where = f"summary.json of each in {cfg.run_dir}"
+        statuses.append(say_unmeant(next(iter(found.values()), {}), where))
 
+    statuses: list[int] = []
     reported(work)
+    if any(statuses):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

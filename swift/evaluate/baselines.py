@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from swift.config.schema import Config
+from swift.data.clips.chosen import told
 from swift.evaluate import classical as models
 from swift.evaluate.classical import Units
 from swift.evaluate.predictions import Predictions
@@ -185,6 +186,7 @@ def summary_of(cfg: Config, data: Any, name: str, made: dict[str, Predictions], 
         "split_hash": data.split_hash,
         "n": {"train": train, **judged["subjects"]},
         **judged,
+        **told(data.left_out),
         "seconds": round(seconds, 2),
     }
 

@@ -101,6 +101,10 @@ def _write(
     from swift.report.figures.attribution import draw
 
     images = {name: on_own_grid(values, scan) for name, values in found.items()}
+    said |= _where(scan, images["ig"])
+    said["notes"] = [*scan.notes, *_other_places(folder, said)]
+    for note in said["notes"][len(scan.notes) :]:
+        log.warning("--out %s: %s", folder, note)
     said["maps"] = {}
     try:
         for name, image in images.items():
@@ -112,6 +116,52 @@ def _write(
     said["figure"] = str(folder / f"{scan.scan_id}.png")
     draw(images, mean, f"{scan.scan_id}  {said['explains']}", Path(said["figure"]))
     write_text(folder / f"{scan.scan_id}.json", json.dumps(said, indent=2) + "\n")
+
+
+def _where(scan: FittedScan, image: nib.Nifti1Image) -> dict[str, Any]:
+    """Where the maps of a scan lie, for those who put them beside others."""
+    return {
+        "subject": scan.subject,
+        "space": scan.space,
+        "placement": scan.placement,
+        "shape": list(image.shape),
+        "affine": image.affine.tolist(),
+    }
+
+
+def places_differ(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Why a voxel of two scans' maps is not the same place; "" where it is. Takes what their JSON files say."""
+    import numpy as np
+
+    from swift.data.store.spaces import OWN
+
+    if any(name not in said for said in (one, other) for name in ("subject", "space", "placement", "affine")):
+        return "where the maps lie is not recorded"
+    own_spaces = OWN in (one["placement"], other["placement"])
+    if one["placement"] != other["placement"] or (own_spaces and one["space"] != other["space"]):
+        return " and ".join(f"space {said['space'] or 'not known'} ({said['placement']})" for said in (one, other))
+    if own_spaces and one["subject"] != other["subject"]:
+        return f"each subject's own space ({one['space'] or 'its name is not known'})"
+    if one["shape"] != other["shape"] or not np.allclose(one["affine"], other["affine"], atol=1e-3):
+        return "other voxel grids"
+    return ""
+
+
+def _other_places(folder: Path, said: dict[str, Any]) -> list[str]:
+    """A sentence for each way in which maps that are in the folder already lie elsewhere than these."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(other, dict) and "maps" in other and (why := places_differ(said, other)):
+            found.setdefault(why, []).append(str(other.get("scan", path.stem)))
+    return [
+        f"holds maps of {len(names)} scans ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) that do not lie "
+        f"where these do, voxel by voxel: {why}; do not average them"
+        for why, names in found.items()
+    ]
 
 
 def check_folder(folder: Path, scan_id: str) -> None:

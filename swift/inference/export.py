@@ -75,8 +75,11 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
     listed = subjects_file(out)
+    partial = out.with_name(f".{out.name}.partial")
+    # A list beside a partial file and no finished one was left by an export that was killed: it is written anew.
+    half = partial.exists() and not out.exists()
     for there in (out, listed):
-        if there.exists():
+        if there.exists() and not (there == listed and half):
             raise UserError(f"--out {out}: {there.name if there != out else 'it'} exists already")
     path, manifest = find_checkpoint(run, which)
     weights = CheckpointWeights(path, manifest)
@@ -94,7 +97,6 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
     if subjects is not None:
         said["subject_count"] = len(subjects)
     metadata = {"format": FORMAT} | {name: json.dumps(value) for name, value in said.items()}
-    partial = out.with_name(f".{out.name}.partial")
     partial.unlink(missing_ok=True)
     try:
         written = write_sealed(partial, [entry(*item) for item in manifest.shapes.items()], metadata)
@@ -102,6 +104,10 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
             content = {"weights": written.xxh3, "subjects": sorted(subjects)}
             write_text(listed, json.dumps(content, indent=1) + "\n")
         partial.replace(out)
+    except BaseException:
+        if subjects is not None:
+            listed.unlink(missing_ok=True)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     parameters = sum(torch.Size(shape).numel() for shape in manifest.shapes.values())

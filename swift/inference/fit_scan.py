@@ -98,6 +98,8 @@ class FittedScan:
         notes: What was assumed or corrected.
         origin: The file's own grid; None for a scan of a store.
         contract: What it was brought to.
+        space: Name of the space that it lies in; "": not known.
+        placement: Where the grid that it is kept on lies, a name of `swift.data.store.spaces`.
     """
 
     scan_id: str
@@ -109,6 +111,8 @@ class FittedScan:
     notes: tuple[str, ...]
     origin: Volumes | FrameFolder | None
     contract: Contract
+    space: str
+    placement: str
     _cells: np.ndarray
     """(V,) flat cells of the brain voxels on the grid that they are kept on, which `_layout` brings to the model's."""
     _layout: Layout
@@ -228,7 +232,15 @@ def _fit_source(source: Source, contract: Contract, fitting: Fitting) -> FittedS
     scan = prepare(source, recipe)
     head = scan.header
     return _packed(
-        scan.bold, scan.mask, head.affine, head.tr, source, tuple(head.notes), origin, contract, head.placement
+        scan.bold,
+        scan.mask,
+        head.affine,
+        head.tr,
+        source,
+        tuple(head.notes),
+        origin,
+        contract,
+        (head.space, head.placement),
     )
 
 
@@ -237,10 +249,11 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
     info, mask = store.scans[place], store.mask(place)
     wanted = contract.resampled_tr(info.tr, info.scan_id, fitting.other_tr)
     notes: tuple[str, ...] = ()
+    where = (str(store.attributes(place).get("space", "")), store.placement)
     if wanted is not None:
         bold = resample_tr(store.values(place), info.tr, wanted)
         notes = (f"TR {info.tr:g} s resampled to {wanted:g} s: {info.frames} frames became {len(bold)}",)
-        return _packed(bold, mask, store.affine(place), wanted, scan, notes, None, contract, store.placement)
+        return _packed(bold, mask, store.affine(place), wanted, scan, notes, None, contract, where)
     a, b = store.normalizer(place, contract.normalization)
 
     def read(start: int) -> np.ndarray:
@@ -248,7 +261,7 @@ def _fit_stored(scan: StoredScan, contract: Contract, fitting: Fitting) -> Fitte
 
     background = contract.background_of(store.attributes(place))
     head = (info.scan_id, info.subject, info.frames, info.tr)
-    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read, store.placement)
+    return _laid_out(head, mask, store.affine(place), notes, None, contract, background, a, b, read, where)
 
 
 def _packed(
@@ -260,7 +273,7 @@ def _packed(
     notes: tuple[str, ...],
     origin: Volumes | FrameFolder | None,
     contract: Contract,
-    placement: str,
+    where: tuple[str, str],
 ) -> FittedScan:
     """Values (T, V) float32 as a store would keep them: statistics, and int16 codes."""
     summary = summarize(bold)
@@ -275,7 +288,7 @@ def _packed(
 
     background = contract.background_of(summary.brain)
     head = (scan.scan_id, scan.subject, len(bold), tr)
-    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read, placement)
+    return _laid_out(head, mask, affine, notes, origin, contract, background, a, b, read, where)
 
 
 def _laid_out(
@@ -289,10 +302,13 @@ def _laid_out(
     a: np.ndarray,
     b: np.ndarray,
     read: Callable[[int], np.ndarray],
-    placement: str,
+    where: tuple[str, str],
 ) -> FittedScan:
-    """The scan in the orientation and the box that the model knows; mask and affine are those it is kept with."""
-    shift, said = _shift(affine, contract, placement)
+    """The scan in the orientation and the box that the model knows; mask and affine are those it is kept with.
+
+    `where` is the name of its space, and of the placement of its grid.
+    """
+    shift, said = _shift(affine, contract, where[1])
     layout = Layout(contract.orientation == "LAS", shift)
     cells = np.flatnonzero(mask).astype(np.int32)
     there, on = layout.cells(torch.from_numpy(cells).long(), mask.shape)
@@ -306,7 +322,9 @@ def _laid_out(
     if layout.mirrored:
         moved[0] = (-1, 0, 0, mask.shape[0] - 1 + shift[0])
     own = own.reshape(mask.shape)
-    return FittedScan(*head, affine @ moved, own, notes + said, origin, contract, cells, layout, background, a, b, read)
+    return FittedScan(
+        *head, affine @ moved, own, notes + said, origin, contract, *where, cells, layout, background, a, b, read
+    )
 
 
 def _shift(affine: np.ndarray, contract: Contract, placement: str) -> tuple[tuple[int, int, int], tuple[str, ...]]:

@@ -31,18 +31,24 @@ def settings(tree: DictConfig, overrides: Sequence[str]) -> Config:
     return replace(load_frozen(Path(tree.resume), rest), run_dir=str(tree.resume), resume=str(tree.resume))
 
 
-def run(tree: DictConfig, overrides: Sequence[str], jobs: list[Any]) -> None:
+def run(tree: DictConfig, overrides: Sequence[str], jobs: list[Any]) -> int:
     """Check a composed configuration, then train, or make ready what a launcher shall submit.
 
     Args:
         tree: Hydra's composed configuration.
         overrides: the settings given on the command line, as typed.
         jobs: takes a run that is to be submitted.
+
+    Returns:
+        The exit status: 1 where scans were left out that the settings do not name, though all was done.
     """
     cfg = settings(tree, overrides)
     if not cfg.launcher:
-        train(cfg, overrides)
-        return
+        from swift.data.clips.chosen import say_unmeant
+
+        status = say_unmeant(train(cfg, overrides), f"{cfg.run_dir}/summary.json")
+        # A launcher (srun, torchrun, a job of swift's) would take 1 for a rank that has failed, and start it again.
+        return status if current_place().source == "none" else 0
     from swift.cluster.submit import prepare
 
     def make_data(cfg: Config) -> Path:
@@ -51,6 +57,7 @@ def run(tree: DictConfig, overrides: Sequence[str], jobs: list[Any]) -> None:
         return store_path(cfg.data, cfg.seed)
 
     jobs.append(prepare(cfg, overrides, make_data))
+    return 0
 
 
 def main() -> None:
@@ -70,6 +77,7 @@ def main() -> None:
         return
     reached = False
     jobs: list[Any] = []
+    statuses: list[int] = []
 
     def task(tree: DictConfig) -> None:
         nonlocal reached
@@ -85,7 +93,7 @@ def main() -> None:
                 from swift.cluster.submit import point_dir
 
                 tree.run_dir = str(point_dir(Path(node.runtime.output_dir), overrides, sys.argv[1:]))
-        reported(lambda: run(tree, overrides, jobs), first_to_report)
+        reported(lambda: statuses.append(run(tree, overrides, jobs)), first_to_report)
 
     # Hydra 1.4 drops version_base; 1.3 warns without it.
     extra = {"version_base": None} if "version_base" in signature(hydra.main).parameters else {}
@@ -106,6 +114,8 @@ def main() -> None:
         from swift.cluster.submit import submit
 
         reported(lambda: submit(jobs))
+    if any(statuses):
+        sys.exit(max(statuses))  # only now: with -m other points come after one
 
 
 if __name__ == "__main__":

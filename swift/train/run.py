@@ -75,6 +75,7 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
+    from swift.data.clips.chosen import told
     from swift.parallel.setup import resolve
     from swift.train.init_weights import start_from
     from swift.train.judge import judge
@@ -123,8 +124,7 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
     # Judged already by all ranks, while their engines still held the model; not if there was nothing left to train.
     summary = {"model": cfg.model.name, "parameters": parameters, "steps": trainer.global_step}
     summary |= judge(trainer) if judgement is None else judgement
-    if data.left_out:
-        summary["left_out"] = data.left_out
+    summary |= told(data.left_out)
     if not trainer.is_global_zero:
         return {}
     leave(summary, cfg, run_dir)

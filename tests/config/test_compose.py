@@ -122,7 +122,8 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["data.revision=3"], "data.revision=3", "1 to 2"),
     (["data.spacing=0"], "data.spacing=0.0", "mm above 0"),
     (["data.spacing=inf"], "data.spacing=inf", "mm above 0"),
-    (["data.val_fraction=0"], "data.val_fraction=0.0", "(0, 1)"),
+    (["data.val_fraction=0"], "data.val_fraction=0.0", "(0, 1), or be 0 beside data.split=FILE"),
+    (["data.val_fraction=-0.1", "data.split=s.json"], "data.val_fraction=-0.1", "(0, 1)"),
     (["data.val_fraction=1"], "data.val_fraction=1.0", "(0, 1)"),
     (["data.background=nan"], "data.background=nan", "finite"),
     (["data=store"], "data.path=None", "needs the folder of a store"),
@@ -302,6 +303,7 @@ EDGES = [
     {"task.mask_unit": [48, 48, 48, 10], "model.dropout": 0.99, "trainer.clip_norm": 0.0, "optimizer.warmup_steps": 0},
     {"model.layer_scale": None, "data.val_gap": 0, "trainer.val_batches": 0, "model.num_heads": [1, 1, 1, 1]},
     {"model.patch_size": [48, 48, 48, 1], "model.depths": [1], "model.num_heads": [2]},
+    {"data.val_fraction": 0.0, "data.split": "s.json"},
 ]
 
 

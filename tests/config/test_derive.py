@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from swift.config.compose import composed, freeze, load_frozen, typed
@@ -15,6 +16,7 @@ from swift.config.derive import quoted
 from swift.utils.errors import UserError
 from tests import small
 from tests.data.stores import GRID, build
+from tests.models.test_v1_import import v1_state
 
 
 def test_grid_and_spacing_are_those_of_the_store(tmp_path: Path) -> None:
@@ -69,6 +71,36 @@ def test_the_model_of_an_exported_file(tmp_path: Path) -> None:
     assert composed(overrides)[0].model.name == "7m"
     (tmp_path / "m.safetensors").write_bytes(b"\xff" * 100)
     assert composed(overrides)[0].model.name == "tiny"
+
+
+def test_the_input_is_that_of_swift_v1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = v1_state()
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, tmp_path / "lightning.ckpt")
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({f"model.encoder.{name}": torch.ones(1) for name in ("norm", "patch_embed.proj")}, tmp_path / "own.pt")
+    (tmp_path / "text.pt").write_text("patch_embed.fc.weight")
+    task = ["model=v1", "task=sex", "task.adapt=full", "data=store", "data.path=nowhere"]
+
+    def given(file: str, *typed_in: str) -> tuple[str, str]:
+        data = composed([*task, f"init={tmp_path / file}", *typed_in])[0].data
+        return data.layout, data.normalization
+
+    with caplog.at_level(logging.INFO, "swift"):
+        assert given("lightning.ckpt") == ("swift_v1", "zscore_global")
+    assert "weights of SwiFT v1: data.layout=swift_v1 data.normalization=zscore_global, as it was" in caplog.text
+    for file in ("bare.pt", "old.pt"):
+        assert given(file) == ("swift_v1", "zscore_global")
+    for file in ("own.pt", "text.pt", "none.pt"):
+        assert given(file) == ("swift", "zscore_voxel")
+    # What is typed stays; v1's layout is legal with its own normalization alone.
+    assert given("bare.pt", "data.normalization=zscore_global") == ("swift_v1", "zscore_global")
+    assert given("bare.pt", "data.layout=swift") == ("swift", "zscore_global")
+    assert given("bare.pt", "data.normalization=percent") == ("swift", "percent")
+    with pytest.raises(UserError, match="swift_v1 needs zscore_global"):
+        given("bare.pt", "data.layout=swift_v1", "data.normalization=percent")
+    # A frozen run keeps what it has.
+    assert typed(small.composed(*task, f"init={tmp_path}/bare.pt")).data.layout == "swift"
 
 
 def test_unquoted_yes_and_no(tmp_path: Path) -> None:

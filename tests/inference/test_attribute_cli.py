@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from swift.config.schema import Config
-from swift.inference.attribute_cli import main
+from swift.data.store.spaces import MNI, OWN
+from swift.inference.attribute_cli import main, places_differ
 from swift.inference.attribution import attribute, choose_target, on_own_grid, score_of, some
 from swift.inference.fit_scan import Fitting, find_scans, fit
 from swift.inference.model import Trained, load_trained
@@ -137,6 +138,61 @@ def test_a_scan_of_a_store_is_explained_on_the_stores_grid(
     image = nib.load(said["maps"]["ig"])
     np.testing.assert_allclose(image.affine, Store(store).affine(1), atol=1e-5)
     assert (np.asarray(image.dataobj)[~Store(store).mask(1)] == 0).all()
+
+
+PLACE: dict[str, Any] = {
+    "subject": "a",
+    "space": "MNI",
+    "placement": MNI,
+    "shape": [4, 4, 4],
+    "affine": np.eye(4).tolist(),
+}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "why"),
+    [
+        ({}, {"subject": "b", "space": "MNI152NLin6Asym"}, ""),  # one box for all MNI spaces
+        ({}, {"placement": OWN, "space": "T1w"}, "space MNI (MNI152) and space T1w (own mask)"),
+        ({"placement": OWN, "space": "T1w"}, {"placement": OWN, "space": "T1w"}, ""),
+        (
+            {"placement": OWN, "space": "T1w"},
+            {"placement": OWN, "space": "T1w", "subject": "b"},
+            "each subject's own space (T1w)",
+        ),
+        (
+            {"placement": OWN, "space": ""},
+            {"placement": OWN, "space": "T1w"},
+            "space not known (own mask) and space T1w (own mask)",
+        ),
+        ({}, {"shape": [4, 4, 5]}, "other voxel grids"),
+        ({}, {"affine": np.diag([1.0, 1.0, 2.0, 1.0]).tolist()}, "other voxel grids"),
+    ],
+)
+def test_whether_two_maps_lie_in_one_place(one: dict[str, Any], other: dict[str, Any], why: str) -> None:
+    assert places_differ(PLACE | one, PLACE | other) == why
+    assert places_differ(PLACE, {"scan": "of before"}) == "where the maps lie is not recorded"
+
+
+def test_maps_of_another_place_in_one_folder_are_said(
+    models: dict[str, Path], file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two subjects in spaces of their own; two in MNI are alike."""
+    given = ("--out", tmp_path / "maps", "--clips", "1", "--window", "0", "--limit", "18", "--cropped")
+    names = ("sub-1_space-MNI152NLin6Asym_bold", "sub-2_space-MNI152NLin6Asym_bold", "sub-3_bold")
+    notes = []
+    for name in names:
+        path = scans.save(tmp_path / f"{name}.nii.gz", scans.bold(20))
+        scans.save(tmp_path / f"{name}_mask.nii.gz", scans.ellipsoid(), dtype=np.uint8)
+        caplog.clear()
+        explain(models["binary"], path, *given)
+        said = json.loads(next((tmp_path / "maps").glob(f"{name[:5]}*.json")).read_text())
+        notes.append([note for note in said["notes"] if "do not average" in note])
+    assert notes[:2] == [[], []]
+    assert len(notes[2]) == 1
+    assert "holds maps of 2 scans (sub-1_space-MNI152NLin6Asym_bold, sub-2_" in notes[2][0]
+    assert "space not known (own mask) and space MNI152NLin6Asym (MNI152)" in notes[2][0]
+    assert notes[2][0] in caplog.text
 
 
 def test_clips_are_spread_over_the_scan() -> None:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
 from swift.data.module import ClipDataModule
+from swift.data.store.spaces import MNI, OWN
+from swift.inference.contract import Contract
+from swift.inference.fit_scan import Fitting, find_scans, fit
 from swift.train.pretrain import PretrainModule
 from tests import small
+from tests.data import scans
 
 CONTRACT = {
     "grid": [12, 12, 12],
@@ -86,3 +91,17 @@ def test_a_run_writes_it(store: Path, tmp_path: Path) -> None:
         state = Manifest.read(path).state
         assert state["ClipDataModule"]["contract"] == CONTRACT
         assert told(state) == CONTRACT
+
+
+@pytest.mark.parametrize("trained_on", [MNI, OWN, ""])
+@pytest.mark.parametrize("space", ["MNI152NLin6Asym", "T1w"])
+def test_another_placement_than_that_of_training_is_noted(trained_on: str, space: str, tmp_path: Path) -> None:
+    path = scans.save(tmp_path / f"sub-1_space-{space}_bold.nii.gz", scans.bold(8))
+    scans.save(tmp_path / f"sub-1_space-{space}_bold_mask.nii.gz", scans.ellipsoid(), dtype=np.uint8)
+    contract = Contract.of({**CONTRACT, "grid": [24, 24, 24], "placement": trained_on}, "test")
+    fitted = fit(find_scans([path], contract)[0], contract, Fitting())
+    here = MNI if space.startswith("MNI") else OWN
+    assert (fitted.space, fitted.placement) == (space, here)
+    noted = f"grid placed by {here}, but the model was trained on {trained_on}" in fitted.notes
+    assert noted == (trained_on not in ("", here))
+    assert sum("but the model was trained on" in note for note in fitted.notes) == noted

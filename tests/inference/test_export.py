@@ -188,6 +188,40 @@ def test_the_list_of_subjects_belongs_to_its_file(exported: Path, finished: Path
         export(finished, out)
 
 
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from swift.inference.export import export
+
+put = Path.replace
+
+def replace(self, target):
+    if str(target) == sys.argv[2]:
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
+    return put(self, target)
+
+Path.replace = replace
+export(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_an_export_that_ended_between_list_and_weights_is_done_again(
+    how: str, finished: Path, exported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model.safetensors"
+    died = subprocess.run([sys.executable, "-c", DIES, str(finished), str(out), how], env=environment(), timeout=300)
+    assert died.returncode != 0
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ([".model.safetensors.partial", "model.subjects.json"] if how == "kill" else [])
+    export(finished, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "model.subjects.json"]
+    assert out.read_bytes() == exported.read_bytes()
+    assert subjects_file(out).read_text() == subjects_file(exported).read_text()
+
+
 def test_a_damaged_checkpoint_is_named_and_no_other_one_taken(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -14,11 +14,15 @@ import pytest
 import torch
 
 from swift.config.compose import load_frozen, typed
+from swift.data.store.writer import StoreWriter
+from swift.parallel.ranks import Place
 from swift.parallel.setup import resolve
+from swift.train.__main__ import run
 from swift.train.run import train, write_summary
 from swift.train.wiring import build_module
 from swift.utils import jsonl
 from swift.utils.errors import UserError
+from tests.data import stores
 from tests.runs import QUIET, assert_same_run, environment, restarts, shell, start, state_of
 from tests.small import command, composed, metrics, settings
 
@@ -277,6 +281,26 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path, val_ev
     assert says.format(run=tmp_path / "run") in said
     assert said.rstrip().endswith("stopped")
     assert "Traceback" not in said
+
+
+def test_scans_left_out_are_in_the_summary_and_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StoreWriter(tmp_path / "store", stores.GRID, 2.0) as writer:
+        for number, frames in enumerate((60, 20, 60)):
+            writer.add(*stores.scan(number, frames))
+    given = ["data.grid=[5,6,7]", "data.spacing=2.0", "data.frames=22", "trainer.max_steps=1", QUIET]
+    done = shell(tmp_path, *command(tmp_path / "store", tmp_path / "a", *given))
+    assert done.returncode == 1, done.stderr
+    assert f"1 scans were left out: {tmp_path}/a/summary.json names them" in done.stderr.splitlines()[-1]
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["steps"] == 1
+    assert (summary["scans_left_out"], list(summary["left_out"])) == (1, ["sub-01_task-rest"])
+    # Meant; and as a rank of srun, which would end the others and be started again.
+    overrides = command(tmp_path / "store", tmp_path / "b", *given, "data.exclude=[sub-01_task-rest]")
+    assert run(composed(*overrides), overrides, []) == 0
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["left_out"] == {"sub-01_task-rest": "data.exclude"}
+    overrides = command(tmp_path / "store", tmp_path / "c", *given)
+    monkeypatch.setattr("swift.train.__main__.current_place", lambda: Place(0, 0, 1, 1, "slurm"))
+    assert run(composed(*overrides), overrides, []) == 0
 
 
 @pytest.mark.slow

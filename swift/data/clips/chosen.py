@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from swift.data.clips.index import ClipSpec, check_length
 from swift.data.store.format import ScanInfo
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.data")
+MEANT = "data.exclude"
+"""Why a scan is left out that the settings name."""
 
 
 def choose(scans: Sequence[ScanInfo], spec: ClipSpec, exclude: Sequence[str]) -> tuple[list[int], dict[str, str]]:
@@ -27,7 +30,7 @@ def choose(scans: Sequence[ScanInfo], spec: ClipSpec, exclude: Sequence[str]) ->
     Raises:
         UserError: an excluded name that is no scan and no subject (with the nearest that are); nothing is left.
     """
-    out = {scan.scan_id: "data.exclude" for scan in _excluded(scans, exclude)}
+    out = {scan.scan_id: MEANT for scan in _excluded(scans, exclude)}
     if out:
         log.info("data.exclude: %d of %d scans are left out", len(out), len(scans))
     if len(out) == len(scans):
@@ -46,6 +49,27 @@ def choose(scans: Sequence[ScanInfo], spec: ClipSpec, exclude: Sequence[str]) ->
         out |= {scans[place].scan_id: f"{scans[place].frames} frames, a clip spans {spec.span}" for place in short}
     gone = set(short)
     return [place for place in left if place not in gone], out
+
+
+def told(left_out: dict[str, str]) -> dict[str, Any]:
+    """What the summary of a run says of the scans that were left out, scan_id -> why; {} where there are none."""
+    return {"scans_left_out": len(left_out), "left_out": left_out} if left_out else {}
+
+
+def say_unmeant(summary: dict[str, Any], where: object) -> int:
+    """Say how many scans a run has left out that nobody named, and where they are named.
+
+    Returns:
+        The exit status of a command: 1 if there are any.
+    """
+    names = [name for name, why in summary.get("left_out", {}).items() if why != MEANT]
+    if not names:
+        return 0
+    log.warning(
+        "%d scans were left out: %s names them and says why; data.exclude=[...] says of scans that it is meant",
+        *(len(names), where),
+    )
+    return 1
 
 
 def _excluded(scans: Sequence[ScanInfo], exclude: Sequence[str]) -> list[ScanInfo]:

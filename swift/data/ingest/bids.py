@@ -32,6 +32,7 @@ from swift.data.ingest.table import find_table
 from swift.data.ingest.tools import bids_tool
 from swift.data.ingest.tree import Tree, list_tree
 from swift.data.labels.subjects import two_spellings
+from swift.data.store.spaces import is_known, known_spaces
 from swift.data.store.tables import EXPORTED
 from swift.utils.errors import UserError
 
@@ -207,13 +208,22 @@ def _check_links(source: Source, tree: Tree) -> Source:
 
 # ---------------------------------------------------------------------------------------------------------- people
 def _name_space(found: Found, choice: Choice) -> None:
-    """--space names the space of files, tables and folders that do not name their own."""
+    """--space names the space of files, tables and folders that do not name their own.
+
+    Raises:
+        UserError: one that is not known here, which would say nothing of where these scans lie.
+    """
     labels = choice.labels("space")
     if len(labels) != 1 or not labels[0]:
         return
     for place, source in enumerate(found.sources):
         native = source.tool is not None and "sub" in source.entities  # BIDS: no space- means the scanner's own
         if source.space is None and not native and not source.problem:
+            if not is_known(labels[0]):
+                raise UserError(
+                    f"--space {labels[0]}: {source.path.name} does not name its space, and known are {known_spaces()}; "
+                    "for scans in another template leave --space out: each is centred on its own brain mask"
+                )
             note = f"space {labels[0]} as told by --space"
             entities = {**source.entities, "space": labels[0]}
             found.sources[place] = replace(source, space=labels[0], entities=entities, notes=(*source.notes, note))

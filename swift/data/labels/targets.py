@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,14 @@ class Labels:
         per: subject | frame.
         classes: Names, [] for a regression.
         values: One array a scan: (), or (T,) per frame; float64, the place of the class or the number, NaN: none.
+        failed: Of scans whose labels cannot be read: scan_id -> why.
     """
 
     kind: str
     per: str
     classes: list[str]
     values: list[np.ndarray]
+    failed: dict[str, str] = field(default_factory=dict)
 
     def known(self, scan: int, first: int, length: int) -> np.ndarray:
         """Labels of a part of a scan that are there: (1,) or (0,) per subject, (n,) per frame."""
@@ -55,8 +57,9 @@ def read_labels(store: Stores, target: TargetConfig) -> Labels:
             that are no class, a subject with two values, no scan with events that can be read.
     """
     names = [entry.split("|")[0] for entry in target.classes]
-    values = _from_manifest(store.scans, target) if target.source == "manifest" else _per_frame(store, target)
-    return Labels(target.kind, target.per, names, values)
+    if target.source == "manifest":
+        return Labels(target.kind, target.per, names, _from_manifest(store.scans, target))
+    return Labels(target.kind, target.per, names, *_per_frame(store, target))
 
 
 # -------------------------------------------------------------------------------------------------- of subjects
@@ -92,8 +95,8 @@ def _from_confounds(store: Stores, scan: int, target: TargetConfig) -> np.ndarra
 
 
 # ----------------------------------------------------------------------------------------------------- of frames
-def _per_frame(store: Stores, target: TargetConfig) -> list[np.ndarray]:
-    """Labels of the frames of every scan; one whose table cannot be used is left out by name, and has none.
+def _per_frame(store: Stores, target: TargetConfig) -> tuple[list[np.ndarray], dict[str, str]]:
+    """Labels of the frames of every scan; one whose table cannot be used has none: it is left out by name, and why.
 
     Raises:
         BadScan: no scan has one that can be used: what is wrong with the first one's.
@@ -119,7 +122,7 @@ def _per_frame(store: Stores, target: TargetConfig) -> list[np.ndarray]:
     if failed:
         log.warning("%d of %d scans are left out, as their frames cannot be labelled", len(failed), len(values))
     _say_unused(unused)
-    return values
+    return values, {name: str(error) for name, error in failed.items()}
 
 
 def _say_unused(unused: dict[str, Unused]) -> None:

@@ -219,6 +219,10 @@ def test_options_and_a_plain_folder(tmp_path: Path) -> None:
     (source,) = find_sources([root], layout="folder", task="rest", space="MNI152NLin6Asym")
     assert (source.task, source.space) == ("rest", "MNI152NLin6Asym")
     assert source.notes == ("space MNI152NLin6Asym as told by --space",)
+    with pytest.raises(
+        UserError, match=r"--space MNI152NLin2009: sub-01_\S+ does not name its space, and known are MNI, "
+    ):
+        find_sources([root], layout="folder", space="MNI152NLin2009")
     people = tmp_path / "p.tsv"
     people.write_text("participant_id\tage\nsub-01\t44\n")
     assert [one.phenotypes for one in find_sources([root], participants=people)] == [{"age": "44"}] * 2

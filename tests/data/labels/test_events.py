@@ -131,6 +131,8 @@ def test_a_scan_that_cannot_be_labelled_is_left_out_by_name(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING, "swift"):
         labels = read_labels(store, ON)
     assert [int(np.isfinite(values).sum()) for values in labels.values] == [24, 0, 0, 24]
+    assert set(labels.failed) == {"sub-01_task-rest", "sub-02_task-rest"}
+    assert "onset or duration is no number of seconds in line 2" in labels.failed["sub-02_task-rest"]
     assert "scan sub-01_task-rest: the store has kept no events" in caplog.text
     assert "events of scan sub-02_task-rest: onset or duration is no number of seconds in line 2" in caplog.text
     assert "2 of 4 scans are left out, as their frames cannot be labelled" in caplog.text

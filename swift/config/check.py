@@ -223,6 +223,21 @@ def check_target(task: TaskConfig, init: str | None) -> None:
         require(init is not None, "task.adapt", task.adapt, legal)
 
 
+def check_courses(cfg: Config) -> None:
+    """Raise UserError where task.courses asks for maps that a head could not use."""
+    task, model = cfg.task, cfg.model
+    if not task.courses:
+        return
+    require(task.target is not None, "task.courses", True, "is for tasks with task.target")
+    require(model.maps > 0, "task.courses", True, "needs maps: model.maps=40, or init= of a model that has them")
+    alike = task.target is not None and task.target.per == "frame" and cfg.data.split is None
+    legal = (
+        "each scan's own maps are in an order of their own, so that their courses cannot be compared across subjects: "
+        "take model.maps_of=shared, or a per-frame task whose scans are cut in time (data.split=null)"
+    )
+    require(model.maps_of == "shared" or alike, "model.maps_of", model.maps_of, legal)
+
+
 def _check_target_source(target: TargetConfig) -> None:
     per_subject = target.per == "subject"
     legal = "per=subject is read from source=manifest, per=frame from source=events or confounds"
@@ -359,6 +374,8 @@ def check(cfg: Config, model: bool = True) -> None:
     if model:
         check_task(cfg.task, cfg.model, cfg.data)
     check_target(cfg.task, cfg.init)
+    if model:
+        check_courses(cfg)
     check_optimizer(cfg.optimizer)
     if model:
         check_mup(cfg)

@@ -128,6 +128,9 @@ class TaskConfig:
     pooling: str = "mean"
     """What the head sees of the last stage (not of adapt=attentive). mean: over the brain's tokens | mean_std: mean and
     standard deviation, so that a linear head sees how strongly a feature varies in the brain."""
+    courses: bool = False
+    """Give the head the courses of model.maps too, read with nothing hidden: of a frame its own, of a clip their mean
+    and standard deviation."""
     layer_decay: float = 0.75
     """adapt=full: factor on the learning rate from one block to the one below it."""
     lora_rank: int = 8

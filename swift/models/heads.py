@@ -16,7 +16,8 @@ from swift.config.schema import ModelConfig, TaskConfig
 from swift.models.adapt import adapt, keep_frozen_still
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.encoder import SwinEncoder
-from swift.models.init import NORMAL, Init
+from swift.models.init import FIRST_WEIGHT, NORMAL, ZERO, Init
+from swift.models.maps import LinearPart, Maps
 from swift.models.pooling import brain_tokens, pool
 
 EPSILON = 1e-6
@@ -52,9 +53,11 @@ class Head(nn.Module):
         outputs: K.
         per_frame: One output a frame instead of one a clip.
         pooling: mean | mean_std | attention.
+        courses: Maps whose courses are given beside the features: a frame's own, or of a clip their mean and standard
+            deviation over frames; 0: none.
     """
 
-    def __init__(self, cfg: ModelConfig, outputs: int, per_frame: bool, pooling: str):
+    def __init__(self, cfg: ModelConfig, outputs: int, per_frame: bool, pooling: str, courses: int = 0):
         super().__init__()
         stage = len(cfg.depths) - 1
         dim = cfg.embed_dim << stage
@@ -65,14 +68,21 @@ class Head(nn.Module):
         width = 2 * dim if self.spread else dim
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, outputs * (self.patch[3] if per_frame else 1))
+        # A map of its own: the number of courses does not grow with the width (muP). They come at unit variance.
+        inputs = courses if per_frame else 2 * courses
+        self.of_courses = nn.Linear(inputs, outputs, bias=False) if courses else None
+        if self.of_courses is not None:
+            setattr(self.of_courses, FIRST_WEIGHT, ZERO)
+            nn.init.zeros_(self.of_courses.weight)
 
-    def forward(self, features: Tensor, brain: Tensor, frames: int) -> Tensor:
+    def forward(self, features: Tensor, brain: Tensor, frames: int, courses: Tensor | None = None) -> Tensor:
         """Outputs of a clip.
 
         Args:
             features: (B, x, y, z, t, C) of the last stage.
             brain: bool (B, X, Y, Z); a clip without a brain voxel (padding) gives finite rubbish.
             frames: T.
+            courses: (B, T, maps), for a head that takes them.
 
         Returns:
             (B, K), or (B, T, K) per frame; float32.
@@ -81,10 +91,16 @@ class Head(nn.Module):
         tokens = tokens | ~tokens.flatten(1).any(1).view(-1, 1, 1, 1)
         pooled = self._pooled(features, tokens)
         out: Tensor = self.linear(self.norm(pooled)).float()
-        if not self.per_frame:
+        if self.per_frame:
+            # Of a patch of several frames each has outputs of its own; the last patch may reach beyond the clip.
+            out = out.unflatten(-1, (self.patch[3], -1)).flatten(1, 2)[:, :frames]
+        if self.of_courses is None:
             return out
-        # Of a patch of several frames each has outputs of its own; the last patch may reach beyond the clip.
-        return out.unflatten(-1, (self.patch[3], -1)).flatten(1, 2)[:, :frames]
+        assert courses is not None, "this head takes courses"
+        if not self.per_frame:
+            spread = (courses.var(1, correction=0) + EPSILON).sqrt()
+            courses = torch.cat([courses.mean(1), spread], -1)
+        return out + self.of_courses(courses.to(self.of_courses.weight.dtype)).float()
 
     def _mean(self, features: Tensor, tokens: Tensor) -> Tensor:
         mean = pool(features, tokens)
@@ -128,8 +144,11 @@ class TargetModel(nn.Module):
         self.encoder = SwinEncoder(cfg, grid, frames)
         outputs = 1 if task.target.kind == "regression" else len(task.target.classes)
         pooling = "attention" if task.adapt == "attentive" else task.pooling
-        self.head = Head(cfg, outputs, task.target.per == "frame", pooling)
+        self.head = Head(cfg, outputs, task.target.per == "frame", pooling, cfg.maps if task.courses else 0)
+        self.linear = LinearPart(cfg, grid) if task.courses else None
         adapt(self.encoder, task)
+        if self.linear is not None:
+            self.linear.requires_grad_(task.adapt in ("scratch", "full"))
 
     def blocks(self) -> list[nn.Module]:
         """The parts that repeat, in the order they run."""
@@ -141,9 +160,19 @@ class TargetModel(nn.Module):
         keep_frozen_still(self.encoder)
         return self
 
-    def forward(self, x: Tensor, brain: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z, T) voxels and their brain, bool (B, X, Y, Z) -> (B, K) or (B, T, K) outputs, float32."""
-        return self.head(self.encoder(x)[-1], brain, x.shape[-1])
+    def forward(self, x: Tensor, brain: Tensor, maps: Maps | None = None) -> Tensor:
+        """Outputs of clips.
+
+        Args:
+            x: (B, 1, X, Y, Z, T) voxels.
+            brain: bool (B, X, Y, Z).
+            maps: Of each clip's scan, for task.courses with model.maps_of=scan.
+
+        Returns:
+            (B, K) or (B, T, K), float32.
+        """
+        courses = None if self.linear is None else self.linear.courses_of_all(x, brain, maps)
+        return self.head(self.encoder(x)[-1], brain, x.shape[-1], courses)
 
 
 def build_model(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
 from swift.models.init import NORMAL, ZERO, Init, draw
+from swift.models.layers import token_grid
 from swift.models.masking import mask_voxels
 
 
@@ -229,6 +230,12 @@ class LinearPart(nn.Module):
         """Expected course of every map (B, T, K); arguments as of `forward`."""
         maps, noise = self.set_of(own)
         return read_courses(x[:, 0].to(maps.dtype), mask, brain, maps, noise, self.patch)
+
+    def courses_of_all(self, x: Tensor, brain: Tensor, own: Maps | None = None) -> Tensor:
+        """Course of every map (B, T, K) in clips of which nothing is hidden; arguments as of `forward`."""
+        tokens = token_grid(x.shape[2:], self.patch)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.courses(x, torch.zeros(len(x), *tokens, dtype=torch.bool, device=x.device), brain, own)
 
     def forward(self, x: Tensor, mask: Tensor, brain: Tensor, own: Maps | None = None) -> Tensor:
         """The linear prediction.

@@ -23,6 +23,7 @@ from swift.models.heads import TargetModel
 from swift.models.init import Init
 from swift.train.base import Batch, TrainingModule
 from swift.train.pretrain import PretrainModule
+from swift.train.scan_maps import ScanMaps
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class FinetuneModule(TrainingModule):
         self.regression = cfg.task.target.kind == "regression"
         self.target_info: dict[str, Any] = {}
         self.figures: Callable[[ClipRows], dict[str, float]] | None = None
+        self.scan_maps: ScanMaps | None = None
+        """Of task.courses with model.maps_of=scan: the maps of every scan, from its training frames."""
         self._rows: list[dict[str, np.ndarray]] = []
         self._best: float | None = None
         self._waited = 0
@@ -106,12 +109,19 @@ class FinetuneModule(TrainingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_step(batch_idx)
-        return self.loss(self.model(batch["bold"], batch["brain"]), batch["target"])
+        return self.loss(self.outputs(batch), batch["target"])
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """What the model says of a batch: (B, K) or (B, T, K)."""
+        if self.scan_maps is None:
+            return self.model(batch["bold"], batch["brain"])
+        # Of all training frames, in training too: maps of other frames would give their courses in another order.
+        return self.model(batch["bold"], batch["brain"], self.scan_maps(batch, training=False))
 
     # --------------------------------------------------------------------------------------------------- judgement
     def predict(self, batch: Batch) -> dict[str, np.ndarray]:
         """What the model says of the real clips of a batch, as `ClipRows` has it; one softmax, in float64."""
-        out = self.model(batch["bold"], batch["brain"]).double()
+        out = self.outputs(batch).double()
         scores = out * self.target_info["std"] + self.target_info["mean"] if self.regression else out.softmax(-1)
         rows = {"clip": batch["sample_id"], "scan": batch["scan"], "start": batch["start"]}
         rows |= {"scores": scores, "target": batch["target"].double()}

@@ -19,6 +19,7 @@ from swift.config.compose import CHECKPOINTS, FROZEN, freeze
 from swift.config.schema import Config
 from swift.data.locate import store_path
 from swift.data.module import ClipDataModule
+from swift.data.store.spaces import OWN
 from swift.data.task_module import TargetDataModule, class_weights
 from swift.evaluate.judge import figures
 from swift.models.v1 import INPUT
@@ -88,7 +89,7 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
     """Let module and data know of each other: whom the weights have seen; labels, and how to judge a validation.
 
     Raises:
-        UserError: a test subject that the weights of init= have seen.
+        UserError: a test subject that the weights of init= have seen, or shared maps of another space.
     """
     changed = contract_differences(module.first_contract, data.contract() | data.beside_contract())
     if changed:
@@ -102,7 +103,6 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
                 module.cfg.init,
             )
         data.seen_before = list(module.seen_before or [])
-        assert isinstance(module, PretrainModule)
         give_maps(module, data)
         return
     assert isinstance(module, FinetuneModule)
@@ -116,16 +116,31 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
         info = {"classes": data.labels.classes, "class_weights": weights.tolist()}
     module.target_info = info
     module.figures = figures(data, module.cfg.task.loss)
+    if module.cfg.task.courses:
+        give_maps(module, data)
 
 
-def give_maps(module: PretrainModule, data: ClipDataModule) -> None:
-    """Spatial maps from the training frames: first values of shared ones, or a maker of each scan's own."""
+def give_maps(module: TrainingModule, data: ClipDataModule) -> None:
+    """Spatial maps from the training frames: first values of shared ones, or a maker of each scan's own.
+
+    Raises:
+        UserError: shared maps of init= belong to another space than the scans.
+    """
     model = module.cfg.model
     if not model.maps:
         return
     if model.maps_of == "scan":
+        assert isinstance(module, PretrainModule | FinetuneModule)
         module.scan_maps = ScanMaps(data, model.maps)
-    elif module.first_weights is None:
+    elif module.first_weights is not None:
+        there, here = module.first_contract.get("placement", ""), data.beside_contract()["placement"]
+        if there != here or there == OWN:
+            raise UserError(
+                f"init={module.cfg.init}: its {model.maps} shared maps belong to scans of the space "
+                f"'{there or 'not recorded'}', and these scans lie in '{here}': model.maps=0 or model.maps_of=scan "
+                "leave them out"
+            )
+    else:
         made = shared_maps(data, model.maps)
         module.first_weights = TensorWeights({f"model.linear.{name}": value for name, value in made.items()})
 

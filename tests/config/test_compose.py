@@ -101,6 +101,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["model.window=[4,4,4,0]"], "model.window=[4, 4, 4, 0]", "4 positive integers"),
     (["model.decoder_dim=0"], "model.decoder_dim=0", "at least 1"),
     (["model.maps=-1"], "model.maps=-1", "a number of maps, or 0 for none"),
+    (["task.courses=true"], "task.courses=True", "is for tasks with task.target"),
     (["model.mlp_ratio=-1"], "model.mlp_ratio=-1.0", "at least one channel"),
     (["model.mlp_ratio=0.01"], "model.mlp_ratio=0.01", "model.embed_dim=24"),
     (["model.mlp_ratio=inf"], "model.mlp_ratio=inf", "at least one channel"),

@@ -197,3 +197,40 @@ def test_rates_multiply_those_of_mup(mup: bool) -> None:
         same = FinetuneModule(dataclasses.replace(module.cfg, optimizer=task("full").optimizer, model=task().model))
         ratio = module.model.head.linear.weight / same.model.head.linear.weight
         torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))
+
+
+# --- courses of maps ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["synthetic_binary", "synthetic_frame"])
+def test_courses_of_maps_are_added_by_a_linear_map_of_their_own(name: str) -> None:
+    overrides = ("model.maps=3", "model.maps_of=shared", "data.split=somewhere", "task.courses=true")
+    model = model_of(task("scratch", *overrides, name=name)).double().eval()
+    x, brain = clip()
+    x = x.double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        assert not model.head.of_courses.weight.any(), "the head begins as one without courses"
+        model.linear.maps.copy_(torch.randn(model.linear.maps.shape, generator=generator))
+        model.linear.log_noise.fill_(0.7)
+        without = model(x, brain).numpy()
+        weight = torch.randn(model.head.of_courses.weight.shape, generator=generator).double()
+        model.head.of_courses.weight.copy_(weight)
+        out = model(x, brain).numpy()
+    maps, noise = model.linear.maps.detach().numpy(), np.exp(0.7)
+    for row in range(2):
+        inside = brain[row].numpy()
+        m = maps[:, inside].T  # (V, K), nothing of it hidden
+        courses = np.linalg.solve(m.T @ m + noise * np.eye(3), m.T @ x[row, 0].numpy()[inside]).T  # (T, K)
+        if name == "synthetic_binary":
+            added = weight.numpy() @ np.concatenate([courses.mean(0), np.sqrt(courses.var(0) + 1e-6)])
+        else:
+            added = courses @ weight.numpy().T
+        np.testing.assert_allclose(out[row] - without[row], added, rtol=1e-6, atol=1e-8)
+
+
+def test_shared_maps_train_with_the_whole_and_stay_still_under_a_frozen_encoder() -> None:
+    overrides = ("model.maps=3", "model.maps_of=shared", "data.split=somewhere", "task.courses=true")
+    maps = {"linear.maps", "linear.log_noise"}
+    for adapt in ("scratch", "full"):
+        assert maps <= trained(model_of(task(adapt, *overrides)))
+    for adapt in ("linear", "attentive", "last_block", "lora"):
+        assert not maps & trained(model_of(task(adapt, *overrides)))

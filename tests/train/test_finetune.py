@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from swift.config.check import check
 from swift.config.compose import typed
 from swift.data.labels.splits import Split, load_split, save_splits
 from swift.data.store.reader import StoreWriter
 from swift.data.task_module import TargetDataModule, class_weights, cut_in_time
 from swift.evaluate.judge import ClipRows, figures, predictions_of
 from swift.evaluate.scores import choose_threshold, scores
+from swift.models.maps import read_courses
+from swift.parallel.checkpoint.read import TensorWeights
 from swift.parallel.setup import resolve
 from swift.train.finetune import FinetuneModule
-from swift.train.wiring import build_data, build_module, tell
+from swift.train.scan_maps import shared_maps
+from swift.train.wiring import build_data, build_module, give_maps, tell
 from swift.utils.errors import UserError
 from tests.cohort import cohort, task_command
 from tests.data import stores
@@ -290,3 +294,55 @@ def test_test_subjects_that_the_weights_have_seen(folder: Path, caplog: pytest.L
     assert f"task.allow_seen=true: 1 test subjects were in pre-training: {first}" in caplog.text
     data.check_seen(None, "old.ckpt")
     assert "does not say which subjects" in caplog.text
+
+
+# --- courses of maps ----------------------------------------------------------------------------------------------
+def test_courses_of_a_scans_own_maps_come_from_all_its_training_frames(folder: Path) -> None:
+    own = ["data.split=null", "data.frames=4", "data.val_gap=1", "model.maps=4", "task.courses=true"]
+    module, data = both(folder, "task=synthetic_frame", *own)
+    assert module.scan_maps is not None
+    batch = data.dense(next(iter(data.train_dataloader())))
+    maps, noise = module.scan_maps(batch, training=False)
+    with torch.no_grad():
+        module.model.head.of_courses.weight.normal_(generator=torch.Generator().manual_seed(0))
+        found = module.train().outputs(batch)
+        courses = read_courses(batch["bold"][:, 0], torch.zeros(len(maps), 3, 3, 3, 2, dtype=torch.bool),
+                               batch["brain"], maps, noise, (4, 4, 4, 2))  # fmt: skip
+        plain = module.model.head(module.model.encoder(batch["bold"])[-1], batch["brain"], 4, torch.zeros_like(courses))
+        torch.testing.assert_close(found, plain + courses @ module.model.head.of_courses.weight.T)
+    assert float(courses.std()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "task.courses=True: needs maps"),
+        (["model.maps=4"], "model.maps_of=scan: each scan's own maps are in an order of their own"),
+    ],
+)
+def test_courses_that_no_head_could_use_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(settings("task=synthetic_binary", "data.split=somewhere", "task.courses=true", *overrides))
+
+
+def test_shared_maps_are_taken_with_the_encoder_and_refused_in_another_space(folder: Path, tmp_path: Path) -> None:
+    shared = ["model.maps=4", "model.maps_of=shared"]
+    task = ["task=synthetic_binary", "task.adapt=linear", "task.courses=true", *shared]
+    cfg = typed(composed(*task_command(folder, tmp_path / "nowhere", *task, "init=null")))
+    made = build_module(resolve(cfg), empty=True)
+    data = build_data(cfg)
+    tell(made, data)
+    first = made.first_weights.tensors["model.linear.maps"]
+    assert torch.equal(torch.as_tensor(first), shared_maps(data, 4)["maps"])
+    # Weights of a pre-training in another space, then in none.
+    names = {name: parameter for name, parameter in FinetuneModule(cfg).named_parameters() if ".head." not in name}
+    weights = TensorWeights({name: parameter.detach() for name, parameter in names.items()})
+    for place, wanted in (("another box", "another box"), ("own mask", "own mask"), ("", "not recorded")):
+        module = build_module(resolve(cfg))
+        module.first_weights, module.first_contract = weights, {"placement": place} if place else {}
+        with pytest.raises(UserError, match=f"shared maps belong to scans of the space '{wanted}'"):
+            give_maps(module, data)
+    here = data.beside_contract()["placement"]
+    module = build_module(resolve(cfg))
+    module.first_weights, module.first_contract = weights, {"placement": here}
+    give_maps(module, data)

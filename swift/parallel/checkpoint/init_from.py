@@ -29,6 +29,7 @@ from swift.parallel.checkpoint.read import (
 TR_TOLERANCE = 0.01
 """Relative difference of two TRs that count as the same."""
 ENCODER = "model.encoder."
+MAPS = "model.linear."
 _TIME_TABLES = ("position.time", "position.t")
 _CONTRACT = (
     "grid",
@@ -136,6 +137,10 @@ def task_weights(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Task
     different += [name for own, name in plain.items() if own not in wanted.values()]
     if remarks:  # weights of SwiFT v1: its report has named what they lack
         different = [name for name in different if wanted.get(name, name) in plain]
+    maps = {name: name for name in here if name.startswith(MAPS)}
+    if any(name not in there for name in maps):
+        raise ValueError("task.courses=true with model.maps_of=shared: there are no shared maps there")
+    different += [name for name in maps if not _fits(name, there[name], here[name])]
     if different:
         shapes = {name: there[names.get(name, name)] for name in different if names.get(name, name) in there}
         raise ValueError(f"another architecture: {describe_differences(different, shapes, here)}")
@@ -145,10 +150,11 @@ def task_weights(path: Path, cfg: Config, here: Mapping[str, list[int]]) -> Task
         factor = task["lora_alpha"] / task["lora_rank"]
         merged = {name: factor for name, own in names.items() if own.endswith(".base_layer.weight")}
         remarks.append(f"low-rank changes of {len(merged)} tensors added to the encoder")
-    left = sorted({name.split(".")[1] for name in there if not name.startswith(ENCODER)})
-    new = sorted({name.split(".")[1] for name in here if not name.startswith(ENCODER)})
+    left = sorted({name.split(".")[1] for name in there if not name.startswith(ENCODER) and name not in maps})
+    new = sorted({name.split(".")[1] for name in here if not name.startswith(ENCODER) and name not in maps})
     count = sum(torch.Size(here[name]).numel() for name in names)
-    remarks.append(f"encoder taken: {len(names)} tensors, {count:,} parameters")
+    remarks.append(f"encoder taken: {len(names)} tensors, {count:,} parameters" + (", and shared maps" if maps else ""))
+    names |= maps
     remarks.append(f"left out there: {', '.join(left) or 'nothing'}; new here: {', '.join(new)}")
     return TaskWeights(source, names, {name: here[name] for name in names}, remarks, seen, merged)
 

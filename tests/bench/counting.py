@@ -159,7 +159,8 @@ class Operators(TorchDispatchMode):
         if name in WRITES_ONLY:
             moved -= nbytes(args[0])
         self.count.kernels[name] += 1
-        (self.count.products if name in PRODUCTS else self.count.bytes)[name] += moved
+        fused = name in PRODUCTS or func.namespace == "swift"
+        (self.count.products if fused else self.count.bytes)[name] += moved
         return out
 
     def _lists(self, name: str, args: Any, kwargs: Any, results: list[Tensor]) -> None:

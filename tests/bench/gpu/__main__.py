@@ -22,10 +22,14 @@ import torch
 
 from swift.utils.entry import reported, set_up_logging
 from swift.utils.errors import UserError
+from tests.bench.gpu import v1
 from tests.bench.gpu.base import Bench, Part, Results, header, run_part, table, wanted
 from tests.bench.gpu.measure import card
 
-PARTS = ("gates", "steps", "stages", "attention", "optimizer", "profile")
+PARTS = (
+    *("gates", "steps", "stages", "attention", "v1", "profile"),
+    *("strategies", "loop", "optimizer", "checkpoint"),
+)
 """In the order of work: right before fast."""
 
 
@@ -69,7 +73,11 @@ def listing(bench: Bench, results: Results) -> str:
     for name in PARTS:
         part = part_of(name)
         known = results.rows(name)
-        names = [case.name for case in wanted(part, bench)]
+        try:
+            names = [case.name for case in wanted(part, bench)]
+        except UserError as error:
+            lines.append(f"{name:<11} {part.about}: {error}")
+            continue
         missing = [case for case in names if case not in known]
         failed = sum("error" in row for row in known.values())
         state = f"{len(names) - len(missing)} of {len(names)} measured" + (
@@ -111,6 +119,10 @@ def main(arguments: list[str]) -> None:
     """Run the command."""
     options = parse(arguments)
     names = chosen_parts(options.part)
+    if options.ranks < 1 or (options.ranks > 1 and names != ["steps"]):
+        raise UserError(f"--ranks {options.ranks}: must be at least 1, and more than 1 is for --part steps alone")
+    if "v1" in names and (options.part != "all" or options.v1 is not None) and not options.list:
+        v1.check(options.v1)
     device = device_of(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -144,6 +156,9 @@ def main(arguments: list[str]) -> None:
         bench = replace(bench, card=facts)
         for name in names:
             part = part_of(name)
+            if name == "v1" and options.part == "all" and bench.v1 is None:
+                print("\nv1: left out, it needs --v1 FOLDER")
+                continue
             if options.again:
                 for case in wanted(part, bench):
                     results.forget(name, case.name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import swift.models.attention as attention
@@ -15,15 +16,21 @@ COLUMNS = (("ms", "9.3f"), ("kernels", "7d"), ("forward_ms", "9.3f"), ("text", "
 
 def implementations() -> list[str]:
     """Names of the implementations; `current` where the model has no choice."""
-    return list(getattr(attention, "IMPLEMENTATIONS", ["current"]))
+    return list(getattr(attention, "METHODS", ["current"]))
 
 
-def using(name: str) -> AbstractContextManager[Any]:
+@contextmanager
+def using(name: str) -> Iterator[None]:
     """Within it, attention runs by this implementation."""
-    if name == "current":
-        return nullcontext()
-    chosen: AbstractContextManager[Any] = attention.use(name)  # type: ignore[attr-defined]
-    return chosen
+    layers: Any = attention.WindowAttention
+    before = getattr(layers, "method", None)
+    if name != "current":
+        layers.method = name
+    try:
+        yield
+    finally:
+        if name != "current":
+            layers.method = before
 
 
 def one(bench: Bench, model: str, clips: int, branch: str, shifted: bool, name: str) -> Row:

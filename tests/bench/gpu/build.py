@@ -130,19 +130,20 @@ def planned_gib(cfg: Config, clips: int, weights: str) -> float:
     return memory(geometry, sharding, clips).total / GIB
 
 
-def step_row(step: Step, rates: dict[str, Any], seconds: float = 1.5) -> Row:
+def step_row(step: Step, rates: dict[str, Any], seconds: float = 1.5, fixed: int = 0) -> Row:
     """Figures of a step: clips/s, MFU, kernels, idle share, memory beside the plan.
 
     Args:
         step: To be measured.
         rates: `measure.card`.
         seconds: To measure for.
+        fixed: Steps of a round, where several ranks step together; 0: as many as the time allows.
     """
     cfg, device = step.cfg, step.device
     loss = step()
     step()
     peak = peak_gib(step, device)
-    ms = milliseconds(step, device, seconds, warm=1)
+    ms = milliseconds(step, device, seconds, warm=1, fixed=fixed)
     seen = kernels(step, device)
     geometry = geometry_of(cfg)
     work = step.clips * model_flops(geometry).total

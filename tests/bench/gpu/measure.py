@@ -27,8 +27,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def milliseconds(work: Callable[[], Any], device: torch.device, seconds: float = 0.6, warm: int = 2) -> float:
-    """Wall time of one call, ms: the device is kept busy for some calls between two waits; the best of three rounds."""
+def milliseconds(
+    work: Callable[[], Any], device: torch.device, seconds: float = 0.6, warm: int = 2, fixed: int = 0
+) -> float:
+    """Wall time of one call, ms: the device is kept busy for some calls between two waits; the best of three rounds.
+
+    `fixed` calls a round, or as many as take so many seconds.
+    """
     for _ in range(warm):
         work()
     synchronize(device)
@@ -36,7 +41,7 @@ def milliseconds(work: Callable[[], Any], device: torch.device, seconds: float =
     work()
     synchronize(device)
     once = time.perf_counter() - began
-    calls = max(1, min(100, int(seconds / 3 / max(once, 1e-6))))
+    calls = fixed or max(1, min(100, int(seconds / 3 / max(once, 1e-6))))
     best = []
     for _ in range(3):
         began = time.perf_counter()

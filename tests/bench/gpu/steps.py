@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.bench.gpu.base import Bench, Case, Part, Row
 from tests.bench.gpu.build import Step, settings, step_row
+from tests.bench.gpu.several import stepped
 
 PARALLEL = {"mixed": "single", "bf16": "zero1"}
 FIRST = [
@@ -54,9 +55,7 @@ def overrides(weights: str, compiled: bool, recompute: str) -> list[str]:
 def one(bench: Bench, model: str, clips: int, weights: str, compiled: bool, recompute: str) -> Row:
     """A row."""
     if bench.ranks > 1:
-        from tests.bench.gpu.several import stepped
-
-        return stepped(bench, model, clips, weights, compiled, recompute)
+        return stepped(bench, model, clips, weights, overrides(weights, compiled, recompute))
     cfg = settings(bench, model, *overrides(weights, compiled, recompute))
     return step_row(Step(cfg, clips, bench.device, weights), bench.card, seconds=0.05 if bench.small else 1.5)
 
@@ -75,7 +74,8 @@ def cases(bench: Bench) -> list[Case]:
             for clips in CLIPS
         ]
         chosen = FIRST + [kind for kind in every if kind not in FIRST]
-    return [Case(name_of(*kind), lambda kind=kind: one(bench, *kind)) for kind in chosen]  # type: ignore[misc]
+    ranks = f" {bench.ranks} ranks" if bench.ranks > 1 else ""
+    return [Case(name_of(*kind) + ranks, lambda kind=kind: one(bench, *kind)) for kind in chosen]  # type: ignore[misc]
 
 
 PART = Part("the whole step: clips/s, MFU, kernels, idle share, memory beside the plan", cases, COLUMNS)

@@ -50,7 +50,7 @@ class Sharding:
     offload_parameters: bool
     loss: str
     on_cpu: bool = False
-    """Steps of an optimizer on a CPU take two temporaries of one tensor, on others one of all."""
+    """ZeRO's step on a CPU was seen to take two temporaries of what is updated; on others one is counted."""
 
     @property
     def widths(self) -> Widths:
@@ -236,8 +236,8 @@ def step_memory(geometry: Geometry, sharding: Sharding) -> Memory:
     else:
         share = share if sharding.strategy == "fsdp" else 1
         gradients = 4 * total / share
-        temporary = 8 * geometry.sizes[0] / share if sharding.on_cpu else 4 * total / share
-        temporary += 4 * total if sharding.strategy == "ddp" else 0
+        # A fused step takes no temporaries; the gradients of ddp lie beside its reduction buckets.
+        temporary = 4 * total if sharding.strategy == "ddp" else 0
     weights, optimizer = weight_bytes(geometry, sharding), optimizer_bytes(geometry, sharding)
     host = host_bytes(geometry, sharding)
     return Memory(weights, optimizer, gradients, 0.0, temporary, "optimizer step", host)

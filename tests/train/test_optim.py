@@ -99,6 +99,7 @@ def test_the_settings_reach_the_optimizer() -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.9), 1e-7)
+        assert group["fused"] is True
     assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.07]
 
 
@@ -123,6 +124,11 @@ def test_a_step_is_adamw() -> None:
         optimizer.step()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_device_without_a_fused_step_takes_the_plain_one() -> None:
+    optimizer = build_optimizer(model().to("meta"), SETTINGS)
+    assert [group["fused"] for group in optimizer.param_groups] == [False, False]
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------

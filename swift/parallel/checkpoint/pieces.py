@@ -29,18 +29,30 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    """What Adam's bias correction has counted so far."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    """What Adam's bias correction has counted so far; a device is asked once, not for every tensor."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for state in optimizer.state.values():
+        if "step" in state:
+            count = torch.as_tensor(state["step"], dtype=torch.float32)
+            by_device.setdefault(count.device, []).append(count)
+    return max((int(torch.stack(counts).max()) for counts in by_device.values()), default=0)
 
 
 def _prepare(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int | None) -> dict[str, Any]:
-    """Adam's state of a parameter, made as Adam itself does where there is none; `steps` sets its count."""
+    """Adam's state of a parameter, made as Adam itself does where there is none; `steps` sets its count.
+
+    The count is a number, or a tensor: of a fused Adam on the device of the parameter, else on the host. A checkpoint
+    has the number only, so that what one kind has written the others read.
+    """
     state: dict[str, Any] = optimizer.state[parameter]
     if not state:
         state |= {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
-        state["step"] = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
+        counted = isinstance(optimizer, torch.optim.AdamW)
+        device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device) if counted else 0
     if steps is not None:
-        state["step"] = torch.tensor(float(steps)) if isinstance(state["step"], Tensor) else steps
+        count = state["step"]
+        state["step"] = torch.full_like(count, float(steps)) if isinstance(count, Tensor) else steps
     return state
 
 

@@ -175,13 +175,17 @@ class Operators(TorchDispatchMode):
             return
         mutable = name.endswith("_")
         depth = len(lists) + (0 if mutable else 1)
+        written = first
         if name == "_foreach_norm":
             depth = 1
+        elif name.startswith("_fused"):
+            # Weights, gradients and two moments; the steps go along with them. Gradients are only read.
+            depth, written = 4, tensors_in([*lists[:1], *lists[2:4]])
         self.count.kernels[name] += launches([tensor.numel() for tensor in first], depth)
         if name == "_foreach_norm":
             self.count.kernels[name] += math.ceil(len(first) / MAX_TENSORS[1])  # the partial sums of its chunks
         moved = sum(nbytes(tensor) for tensor in tensors_in(lists))
-        moved += sum(map(nbytes, first)) if mutable else sum(map(nbytes, results))
+        moved += sum(map(nbytes, written if mutable else results))
         if name in WRITES_ONLY:
             moved -= sum(map(nbytes, first))
         self.count.bytes[name] += moved

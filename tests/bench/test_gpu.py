@@ -12,7 +12,7 @@ import torch
 
 from swift.plan.flops import model_flops
 from swift.utils.errors import UserError
-from tests.bench.gpu import base, build, gates, measure
+from tests.bench.gpu import base, build, gates, measure, strategies
 from tests.bench.gpu.__main__ import PARTS, main, part_of
 
 CPU = torch.device("cpu")
@@ -146,10 +146,38 @@ def test_leaf_operators_are_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "v1"])
 def test_every_part_runs_small(name: str, tmp_path: Path) -> None:
     rows = bench(tmp_path / "a.json", "--part", name)["parts"][name]
     assert len(rows) == len(part_of(name).cases(small(tmp_path)))
     for case, row in rows.items():
         assert "error" not in row, f"{case}: {row}"
         assert row.get("ok", True), f"{case}: {row}"
+
+
+def test_v1_without_its_files_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "patchembedding.py").touch()
+    for options, message in (
+        ([], "part v1 needs --v1 FOLDER"),
+        (["--v1", str(tmp_path)], "swin4d_transformer_ver7.py is not there"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(["--device", "cpu", "--part", "v1", *options])
+
+
+def test_ranks_are_for_the_steps_alone() -> None:
+    with pytest.raises(UserError, match="--ranks 2: must be at least 1, and more than 1 is for --part steps alone"):
+        main(["--device", "cpu", "--ranks", "2", "--part", "gates"])
+
+
+def test_losses_apart_by_hand() -> None:
+    assert strategies.apart([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
+    assert strategies.apart([1.0], [1.0, 2.0]) == float("inf")
+
+
+@pytest.mark.slow
+def test_two_ranks_step_together(tmp_path: Path) -> None:
+    rows = bench(tmp_path / "a.json", "--part", "steps", "--only", "tiny", "--ranks", "2")["parts"]["steps"]
+    (row,) = rows.values()
+    assert row["ranks"] == 2
+    assert row["clips_s"] == pytest.approx(2 * 2000 / row["ms"])

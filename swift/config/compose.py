@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from swift.config.check import check
-from swift.config.derive import fill_grid, quoted, refuse_truth_values, take_model, take_v1_input
+from swift.config.derive import fill_grid, fill_maps, quoted, refuse_truth_values, take_model, take_v1_input
 from swift.config.schema import Config
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
@@ -64,6 +64,7 @@ def typed(tree: DictConfig, overrides: Sequence[str] | None = None, model: bool 
         plain.pop("hydra", None)
         if isinstance(plain.get("data"), dict):
             fill_grid(plain["data"])
+        fill_maps(plain)
         refuse_truth_values(plain)
         # Merged into the schema's own (closed) tree: `+model.foo=1` is an unknown key here although Hydra allows it.
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))

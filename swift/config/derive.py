@@ -52,6 +52,13 @@ def fill_grid(data: dict[str, Any]) -> None:
             data[name] = found.get(name, value)
 
 
+def fill_maps(plain: dict[str, Any]) -> None:
+    """Give null model.maps_of a value: shared where subjects are split, as those held out have no maps of their own."""
+    model, data = plain.get("model"), plain.get("data")
+    if isinstance(model, dict) and isinstance(data, dict) and model.get("maps_of", "") is None:
+        model["maps_of"] = "scan" if data.get("split") is None else "shared"
+
+
 def refuse_truth_values(plain: dict[str, Any]) -> None:
     """Raise UserError where YAML has made true or false of a name, such as an unquoted yes or no."""
     for name in TEXTS:

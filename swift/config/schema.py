@@ -68,7 +68,7 @@ class ModelConfig:
     the network learns what they and the visible neighbours of a voxel leave. 0: none."""
     maps_of: str = "scan"
     """shared: one set on the common grid, trained, for stores in one template space | scan: each scan's own, from its
-    training frames, not trained."""
+    training frames, not trained | null: shared with data.split, else scan."""
     attention_base_width: Optional[int] = None
     """muP: embed_dim at which attention scores are divided by sqrt(head_dim) as usual; the divisor then grows like
     head_dim. Follows optimizer.base_width; null: sqrt(head_dim) at every width."""

@@ -144,3 +144,13 @@ def test_baselines_do_not_check_the_model() -> None:
     with pytest.raises(UserError, match="embed_dim=0"):
         composed(overrides)
     assert composed(overrides, model=False)[0].task.name == "sex"
+
+
+def test_maps_are_shared_where_subjects_are_held_out_and_as_typed_else() -> None:
+    for overrides, wanted in (
+        ([], "scan"),
+        (["data.split=somewhere"], "shared"),
+        (["data.split=somewhere", "model.maps_of=scan"], "scan"),
+        (["model.maps_of=shared"], "shared"),
+    ):
+        assert composed(overrides)[0].model.maps_of == wanted

@@ -316,8 +316,11 @@ def test_courses_of_a_scans_own_maps_come_from_all_its_training_frames(folder: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "task.courses=True: needs maps"),
-        (["model.maps=4"], "model.maps_of=scan: each scan's own maps are in an order of their own"),
+        (["model.maps=0"], "task.courses=True: needs maps"),
+        (
+            ["model.maps=4", "model.maps_of=scan"],
+            "model.maps_of=scan: each scan's own maps are in an order of their own",
+        ),
     ],
 )
 def test_courses_that_no_head_could_use_are_refused(overrides: list[str], message: str) -> None:

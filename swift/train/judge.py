@@ -19,6 +19,7 @@ from swift.evaluate.linear_baselines import fit_linear
 from swift.evaluate.reconstruction import compare
 from swift.evaluate.scores import judge as judge_predictions
 from swift.parallel.checkpoint import files as checkpoint
+from swift.train.callbacks.signals import Heartbeat
 
 
 def judge(trainer: Any) -> dict[str, Any]:
@@ -36,10 +37,13 @@ def judge(trainer: Any) -> dict[str, Any]:
 
 
 def _dense(trainer: Any) -> Callable[[Any], Any]:
-    """Brings a packed batch to the device, as training does."""
+    """Brings a packed batch to the device, as training does, and gives a sign of life."""
     data, device = trainer.datamodule, trainer.strategy.root_device
+    beats = [callback for callback in trainer.callbacks if isinstance(callback, Heartbeat)]
 
     def dense(packed: Any) -> Any:
+        for beat in beats:
+            beat.judging(trainer)
         on_device = data.transfer_batch_to_device(data.on_before_batch_transfer(packed), device, 0)
         return data.on_after_batch_transfer(on_device)
 

@@ -18,6 +18,7 @@ from swift.data.store.writer import StoreWriter
 from swift.parallel.ranks import Place
 from swift.parallel.setup import resolve
 from swift.train.__main__ import run
+from swift.train.callbacks.signals import Heartbeat
 from swift.train.run import train, write_summary
 from swift.train.wiring import build_module
 from swift.utils import jsonl
@@ -76,6 +77,14 @@ def test_the_summary_says_what_the_last_validation_says(finished: Path) -> None:
     assert any("rank" in note for note in summary["baseline_notes"])
     # Two scans, and of the last fifth of each two clips.
     assert summary["clips"] == 4
+
+
+def test_the_final_judgement_gives_signs_of_life(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a batch of held-out clips: a job that judges for long is not taken for one that hangs."""
+    signs: list[int] = []
+    monkeypatch.setattr(Heartbeat, "judging", lambda self, trainer: signs.append(trainer.global_step))
+    start(*command(store, tmp_path / "run", QUIET, "trainer.max_steps=1"))
+    assert signs == [1] * json.loads((tmp_path / "run" / "summary.json").read_text())["clips"]
 
 
 def test_the_printed_table_is_sorted_and_plain(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,7 +255,7 @@ class Guard(pl.Callback):
             "accumulate": trainer.accumulate_grad_batches,
             "frames": self.cfg.data.frames,
             "rate": max(float(group["lr"]) for group in groups),
-            "precision": trainer.precision,
+            "precision": precision_of(trainer),
             "device": trainer.strategy.root_device.type,
             "threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -365,3 +365,9 @@ def _where(report: dict[str, Any]) -> str:
 
 def _bytes(batch: Mapping[str, Any]) -> int:
     return sum(value.numel() * value.element_size() for value in batch.values() if isinstance(value, Tensor))
+
+
+def precision_of(trainer: pl.Trainer) -> str:
+    """Lightning's name of what the model computes in; fully_shard casts by itself, which Lightning calls 32-true."""
+    mixed = getattr(trainer.strategy, "mixed", None)
+    return "bf16-mixed" if mixed is not None and mixed.param_dtype is not None else str(trainer.precision)

@@ -163,6 +163,10 @@ class Heartbeat(pl.Callback):
         """The last word of training."""
         self._write(trainer, "trained", force=True)
 
+    def judging(self, trainer: pl.Trainer) -> None:
+        """A sign of life from the final judgement, which no event of Lightning's goes with: a batch was read."""
+        self._write(trainer, "judging")
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Why this start ended."""
         stopped = isinstance(exception, KeyboardInterrupt) or (

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import swift.train.wiring
 from swift.data.store.reader import Store
 from swift.train import replay
 from swift.train.callbacks import incident
+from swift.train.callbacks.guard import precision_of
 from swift.utils import jsonl
 from tests.cohort import cohort, task_command
 from tests.distributed import plants
@@ -309,3 +312,10 @@ def test_micro_batches_that_are_not_held_are_read_again(
     assert saved["steps"] == expected["steps"] == 2
     for name, tensor in expected["tensors"].items():
         torch.testing.assert_close(saved["tensors"][name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_fully_shard_in_bf16_is_recorded_as_what_it_is() -> None:
+    for policy, told in ((torch.bfloat16, "bf16-mixed"), (None, "32-true")):
+        strategy = SimpleNamespace(mixed=MixedPrecisionPolicy(param_dtype=policy))
+        assert precision_of(SimpleNamespace(strategy=strategy, precision="32-true")) == told  # type: ignore[arg-type]
+    assert precision_of(SimpleNamespace(strategy=object(), precision="bf16-mixed")) == "bf16-mixed"  # type: ignore[arg-type]

@@ -199,6 +199,12 @@ def test_signs_of_life_and_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     clock.now = 1_031.0
     callback.on_train_batch_end(trainer, None, None, None, 2)
     assert beat()["train_seconds"] == 3.0  # validation is no part of it
+    clock.now = 1_040.0
+    callback.judging(trainer)
+    assert (beat()["state"], beat()["time"]) == ("judging", 1_040.0)
+    clock.now = 1_041.0
+    callback.judging(trainer)
+    assert beat()["time"] == 1_040.0
     callback.on_exception(trainer, None, RuntimeError())
     assert beat()["state"] == "failed"
     for stop in (SystemExit(STOPPED_STATUS), SystemExit(INTERRUPTED_STATUS), KeyboardInterrupt()):

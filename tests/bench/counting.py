@@ -32,6 +32,7 @@ from swift.config.compose import composed
 from swift.config.schema import Config
 from swift.models.autoencoder import reconstruction_loss
 from swift.parallel.recompute import prepare_blocks
+from swift.train import optim
 from swift.train.optim import build_optimizer
 from swift.train.pretrain import PretrainModule
 from swift.utils.entry import reported
@@ -240,6 +241,10 @@ def as_on_a_gpu() -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module in (_foreach_utils, optimizer) for name in names]
     for module, name, _ in before:
         setattr(module, name, lambda: ["cuda", "meta"])
+    # The product's own list of devices with a fused AdamW.
+    before.append((optim, "FUSED_ON", optim.FUSED_ON))
+    if "cuda" in optim.FUSED_ON:
+        optim.FUSED_ON = (*optim.FUSED_ON, "meta")
     try:
         yield
     finally:

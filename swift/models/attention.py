@@ -1,16 +1,72 @@
-"""Multi-head self-attention inside 4D windows.
+"""Multi-head self-attention inside 4D windows, computed in the way that suits the device.
 
 Shapes: B batch, X Y Z T token grid, C channels, M = B*X*Y*Z*T, W windows of a group (batch included), N tokens of one.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swift.models.rope import WindowRotary
-from swift.models.window_layout import merge, partition, plan_groups, slabs
+from swift.models.window_layout import Tiles, largest_window, merge, pack, partition, plan_groups, slabs
+
+METHODS = ("groups", "tiles", "kernel")
+KERNEL_SLOTS = (16, 32, 64)
+"""Tokens of a tile that the kernel is written for."""
+TILE_SLOTS = 128
+"""Tokens of a tile for SDPA: CUDA's kernels pad shorter ones to that, some of them only in the backward pass."""
+MOST_ROWS = 65_535
+"""Rows in one call of SDPA: CUDA's kernels have one block of the grid's second or third axis for each."""
+MOST_ELEMENTS = 2**31 - 1
+"""Elements of a tensor in one call of SDPA: its backward pass counts them in 32 bits."""
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed; it comes with torch for CUDA and ROCm."""
+
+
+def method_for(device: torch.device, dtype: torch.dtype, tokens: int, dropout: float, compiling: bool) -> str:
+    """How attention is computed. All methods agree to rounding; the tests compare each with the slow reference.
+
+    - groups, on a CPU: windows of one shape are one call of SDPA. No score is wasted, and 8 to 16 calls cost nothing.
+    - kernel, on CUDA and ROCm: everything between the two linear maps in one Triton kernel, for windows of up to 64
+      tokens in float32 or narrower and without dropout of attention weights.
+    - tiles, where the kernel cannot: windows are packed into tiles of one length, so that a few calls of SDPA do all,
+      inside the limits of CUDA's kernels; and under torch.compile on a CPU, in one graph.
+    """
+    if device.type == "cpu":
+        return "tiles" if compiling else "groups"
+    fits = tokens <= KERNEL_SLOTS[-1] and not dropout and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return "kernel" if fits and device.type in ("cuda", "meta") and HAS_TRITON else "tiles"
+
+
+def kernel_slots(tokens: int) -> int:
+    """Tokens of a tile of the kernel for windows of `tokens`: at least three windows of time, one of space."""
+    return next(slots for slots in KERNEL_SLOTS if tokens <= slots // 2 or slots == KERNEL_SLOTS[-1])
+
+
+def tile_slots(tokens: int) -> int:
+    """Tokens of a tile of SDPA: whole windows, a multiple of 8 as its kernels want a mask to be."""
+    return max(TILE_SLOTS, -(-tokens // 8) * 8)
+
+
+class _Reorder(torch.autograd.Function):
+    """(B, rows, C) -> (B, len(index), C). `inverse` leads back, so that the gradient is another gather, no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return grads[0].index_select(1, inverse), None, None
 
 
 class WindowAttention(nn.Module):
@@ -26,6 +82,9 @@ class WindowAttention(nn.Module):
         dropout: after the output projection.
         scale: of the scores; None: 1/sqrt(head_dim).
     """
+
+    method: ClassVar[str | None] = None
+    """One of METHODS for every layer, in tests and benchmarks; None: what suits the device."""
 
     def __init__(
         self,
@@ -45,7 +104,21 @@ class WindowAttention(nn.Module):
         self.rotary = rotary
         self.attention_dropout = attention_dropout
         self.dropout = nn.Dropout(dropout)
-        self.scale = scale
+        self.scale = scale or (dim // heads) ** -0.5
+        self._tiles: Tiles | None = None
+
+    def plan(self, x: Tensor) -> Tiles:
+        """Make (once a grid) and keep the tiles of inputs like x: a compiled forward pass cannot make them."""
+        grid = tuple(x.shape[1:5])
+        window = self.window_on(grid)
+        largest = window if self.rotary is None else self.rotary.window
+        slots = tile_slots(largest_window(grid, window))
+        self._tiles = pack(grid, window, self.shifted, largest, slots, x.device)
+        return self._tiles
+
+    def window_on(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens of a window on a grid."""
+        return tuple(w or n for w, n in zip(self.window, grid))
 
     def split_heads(self, qkv: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """(W, N, 3C) -> queries, keys and values (W, heads, N, head_dim) of windows of `shape` = x, y, z, t tokens."""
@@ -59,19 +132,65 @@ class WindowAttention(nn.Module):
             v = v.squeeze(2)
         return tuple(part.transpose(1, 2) for part in (q, k, v))
 
+    @property
+    def _drop(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
     def _attend(self, qkv: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens."""
         q, k, v = self.split_heads(qkv, shape)
-        drop = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self._drop, scale=self.scale)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
+
+    def _by_groups(self, x: Tensor, window: tuple[int, ...]) -> Tensor:
+        groups = plan_groups(tuple(x.shape[1:5]), window, self.shifted)
+        qkv = self.qkv(partition(x, groups))
+        parts = [self._attend(slab, group.shape) for slab, group in zip(slabs(qkv, groups, x.shape[0]), groups)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return merge(self.proj(out), groups, x.shape)
+
+    def _by_tiles(self, x: Tensor, window: tuple[int, ...]) -> Tensor:
+        """SDPA over tiles of whole windows, a mask keeping the windows of a tile apart."""
+        tiles = self._tiles if torch.compiler.is_compiling() else self.plan(x)
+        assert tiles is not None, "plan() comes before a compiled forward pass"
+        # Empty slots repeat token 0, see only each other and are never read: no gradient comes back from them.
+        gather = tiles.token.clamp(min=0).flatten()
+        qkv = _Reorder.apply(self.qkv(x).flatten(1, 4), gather, tiles.slot)
+        q, k, v = qkv.unflatten(1, tiles.token.shape).unflatten(-1, (3, self.heads, -1)).unbind(3)
+        if self.rotary is not None:
+            q, k = self.rotary.turn(q, tiles.place), self.rotary.turn(k, tiles.place)
+        seen = None if tiles.alone else (tiles.segment.unsqueeze(2) == tiles.segment.unsqueeze(1)).unsqueeze(1)
+        # (B, tiles, slots, heads, head_dim) -> (B, tiles, heads, slots, head_dim)
+        out = self._in_calls(*(part.transpose(2, 3) for part in (q, k, v)), seen)
+        out = out.transpose(2, 3).flatten(3).flatten(1, 2)
+        return self.proj(_Reorder.apply(out, tiles.slot, gather)).view(x.shape)
+
+    def _in_calls(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """SDPA of (B, tiles, heads, slots, head_dim) in calls that the kernels can launch; a mask is one a tile."""
+        rows = max(1, min(MOST_ROWS, MOST_ELEMENTS // q[0, 0].numel()))
+        parts = []
+        for sample in zip(q, k, v):
+            for start in range(0, q.shape[1], rows):
+                cut = slice(start, start + rows)
+                mask = None if seen is None else seen[cut]
+                q_, k_, v_ = (part[cut] for part in sample)
+                parts.append(F.scaled_dot_product_attention(q_, k_, v_, mask, self._drop, scale=self.scale))
+        return torch.cat(parts).view(q.shape)
+
+    def _by_kernel(self, x: Tensor, window: tuple[int, ...]) -> Tensor:
+        from swift.models.window_kernel import window_attention
+
+        qkv, grid = self.qkv(x).flatten(1, 4), list(x.shape[1:5])
+        rotations = None if self.rotary is None else self.rotary.rotations
+        slots = kernel_slots(largest_window(tuple(grid), window))
+        out = window_attention(qkv, rotations, grid, list(window), self.shifted, slots, self.heads, self.scale)
+        return self.proj(out).view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same."""
         grid = tuple(x.shape[1:5])
-        window = tuple(w or n for w, n in zip(self.window, grid))
-        groups = plan_groups(grid, window, self.shifted)
-        qkv = self.qkv(partition(x, groups))
-        parts = [self._attend(slab, group.shape) for slab, group in zip(slabs(qkv, groups, x.shape[0]), groups)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.dropout(merge(self.proj(out), groups, x.shape))
+        window = self.window_on(grid)
+        tokens = largest_window(grid, window)
+        method = self.method or method_for(x.device, x.dtype, tokens, self._drop, torch.compiler.is_compiling())
+        by = {"groups": self._by_groups, "tiles": self._by_tiles, "kernel": self._by_kernel}[method]
+        return self.dropout(by(x, window))

@@ -86,6 +86,16 @@ class WindowRotary(nn.Module):
         self.rotations = self._table(torch.promote_types(moved.dtype, torch.float32)).to(moved.device)
         return self
 
+    def turn(self, x: Tensor, places: Tensor) -> Tensor:
+        """Rotate (B, tiles, slots, heads, head_dim) tokens by their `places` (tiles, slots) in the largest window.
+
+        In real numbers, as compilers have no code for complex ones; in float32 at least.
+        """
+        cosine, sine = self.rotations.flatten(0, 3)[places].unsqueeze(2).unbind(-1)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+        return turned.flatten(-2).to(x.dtype)
+
     def forward(self, qk: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Rotate (W, N, 2, heads, head_dim) tokens of windows with `shape` = x, y, z, t tokens, N = their product."""
         x, y, z, t = shape

@@ -16,6 +16,7 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,3 +163,77 @@ def slabs(x: Tensor, groups: tuple[Group, ...], batch: int) -> list[Tensor]:
     """Cut window-major tokens (M, D) into one (B * W, N, D) tensor a group."""
     rows = [batch * group.windows * group.tokens for group in groups]
     return [part.view(-1, group.tokens, x.shape[1]) for part, group in zip(x.split(rows), groups)]
+
+
+def largest_window(grid: tuple[int, ...], window: tuple[int, ...]) -> int:
+    """Tokens of the largest window of a grid."""
+    # A list: torch.compile has no code for the product of a generator.
+    return math.prod([min(w, n) for w, n in zip(window, grid, strict=True)])
+
+
+class Tiles(NamedTuple):
+    """The windows of one sample, packed whole into tiles of equally many slots; int32 (tiles, slots) each."""
+
+    token: Tensor
+    """Which token of the grid (in its order x, y, z, t) a slot holds; -1: none."""
+    place: Tensor
+    """Its place in the table of positions, in the same order; 0 where there is no token."""
+    segment: Tensor
+    """Which window of its tile it belongs to; -1: none. Only tokens of one window see each other."""
+    slot: Tensor
+    """(tokens,), in which slot of all tiles a token lies."""
+    alone: bool
+    """Every tile is one window and full."""
+
+
+def _window_tokens(group: Group, grid: tuple[int, ...], largest: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (windows, tokens) of the windows of a group, and the places (tokens,) of a window's tokens."""
+    starts = [run.start + run.step * np.arange(run.windows) for run in group.runs]
+    inside = [np.arange(run.size) for run in group.runs]
+    first = np.stack([axis.ravel() for axis in np.meshgrid(*starts, indexing="ij")], axis=1)
+    offset = np.stack([axis.ravel() for axis in np.meshgrid(*inside, indexing="ij")], axis=1)
+    tokens = np.ravel_multi_index(tuple((first[:, None] + offset).transpose(2, 0, 1)), grid)
+    return tokens, np.ravel_multi_index(tuple(offset.T), largest)
+
+
+@lru_cache(maxsize=256)
+def pack(
+    grid: tuple[int, ...],
+    window: tuple[int, ...],
+    shifted: bool,
+    largest: tuple[int, ...],
+    slots: int,
+    device: torch.device,
+) -> Tiles:
+    """Pack the windows of a grid of x, y, z, t tokens into tiles: the largest that still fits comes next.
+
+    Args:
+        grid: tokens of a sample.
+        window: tokens of a window along x, y, z, t.
+        shifted: by half a window on each axis longer than it.
+        largest: tokens x, y, z, t of the table of positions.
+        slots: of a tile; no fewer than the tokens of a window.
+        device: where the tables go.
+    """
+    groups = sorted(plan_groups(grid, window, shifted), key=lambda group: -group.tokens)
+    waiting = [(*_window_tokens(group, grid, largest), 0) for group in groups]
+    tiles: list[tuple[np.ndarray, ...]] = []
+    while waiting:
+        token, place, segment = (np.full(slots, fill, np.int32) for fill in (-1, 0, -1))
+        used = windows = 0
+        for index, (tokens, places, done) in enumerate(waiting):
+            take = min((slots - used) // len(places), len(tokens) - done)
+            end = used + take * len(places)
+            token[used:end] = tokens[done : done + take].ravel()
+            place[used:end] = np.tile(places, take)
+            segment[used:end] = windows + np.repeat(np.arange(take), len(places))
+            waiting[index] = (tokens, places, done + take)
+            used, windows = end, windows + take
+        assert windows, f"a window of {waiting[0][1].size} tokens in a tile of {slots}"
+        waiting = [entry for entry in waiting if entry[2] < len(entry[0])]
+        tiles.append((token, place, segment))
+    token, place, segment = (np.stack(part) for part in zip(*tiles))
+    slot = np.empty(math.prod(grid), np.int32)
+    slot[token[token >= 0]] = np.flatnonzero(token >= 0)
+    alone = slots == groups[-1].tokens
+    return Tiles(*(torch.from_numpy(part).to(device) for part in (token, place, segment, slot)), alone)

@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from swift.config.schema import ParallelConfig
+from swift.models.attention import WindowAttention, HAS_TRITON
 
 
 def _kept_operations() -> list[Any]:
@@ -29,7 +31,11 @@ def _kept_operations() -> list[Any]:
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_fused_attention_overrideable",
     )
-    return [getattr(aten, name).default for name in names if hasattr(aten, name)]
+    kept = [getattr(aten, name).default for name in names if hasattr(aten, name)]
+    if HAS_TRITON:
+        importlib.import_module("swift.models.window_kernel")
+        kept.append(torch.ops.swift.window_attention.default)
+    return kept
 
 
 def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
@@ -46,6 +52,19 @@ def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
     return partial(checkpoint, forward, use_reentrant=False, **extra)
 
 
+def compiled(block: Any) -> Callable[[Tensor], Tensor]:
+    """The forward function of a block as one graph."""
+    layers = [layer for layer in block.modules() if isinstance(layer, WindowAttention)]
+    forward = torch.compile(block.forward, fullgraph=True)
+
+    def run(x: Tensor) -> Tensor:
+        for layer in layers:
+            layer.plan(x)
+        return forward(x)
+
+    return run
+
+
 def prepare_blocks(model: Any, cfg: ParallelConfig) -> None:
     """Apply activation checkpointing and torch.compile to `model.blocks()`, in place; names stay as they are."""
     blocks = model.blocks()
@@ -57,6 +76,6 @@ def prepare_blocks(model: Any, cfg: ParallelConfig) -> None:
     for block in blocks:
         if cfg.compile:
             # Before it is wrapped: torch.compile gives up on a block whose recomputing it has to look into.
-            block.forward = torch.compile(block.forward)
+            block.forward = compiled(block)
         if cfg.activation_checkpointing != "none":
             block.forward = recomputing(block.forward, cfg.activation_checkpointing)

@@ -283,7 +283,14 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
     elif parallel.name == "fsdp":
         strategy = _Fsdp(narrow, precision_plugin=_Float32(), **shared)
     else:
-        strategy = _Ddp(precision_plugin=plugin, bucket_cap_mb=bucket / MB, **shared)
+        # Buffers are tables, the same on all ranks: nothing to broadcast. Gradients live in the reduction buckets;
+        # those that were dropped get their place there again in the next backward pass.
+        buckets: dict[str, Any] = {
+            "broadcast_buffers": False,
+            "gradient_as_bucket_view": True,
+            "bucket_cap_mb": bucket / MB,
+        }
+        strategy = _Ddp(precision_plugin=plugin, **buckets, **shared)
     strategy.parallel, strategy.saver = parallel, build_saver(cfg, place)
     return {
         "strategy": strategy,

@@ -46,7 +46,7 @@ class TrainingModule(pl.LightningModule):
         """What the model of the weights of init= was given, as far as known."""
         self.seen_before: list[str] | None = []
         """Subjects that the weights of init= were trained on; None: not recorded."""
-        self._step_loss = torch.zeros(())
+        self._step_loss: Tensor | None = None
         self._rate = 0.0
 
     @abstractmethod
@@ -92,7 +92,7 @@ class TrainingModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log loss, rate and gradient norm (before clipping) of an optimizer step, over its micro-batches and ranks."""
         # Lightning has divided the loss of a micro-batch by their number.
-        self._step_loss = self._step_loss + outputs["loss"]
+        self._step_loss = outputs["loss"] if self._step_loss is None else self._step_loss + outputs["loss"]
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         if self.global_step % self.cfg.trainer.log_every == 0:
@@ -104,7 +104,7 @@ class TrainingModule(pl.LightningModule):
                 self.log("train/grad_norm", norm)
             # Lightning numbers a step from 0; everything swift writes counts optimizer steps done.
             self.log("step", float(self.global_step))
-        self._step_loss = torch.zeros((), device=self.device)
+        self._step_loss = None
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.cfg.optimizer, self.widths, rates=self.rates())

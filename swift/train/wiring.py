@@ -247,7 +247,7 @@ def build_trainer(setup: Setup, overrides: Sequence[str]) -> pl.Trainer:
     saves = SaveCheckpoints(
         run_dir / CHECKPOINTS, spread["strategy"].saver, cfg.trainer.checkpoint_every, monitored(cfg, "val/select")
     )
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **spread,
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
@@ -274,3 +274,6 @@ def build_trainer(setup: Setup, overrides: Sequence[str]) -> pl.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    # It waits for the device at every micro-batch; the ranks agree on signals in StopOnSignal.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer

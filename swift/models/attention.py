@@ -65,7 +65,7 @@ class _Reorder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
+        _, inverse = ctx.saved_tensors
         return grads[0].index_select(1, inverse), None, None
 
 
@@ -161,7 +161,7 @@ class WindowAttention(nn.Module):
             q, k = self.rotary.turn(q, tiles.place), self.rotary.turn(k, tiles.place)
         seen = None if tiles.alone else (tiles.segment.unsqueeze(2) == tiles.segment.unsqueeze(1)).unsqueeze(1)
         # (B, tiles, slots, heads, head_dim) -> (B, tiles, heads, slots, head_dim)
-        out = self._in_calls(*(part.transpose(2, 3) for part in (q, k, v)), seen)
+        out = self._in_calls(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3), seen)
         out = out.transpose(2, 3).flatten(3).flatten(1, 2)
         return self.proj(_Reorder.apply(out, tiles.slot, gather)).view(x.shape)
 

@@ -236,4 +236,5 @@ def pack(
     slot = np.empty(math.prod(grid), np.int32)
     slot[token[token >= 0]] = np.flatnonzero(token >= 0)
     alone = slots == groups[-1].tokens
-    return Tiles(*(torch.from_numpy(part).to(device) for part in (token, place, segment, slot)), alone)
+    tables = [torch.from_numpy(part).to(device) for part in (token, place, segment, slot)]
+    return Tiles(tables[0], tables[1], tables[2], tables[3], alone)

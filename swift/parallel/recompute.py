@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from swift.config.schema import ParallelConfig
-from swift.models.attention import WindowAttention, HAS_TRITON
+from swift.models.attention import HAS_TRITON, WindowAttention
 
 
 def _kept_operations() -> list[Any]:

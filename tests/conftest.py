@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.small import command, small_store
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +26,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps; read only."""
-    import torch
-
     from tests.runs import start
 
     before = torch.get_num_threads()
@@ -36,8 +40,6 @@ def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone() -> Iterator[None]:
     """One thread, and Ctrl-C as before: Lightning ignores it after the first."""
     import signal
-
-    import torch
 
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     torch.set_num_threads(1)

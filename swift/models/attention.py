@@ -33,16 +33,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def method_for(device: torch.device, dtype: torch.dtype, tokens: int, dropout: float, compiling: bool) -> str:
     """How attention is computed. All methods agree to rounding; the tests compare each with the slow reference.
 
-    - groups, on a CPU: windows of one shape are one call of SDPA. No score is wasted, and 8 to 16 calls cost nothing.
+    - groups, on a CPU (and on the meta device, for counts): windows of one shape are one call of SDPA. No score is
+      wasted, and 8 to 16 calls cost nothing.
     - kernel, on CUDA and ROCm: everything between the two linear maps in one Triton kernel, for windows of up to 64
       tokens in float32 or narrower and without dropout of attention weights.
     - tiles, where the kernel cannot: windows are packed into tiles of one length, so that a few calls of SDPA do all,
       inside the limits of CUDA's kernels; and under torch.compile on a CPU, in one graph.
     """
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return "tiles" if compiling else "groups"
     fits = tokens <= KERNEL_SLOTS[-1] and not dropout and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return "kernel" if fits and device.type in ("cuda", "meta") and HAS_TRITON else "tiles"
+    return "kernel" if fits and device.type == "cuda" and HAS_TRITON else "tiles"
 
 
 def kernel_slots(tokens: int) -> int:
@@ -160,22 +161,23 @@ class WindowAttention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary.turn(q, tiles.place), self.rotary.turn(k, tiles.place)
         seen = None if tiles.alone else (tiles.segment.unsqueeze(2) == tiles.segment.unsqueeze(1)).unsqueeze(1)
-        # (B, tiles, slots, heads, head_dim) -> (B, tiles, heads, slots, head_dim)
-        out = self._in_calls(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3), seen)
-        out = out.transpose(2, 3).flatten(3).flatten(1, 2)
+        out = self._in_calls(q, k, v, seen).flatten(3).flatten(1, 2)
         return self.proj(_Reorder.apply(out, tiles.slot, gather)).view(x.shape)
 
     def _in_calls(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        """SDPA of (B, tiles, heads, slots, head_dim) in calls that the kernels can launch; a mask is one a tile."""
-        rows = max(1, min(MOST_ROWS, MOST_ELEMENTS // q[0, 0].numel()))
+        """SDPA of (B, tiles, slots, heads, head_dim) in calls that the kernels can launch; a mask is one a tile."""
+        batch, tiles, _, _, dim = q.shape
+        # One call for all samples: a tile is a row, a head of a sample a head. Kernels want 8 channels or more of them.
+        q, k, v = (F.pad(part.permute(1, 0, 3, 2, 4), (0, -dim % 8)).flatten(1, 2) for part in (q, k, v))
+        rows = max(1, min(MOST_ROWS, MOST_ELEMENTS // q[0].numel()))
         parts = []
-        for sample in zip(q, k, v):
-            for start in range(0, q.shape[1], rows):
-                cut = slice(start, start + rows)
-                mask = None if seen is None else seen[cut]
-                q_, k_, v_ = (part[cut] for part in sample)
-                parts.append(F.scaled_dot_product_attention(q_, k_, v_, mask, self._drop, scale=self.scale))
-        return torch.cat(parts).view(q.shape)
+        for start in range(0, tiles, rows):
+            cut = slice(start, start + rows)
+            mask = None if seen is None else seen[cut]
+            part = F.scaled_dot_product_attention(q[cut], k[cut], v[cut], mask, self._drop, scale=self.scale)
+            parts.append(part[..., :dim])
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.unflatten(1, (batch, self.heads)).permute(1, 0, 3, 2, 4)
 
     def _by_kernel(self, x: Tensor, window: tuple[int, ...]) -> Tensor:
         from swift.models.window_kernel import window_attention

@@ -17,12 +17,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from swift.models.window_layout import pack
+from swift.models.window_layout import pack, plan_groups
 
-WARPS = 4
-CHANNELS = 64
-"""Channels of a head that a program holds at a time: more would not fit the shared memory of an MI250X."""
+WHOLE_HEAD = 128
+"""Channels of a head that a program holds at once in 16 bits on CUDA. Wider heads, float32, and ROCm with its 64 KiB
+of shared memory take parts of PART channels."""
+PART = 64
+HEADS = 8
+"""Most heads of a tile that a program computes, one after the other with the same angles."""
+PROGRAMS = 2048
+"""So many a launch at least, before a program takes several heads."""
 
 
 @triton.jit
@@ -33,11 +39,11 @@ def _turn(x, cosine, sine):
 
 
 @triton.jit
-def _angles(table, place, first, dim, CHANNELS: tl.constexpr):
+def _angles(table, place, first, dim, ROTARY: tl.constexpr, CHANNELS: tl.constexpr):
     """Cosines and sines (slots, CHANNELS / 2) of the pairs from channel `first` on; table is (places, dim / 2, 2)."""
     pair = first // 2 + tl.arange(0, CHANNELS // 2)
     at = place[:, None] * dim + 2 * pair[None, :]
-    inside = (pair < dim // 2)[None, :]
+    inside = (pair < dim // 2)[None, :] & ROTARY
     return tl.load(table + at, mask=inside, other=1.0), tl.load(table + at + 1, mask=inside, other=0.0)
 
 
@@ -57,35 +63,26 @@ def _store(x, value, row, used, first, stride, dim, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_turned(x, row, used, first, stride, dim, table, place, ROTARY: tl.constexpr, CHANNELS: tl.constexpr):
+def _load_turned(x, row, used, first, stride, dim, cosine, sine, ROTARY: tl.constexpr, CHANNELS: tl.constexpr):
     value = _load(x, row, used, first, stride, dim, CHANNELS)
     if ROTARY:
-        cosine, sine = _angles(table, place, first, dim, CHANNELS)
         value = _turn(value.to(tl.float32), cosine, sine).to(value.dtype)
     return value
 
 
 @triton.jit
-def _tile(token, segment, tokens, heads, SLOTS: tl.constexpr):
-    """Rows of this program's tokens in the batch, which slots hold one, their windows, where the rotary angles are."""
-    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+def _tile(token, segment, tokens, groups, SLOTS: tl.constexpr):
+    """Slots of a program, its group of heads, rows of its tokens in the batch, which slots hold one, their windows."""
+    tile, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     at = tile * SLOTS + tl.arange(0, SLOTS)
     index = tl.load(token + at)
     row = index.to(tl.int64) + tl.program_id(1).to(tl.int64) * tokens
-    return at, head, row, index >= 0, tl.load(segment + at)
+    return at, group, row, index >= 0, tl.load(segment + at)
 
 
 @triton.jit
-def _weights(
-    q, k, row, used, window, place, table, stride, dim, scale,
-    ROTARY: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attention weights (slots, slots) in float32. Empty slots see each other, so that no row is without a token."""
-    score = tl.zeros((SLOTS, SLOTS), tl.float32)
-    for part in range(PARTS):
-        queries = _load_turned(q, row, used, part * CHANNELS, stride, dim, table, place, ROTARY, CHANNELS)
-        keys = _load_turned(k, row, used, part * CHANNELS, stride, dim, table, place, ROTARY, CHANNELS)
-        score = tl.dot(queries, tl.trans(keys), score, input_precision=PRECISION)
+def _softmax(score, window, scale):
+    """Attention weights (slots, slots). Empty slots see each other, so that no row is without a token."""
     score = tl.where(window[:, None] == window[None, :], score * scale, float("-inf"))
     weight = tl.exp(score - tl.max(score, 1)[:, None])
     return weight / tl.sum(weight, 1)[:, None]
@@ -94,56 +91,77 @@ def _weights(
 @triton.jit
 def _forward(
     qkv, out, table, token, place, segment, tokens, heads, dim, scale,
-    ROTARY: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROTARY: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    at, head, row, used, window = _tile(token, segment, tokens, heads, SLOTS)
+    at, group, row, used, window = _tile(token, segment, tokens, heads // HEADS, SLOTS)
     angle = tl.load(place + at)
     width = heads * dim
-    q = qkv + head * dim
-    weight = _weights(
-        q, q + width, row, used, window, angle, table, 3 * width, dim, scale, ROTARY, SLOTS, CHANNELS, PARTS, PRECISION
-    ).to(qkv.dtype.element_ty)
-    for part in range(PARTS):
-        values = _load(q + 2 * width, row, used, part * CHANNELS, 3 * width, dim, CHANNELS)
-        value = tl.dot(weight, values, input_precision=PRECISION)
-        _store(out + head * dim, value, row, used, part * CHANNELS, width, dim, CHANNELS)
+    stride = 3 * width
+    cosine, sine = _angles(table, angle, 0, dim, ROTARY, CHANNELS)
+    for head in range(group * HEADS, group * HEADS + HEADS):
+        q = qkv + head * dim
+        k, v = q + width, q + 2 * width
+        score = tl.zeros((SLOTS, SLOTS), tl.float32)
+        for part in tl.static_range(PARTS):
+            first = part * CHANNELS
+            if PARTS > 1:
+                cosine, sine = _angles(table, angle, first, dim, ROTARY, CHANNELS)
+            queries = _load_turned(q, row, used, first, stride, dim, cosine, sine, ROTARY, CHANNELS)
+            keys = _load_turned(k, row, used, first, stride, dim, cosine, sine, ROTARY, CHANNELS)
+            score = tl.dot(queries, tl.trans(keys), score, input_precision=PRECISION)
+        weight = _softmax(score, window, scale).to(qkv.dtype.element_ty)
+        for part in tl.static_range(PARTS):
+            values = _load(v, row, used, part * CHANNELS, stride, dim, CHANNELS)
+            value = tl.dot(weight, values, input_precision=PRECISION)
+            _store(out + head * dim, value, row, used, part * CHANNELS, width, dim, CHANNELS)
 
 
 @triton.jit
 def _backward(
     qkv, grad_out, grad, table, token, place, segment, tokens, heads, dim, scale,
-    ROTARY: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROTARY: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    at, head, row, used, window = _tile(token, segment, tokens, heads, SLOTS)
+    at, group, row, used, window = _tile(token, segment, tokens, heads // HEADS, SLOTS)
     angle = tl.load(place + at)
     width = heads * dim
     stride = 3 * width
-    q = qkv + head * dim
-    k, v, do, dq = q + width, q + 2 * width, grad_out + head * dim, grad + head * dim
-    weight = _weights(
-        q, k, row, used, window, angle, table, stride, dim, scale, ROTARY, SLOTS, CHANNELS, PARTS, PRECISION
-    )
-    slope = tl.zeros((SLOTS, SLOTS), tl.float32)
-    for part in range(PARTS):
-        outer = _load(do, row, used, part * CHANNELS, width, dim, CHANNELS)
-        values = _load(v, row, used, part * CHANNELS, stride, dim, CHANNELS)
-        slope = tl.dot(outer, tl.trans(values), slope, input_precision=PRECISION)
-    slope = weight * (slope - tl.sum(weight * slope, 1)[:, None]) * scale
-    weight, slope = weight.to(qkv.dtype.element_ty), slope.to(qkv.dtype.element_ty)
-    for part in range(PARTS):
-        first = part * CHANNELS
-        outer = _load(do, row, used, first, width, dim, CHANNELS)
-        of_values = tl.dot(tl.trans(weight), outer, input_precision=PRECISION)
-        _store(dq + 2 * width, of_values, row, used, first, stride, dim, CHANNELS)
-        keys = _load_turned(k, row, used, first, stride, dim, table, angle, ROTARY, CHANNELS)
-        of_queries = tl.dot(slope, keys, input_precision=PRECISION)
-        queries = _load_turned(q, row, used, first, stride, dim, table, angle, ROTARY, CHANNELS)
-        of_keys = tl.dot(tl.trans(slope), queries, input_precision=PRECISION)
-        if ROTARY:
-            cosine, sine = _angles(table, angle, first, dim, CHANNELS)
-            of_queries, of_keys = _turn(of_queries, cosine, -sine), _turn(of_keys, cosine, -sine)
-        _store(dq, of_queries, row, used, first, stride, dim, CHANNELS)
-        _store(dq + width, of_keys, row, used, first, stride, dim, CHANNELS)
+    cosine, sine = _angles(table, angle, 0, dim, ROTARY, CHANNELS)
+    for head in range(group * HEADS, group * HEADS + HEADS):
+        q, do, dq = qkv + head * dim, grad_out + head * dim, grad + head * dim
+        k, v = q + width, q + 2 * width
+        score = tl.zeros((SLOTS, SLOTS), tl.float32)
+        slope = tl.zeros((SLOTS, SLOTS), tl.float32)
+        for part in tl.static_range(PARTS):
+            first = part * CHANNELS
+            if PARTS > 1:
+                cosine, sine = _angles(table, angle, first, dim, ROTARY, CHANNELS)
+            queries = _load_turned(q, row, used, first, stride, dim, cosine, sine, ROTARY, CHANNELS)
+            keys = _load_turned(k, row, used, first, stride, dim, cosine, sine, ROTARY, CHANNELS)
+            score = tl.dot(queries, tl.trans(keys), score, input_precision=PRECISION)
+            outer = _load(do, row, used, first, width, dim, CHANNELS)
+            values = _load(v, row, used, first, stride, dim, CHANNELS)
+            slope = tl.dot(outer, tl.trans(values), slope, input_precision=PRECISION)
+        weight = _softmax(score, window, scale)
+        slope = (weight * (slope - tl.sum(weight * slope, 1)[:, None]) * scale).to(qkv.dtype.element_ty)
+        weight = weight.to(qkv.dtype.element_ty)
+        for part in tl.static_range(PARTS):
+            first = part * CHANNELS
+            if PARTS > 1:
+                # Nothing of a head that is taken in parts is kept: read it again.
+                cosine, sine = _angles(table, angle, first, dim, ROTARY, CHANNELS)
+                queries = _load_turned(q, row, used, first, stride, dim, cosine, sine, ROTARY, CHANNELS)
+                keys = _load_turned(k, row, used, first, stride, dim, cosine, sine, ROTARY, CHANNELS)
+                outer = _load(do, row, used, first, width, dim, CHANNELS)
+            of_values = tl.dot(tl.trans(weight), outer, input_precision=PRECISION)
+            _store(dq + 2 * width, of_values, row, used, first, stride, dim, CHANNELS)
+            of_queries = tl.dot(slope, keys, input_precision=PRECISION)
+            of_keys = tl.dot(tl.trans(slope), queries, input_precision=PRECISION)
+            if ROTARY:
+                of_queries, of_keys = _turn(of_queries, cosine, -sine), _turn(of_keys, cosine, -sine)
+            _store(dq, of_queries, row, used, first, stride, dim, CHANNELS)
+            _store(dq + width, of_keys, row, used, first, stride, dim, CHANNELS)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -160,9 +178,14 @@ def _launch(kernel: Any, qkv: Tensor, buffers: tuple[Tensor, ...], rotations: Te
     dim = width // (3 * heads)
     largest = tuple(window) if rotations is None else tuple(rotations.shape[:4])
     tiles = pack(tuple(grid), tuple(window), shifted, largest, slots, qkv.device)
-    channels = min(CHANNELS, max(16, triton.next_power_of_2(dim)))
+    channels = max(16, triton.next_power_of_2(dim))
+    whole = channels <= (WHOLE_HEAD if qkv.dtype != torch.float32 and torch.version.hip is None else PART)
+    channels = channels if whole else PART
+    programs = tiles.token.shape[0] * batch * heads
+    together = max(n for n in range(1, HEADS + 1) if heads % n == 0 and (n == 1 or programs // n >= PROGRAMS))
+    together = together if whole else 1
     table = qkv if rotations is None else rotations.contiguous()
-    kernel[(tiles.token.shape[0] * heads, batch)](
+    kernel[(tiles.token.shape[0] * heads // together, batch)](
         qkv,
         *buffers,
         table,
@@ -177,8 +200,10 @@ def _launch(kernel: Any, qkv: Tensor, buffers: tuple[Tensor, ...], rotations: Te
         SLOTS=slots,
         CHANNELS=channels,
         PARTS=triton.cdiv(dim, channels),
+        HEADS=together,
         PRECISION=_precision(qkv.dtype),
-        num_warps=WARPS,
+        num_warps=2 if slots < 64 else 4 if channels <= 64 else 8,
+        num_stages=3 if channels > PART else 1,
     )
 
 
@@ -256,3 +281,22 @@ def _gradient(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 
 window_attention.register_autograd(_gradient, setup_context=_keep)
+
+
+def _products(shape: torch.Size, grid: list[int], window: list[int], shifted: bool) -> int:
+    """FLOPs of scores and weighted sums, tokens of one window only."""
+    pairs = sum(group.windows * group.tokens**2 for group in plan_groups(tuple(grid), tuple(window), shifted))
+    return 4 * shape[0] * pairs * (shape[2] // 3)
+
+
+@register_flop_formula(torch.ops.swift.window_attention)
+def _forward_flops(qkv: Any, rotations: Any, grid: Any, window: Any, shifted: Any, *_: Any, **__: Any) -> int:
+    return _products(qkv, grid, window, shifted)
+
+
+@register_flop_formula(torch.ops.swift.window_attention_backward)
+def _backward_flops(
+    _: Any, qkv: Any, rotations: Any, grid: Any, window: Any, shifted: Any, *__: Any, **___: Any
+) -> int:
+    """Four products; the scores, which are computed again, are no FLOPs of the model."""
+    return 2 * _products(qkv, grid, window, shifted)

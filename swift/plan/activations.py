@@ -22,9 +22,11 @@ class Widths:
     Args:
         name: fp32 | bf16: weights and activations in bf16, as DeepSpeed and fully_shard run | autocast: weights in
             fp32, matrix products in bf16, norms in fp32, as Lightning's bf16-mixed runs on a GPU.
+        kernel: on CUDA and ROCm, where `swift.models.window_kernel` computes the windows that fit it.
     """
 
     name: str
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         assert self.name in ("fp32", "bf16", "autocast"), self.name
@@ -57,8 +59,11 @@ def branch_bytes(branch: Branch, widths: Widths) -> int:
     total += elements * widths.stream if branch.scaled else 0
     if not branch.is_attention:
         return total + (elements + 2 * branch.tokens * branch.hidden) * widths.product
-    # Input and result of the map to queries, keys and values; rotated queries and keys are new tensors while the values
-    # keep the whole result; attention's output, and once more where the groups are concatenated.
+    # Input and result of the map to queries, keys and values, and attention's output.
+    if widths.kernel and branch.fits_kernel:
+        return total + 5 * elements * widths.product
+    # Rotated queries and keys are new tensors while the values keep the whole result of the map; the output once more
+    # where the groups are concatenated. The same is taken for larger windows on a GPU.
     kept = 1 + 3 + (2 if branch.rotary else 0) + 1 + (1 if len(branch.windows) > 1 else 0)
     return total + kept * elements * widths.product + branch.tokens * branch.heads * 4
 
@@ -73,7 +78,8 @@ def product_bytes(block: Block, widths: Widths) -> int:
     total = 0
     for branch in block.branches:
         if branch.is_attention:
-            total += 5 * branch.tokens * branch.width * widths.product + branch.tokens * branch.heads * 4
+            total += 5 * branch.tokens * branch.width * widths.product
+            total += 0 if widths.kernel and branch.fits_kernel else branch.tokens * branch.heads * 4
         else:
             total += branch.tokens * (branch.hidden + branch.width) * widths.product
     return total

@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from swift.config.schema import ModelConfig
-from swift.models.attention import WindowAttention
+from swift.models.attention import KERNEL_SLOTS, WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.decoders import LocalDecoder
 from swift.models.encoder import Stage as StageModule
@@ -46,6 +46,11 @@ class Branch:
     def is_attention(self) -> bool:
         """Attention, not an MLP."""
         return self.heads > 0
+
+    @property
+    def fits_kernel(self) -> bool:
+        """Whether a GPU's attention kernel is written for windows of this size."""
+        return max(size for _, size in self.windows) <= KERNEL_SLOTS[-1]
 
     @property
     def pairs(self) -> int:

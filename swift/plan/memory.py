@@ -56,8 +56,8 @@ class Sharding:
     def widths(self) -> Widths:
         """Bytes of activations. DeepSpeed and fully_shard hold bf16 weights; the others compute in autocast."""
         if not self.bf16:
-            return Widths("fp32")
-        return Widths("bf16" if self.zero_stage or self.strategy == "fsdp" else "autocast")
+            return Widths("fp32", not self.on_cpu)
+        return Widths("bf16" if self.zero_stage or self.strategy == "fsdp" else "autocast", not self.on_cpu)
 
     @property
     def element(self) -> int:

@@ -101,9 +101,9 @@ def test_attention_divides_by_head_dim_beyond_the_base_width(variant: str, width
         seen += 1
         stage = int(name.split(".")[2])
         head_dim, base_dim = (e * 2**stage // cfg.num_heads[stage] for e in (width, BASE))
-        # None is the standard 1/sqrt(head_dim), to the bit
-        assert (part.scale is None) == (width == BASE)
-        assert (part.scale or head_dim**-0.5) == pytest.approx(math.sqrt(base_dim) / head_dim)
+        # At the base width the standard 1/sqrt(head_dim), to the bit.
+        assert (part.scale == head_dim**-0.5) == (width == BASE)
+        assert part.scale == pytest.approx(math.sqrt(base_dim) / head_dim)
     assert seen == {"factorized": 8, "joint": 4}[variant]
 
 

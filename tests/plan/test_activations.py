@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swift.models.attention import WindowAttention
 from swift.plan.__main__ import composed
 from swift.plan.activations import Widths, kept_bytes, moments
 from swift.plan.geometry import build_geometry
@@ -44,11 +45,13 @@ def test_losses(loss: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["v1", "joint", "joint-rope", "factorized"])
-def test_autocast_of_a_gpu(variant: str) -> None:
-    """Norms in fp32, products in bf16, and a bf16 copy of every weight."""
+def test_autocast_of_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms in fp32, products in bf16, and a bf16 copy of every weight; windows that fit the kernel in the kernel."""
     cfg = config(variant, SHAPE)
     geometry = build_geometry(cfg, VOLUME)
-    predicted = kept_bytes(geometry, Widths("autocast"), "none", "l1") + 2 * geometry.total_parameters
+    kernel = cfg.attention == "factorized"
+    monkeypatch.setattr(WindowAttention, "method", "kernel" if kernel else "groups")
+    predicted = kept_bytes(geometry, Widths("autocast", kernel), "none", "l1") + 2 * geometry.total_parameters
     assert predicted == pytest.approx(kept_by_gpu_autocast(cfg, VOLUME), rel=0.01)
 
 

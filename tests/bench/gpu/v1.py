@@ -93,6 +93,8 @@ def pair(bench: Bench) -> tuple[nn.Module, SwinEncoder, Any]:
             patch_size=tuple(patch),
             depths=list(model.depths),
             num_heads=list(model.num_heads),
+            # As in its published training: the last stage is never shifted.
+            last_layer_full_MSA=True,
         )
     ours = SwinEncoder(model, cfg.data.grid, cfg.data.frames)
     load_v1(ours, theirs.state_dict())

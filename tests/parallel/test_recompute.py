@@ -109,4 +109,5 @@ def test_compiled_blocks_compute_the_same(how: str) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     for name, value in expected[1].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # a kind of block each
+    # One graph a stage: a shifted block differs from a plain one only in the index that it is given.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

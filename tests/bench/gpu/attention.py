@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 import swift.models.attention as attention
 from tests.bench.gpu.base import Bench, Case, Part, Row
 from tests.bench.gpu.measure import kernels, milliseconds
@@ -14,9 +16,10 @@ from tests.bench.gpu.stages import encoder_of, passes, tokens
 COLUMNS = (("ms", "9.3f"), ("kernels", "7d"), ("forward_ms", "9.3f"), ("text", "8"))
 
 
-def implementations() -> list[str]:
-    """Names of the implementations; `current` where the model has no choice."""
-    return list(getattr(attention, "METHODS", ["current"]))
+def implementations(device: torch.device) -> list[str]:
+    """Names of the implementations that the device has; `current` where the model has no choice."""
+    names = getattr(attention, "METHODS", ["current"])
+    return [name for name in names if name != "kernel" or device.type == "cuda"]
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def cases(bench: Bench) -> list[Case]:
             lambda kind=(model, clips, branch, shifted, name): one(bench, *kind),  # type: ignore[misc]
         )
         for model, clips, branch, shifted in shapes
-        for name in implementations()
+        for name in implementations(bench.device)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of masked pre-training in closed form, by part of the model.
+"""Floating-point operations of a training step in closed form, by part of the model.
 
 A multiply-add counts as 2, and only matrix products count (linear maps, scores, weighted sums), as is usual for model
 FLOPs: norms, GELU, softmax and rotations are bound by memory traffic and left to `swift.plan.step_time`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swift.config.schema import TaskConfig
 from swift.plan.geometry import Block, Branch, Geometry, Stage
 
 
@@ -31,10 +32,10 @@ class Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward)
 
 
-def linear(rows: int, inputs: int, outputs: int, input_gradient: bool = True) -> Flops:
+def linear(rows: int, inputs: int, outputs: int, input_gradient: bool = True, trained: bool = True) -> Flops:
     """A linear map of `rows` rows: backward is one product for the weights and, unless first, one for the input."""
     forward = 2.0 * rows * inputs * outputs
-    return Flops(forward, forward * (2 if input_gradient else 1))
+    return Flops(forward, forward * (trained + input_gradient))
 
 
 def _sum(parts: list[Flops]) -> Flops:
@@ -119,3 +120,57 @@ def flops_by_part(geometry: Geometry) -> dict[str, Flops]:
 def model_flops(geometry: Geometry) -> Flops:
     """Of one clip: what MFU is measured by. Recomputation of activations is not part of it."""
     return _sum(list(flops_by_part(geometry).values()))
+
+
+def encoder_flops(geometry: Geometry) -> dict[str, Flops]:
+    """Of one clip, by part: the encoder without decoder and maps."""
+    return {name: flops for name, flops in flops_by_part(geometry).items() if name not in ("decoder", "maps")}
+
+
+def _low_rank(rows: int, inputs: int, outputs: int, rank: int, input_gradient: bool) -> Flops:
+    """A frozen linear map with a low-rank change beside it."""
+    change = linear(rows, inputs, rank, input_gradient) + linear(rows, rank, outputs)
+    return linear(rows, inputs, outputs, input_gradient, trained=False) + change
+
+
+def _lora_flops(geometry: Geometry, rank: int) -> Flops:
+    first = geometry.stages[0]
+    embedding = linear(geometry.tokens, geometry.patch_voxels, first.width, input_gradient=False, trained=False)
+    parts, below = [embedding], False
+    for stage in geometry.stages:
+        for branch in (branch for block in stage.blocks for branch in block.branches):
+            rows, width = branch.tokens, branch.width
+            if branch.is_attention:
+                # The first of all is given what needs no gradient.
+                parts += [_low_rank(rows, width, 3 * width, rank, below), attention_scores(branch)]
+                parts.append(_low_rank(rows, width, width, rank, True))
+                below = True
+            else:
+                parts += [
+                    linear(rows, *sizes, trained=False) for sizes in ((width, branch.hidden), (branch.hidden, width))
+                ]
+        parts.append(linear(stage.merged_rows, 8 * stage.width, 2 * stage.width, trained=False))
+    return _sum(parts)
+
+
+def tuning_flops(geometry: Geometry, task: TaskConfig) -> Flops:
+    """Of one clip of a task with a target: the encoder, with no backward pass where it is frozen.
+
+    The head is left out: it sees one row a clip, or one a frame.
+
+    Args:
+        geometry: The model.
+        task: Its adaptation, and the rank of low-rank changes.
+    """
+    if task.adapt == "lora":
+        return _lora_flops(geometry, task.lora_rank)
+    whole = _sum(list(encoder_flops(geometry).values()))
+    if task.adapt in ("scratch", "full"):
+        return whole
+    trained = block_flops(geometry.stages[-1].blocks[-1]).backward if task.adapt == "last_block" else 0.0
+    return Flops(whole.forward, trained)
+
+
+def step_flops(geometry: Geometry, task: TaskConfig) -> Flops:
+    """Of one clip of a run: pre-training, or a task with a target."""
+    return model_flops(geometry) if task.target is None else tuning_flops(geometry, task)

@@ -212,10 +212,16 @@ def gradient_bytes(geometry: Geometry, sharding: Sharding, made: int) -> float:
     return 4.0 * (total if accumulated else made)
 
 
-def host_bytes(geometry: Geometry, sharding: Sharding) -> float:
-    """What offload moves to the host for one rank: fp32 weights, moments and gradients, and their bf16 originals."""
+def host_bytes(geometry: Geometry, sharding: Sharding, trained: int | None = None) -> float:
+    """What offload moves to the host for one rank: fp32 weights, moments and gradients, and their bf16 originals.
+
+    Args:
+        geometry: The model.
+        sharding: How it is spread.
+        trained: Parameters with gradients and moments; None: all.
+    """
     total, ranks, element = geometry.total_parameters, sharding.ranks, sharding.element
-    moved = (16 + element) * total / ranks if sharding.offload_optimizer else 0.0
+    moved = (16 + element) * (total if trained is None else trained) / ranks if sharding.offload_optimizer else 0.0
     return moved + (total * element / ranks if sharding.offload_parameters else 0.0)
 
 

@@ -29,7 +29,7 @@ from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.parallel.setup import Setup
 from swift.parallel.strategies import build_strategy
 from swift.plan.devices import recognise
-from swift.plan.flops import model_flops
+from swift.plan.flops import step_flops
 from swift.plan.memory import gradient_bytes, host_bytes, optimizer_bytes, sharding_of, weight_bytes
 from swift.train.base import TrainingModule
 from swift.train.callbacks.guard import Guard
@@ -79,7 +79,8 @@ def build_module(setup: Setup, empty: bool = False) -> TrainingModule:
         module = make_module(setup.cfg, empty=True)
     except ValueError as error:
         raise UserError(str(error)) from error
-    check_memory(setup, module.parameter_count)
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    check_memory(setup, module.parameter_count, trained)
     if not empty:
         module.fill()
     return module
@@ -145,12 +146,13 @@ def give_maps(module: TrainingModule, data: ClipDataModule) -> None:
         module.first_weights = TensorWeights({f"model.linear.{name}": value for name, value in made.items()})
 
 
-def check_memory(setup: Setup, parameters: int) -> None:
+def check_memory(setup: Setup, parameters: int, trained: int) -> None:
     """Refuse a model whose training states alone exceed the memory of the device, or that has no part for a rank.
 
     Args:
         setup: Of the run.
         parameters: Of the model (encoder, mask token and decoder, or head).
+        trained: Those of them that have gradients and moments.
 
     Raises:
         UserError: with both sizes.
@@ -159,9 +161,11 @@ def check_memory(setup: Setup, parameters: int) -> None:
     if place.world > parameters:
         raise UserError(f"parallel={cfg.parallel.name}: {place.world} ranks, but the model has {parameters} parameters")
     sharding = sharding_of(cfg, geometry, place.world, setup.narrow)
-    need = weight_bytes(geometry, sharding) + optimizer_bytes(geometry, sharding)
-    need += gradient_bytes(geometry, sharding, parameters)
-    host = host_bytes(geometry, sharding)
+    # The plan is of pre-training, where all that there is trains; a head is smaller than a decoder.
+    planned = geometry.total_parameters
+    states = optimizer_bytes(geometry, sharding) + gradient_bytes(geometry, sharding, planned)
+    need = weight_bytes(geometry, sharding) * parameters / planned + states * trained / planned
+    host = host_bytes(geometry, sharding, trained)
     if setup.accelerator == "gpu":
         _check_fits(cfg, need, torch.cuda.get_device_properties(0).total_memory, "a rank", "its GPU")
         need = 0.0
@@ -199,7 +203,7 @@ def build_throughput(setup: Setup) -> Throughput:
     if setup.accelerator == "gpu":
         device = recognise(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
     peak = device.peak("bf16" if setup.narrow else "32") if device else None
-    return Throughput(model_flops(geometry).total, geometry.tokens, peak, setup.cfg.trainer.log_every)
+    return Throughput(step_flops(geometry, setup.cfg.task).total, geometry.tokens, peak, setup.cfg.trainer.log_every)
 
 
 class FrozenConfig(Callback):

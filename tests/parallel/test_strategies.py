@@ -261,3 +261,15 @@ def test_states_must_fit_into_memory(monkeypatch: pytest.MonkeyPatch, parallel: 
         return
     with pytest.raises(UserError, match="GiB for weights, gradients and optimizer, and this machine has"):
         build_module(resolve(cfg), empty=True)
+
+
+def test_what_is_frozen_needs_no_gradients_and_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for five bytes a parameter: weights alone are four."""
+    task = ["task=sex", "data.split=unused.json", "trainer.accelerator=cpu"]
+    probe = settings(*task, "task.adapt=linear")
+    parameters = build_module(resolve(probe), empty=True).parameter_count
+    room = SimpleNamespace(total=5 * parameters)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    assert build_module(resolve(probe), empty=True).parameter_count == parameters
+    with pytest.raises(UserError, match="GiB for weights, gradients and optimizer, and this machine has"):
+        build_module(resolve(settings(*task, "task.adapt=scratch")), empty=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from swift.models.adapt import adapt
 from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
+from swift.models.encoder import SwinEncoder
 from swift.plan.__main__ import composed
-from swift.plan.flops import flops_by_part, model_flops
+from swift.plan.flops import flops_by_part, model_flops, tuning_flops
 from swift.plan.geometry import build_geometry
 from tests.models.cases import SHAPES, config
 
@@ -98,3 +102,24 @@ def test_published_encoder_cost_of_v1() -> None:
 def test_spatial_maps(shape: str) -> None:
     """Trained maps: all products but the solution of K equations a frame, which torch does not count."""
     check(config("factorized", shape, maps=3, maps_of="shared"), (*SHAPES[shape].grid, SHAPES[shape].frames))
+
+
+@pytest.mark.parametrize("how", ["scratch", "full", "linear", "attentive", "last_block", "lora"])
+@pytest.mark.parametrize("variant", ["v1", "joint", "factorized", "factorized-ts-each"])
+def test_a_frozen_encoder_has_no_backward_pass(variant: str, how: str) -> None:
+    """What is frozen computes no gradients of its weights, and none of its inputs where nothing below trains."""
+    shape = SHAPES["padded"]
+    cfg, task = config(variant, "padded"), SimpleNamespace(adapt=how, lora_rank=3, lora_alpha=3.0)
+    encoder = SwinEncoder(cfg, shape.grid, shape.frames)
+    adapt(encoder, task)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            last = encoder(torch.zeros(1, 1, *shape.grid, shape.frames))[-1]
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            if last.requires_grad:
+                last.sum().backward()
+        backward = counter.get_total_flops()
+    predicted = tuning_flops(build_geometry(cfg, (*shape.grid, shape.frames)), task)
+    assert predicted.forward == pytest.approx(forward, rel=1e-9)
+    assert predicted.backward == pytest.approx(backward, rel=1e-9)

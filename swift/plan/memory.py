@@ -16,6 +16,7 @@ was watched on running engines (every storage of every tensor, at its peak); tes
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, fields
 
@@ -29,6 +30,8 @@ BUCKET = 100 * MB
 # DeepSpeed's defaults: gathered weights kept for reuse, and parameters too small to shard.
 LIVE_PARAMETERS = 1_000_000_000
 PERSISTENT_PARAMETER = 100_000
+HELD_BYTES = 2 << 30
+"""Batches of an optimizer step that the guard holds on the device until it is over; those beyond are read again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Sharding:
     offload_optimizer: bool
     offload_parameters: bool
     loss: str
+    guarded: bool = False
+    """The guard holds the batches of a step until it is over."""
     on_cpu: bool = False
     """ZeRO's step on a CPU was seen to take two temporaries of what is updated; on others one is counted."""
 
@@ -97,6 +102,7 @@ def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool) -> Shar
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
         loss=cfg.task.loss,
+        guarded=cfg.guard.action != "off",
     )
 
 
@@ -254,6 +260,12 @@ def batch_bytes(geometry: Geometry) -> int:
     return geometry.voxels * 4 + 2 * geometry.voxels // 2
 
 
+def held_bytes(geometry: Geometry, sharding: Sharding, micro_batch: int) -> int:
+    """Earlier micro-batches of the step, in fp32, which the guard holds."""
+    one = micro_batch * geometry.voxels * 4
+    return min((sharding.accumulate - 1) * one, max(HELD_BYTES, one)) if sharding.guarded else 0
+
+
 def backward_moments(geometry: Geometry, sharding: Sharding) -> list[Moment]:
     """See `swift.plan.activations.moments`."""
     return moments(geometry, sharding.widths, sharding.checkpointing, sharding.loss)
@@ -266,7 +278,7 @@ def backward_memory(geometry: Geometry, sharding: Sharding, moment: Moment, micr
         weight_bytes(geometry, sharding),
         optimizer_bytes(geometry, sharding),
         gradient_bytes(geometry, sharding, moment.gradients),
-        micro_batch * (moment.activations + batch_bytes(geometry)),
+        micro_batch * (moment.activations + batch_bytes(geometry)) + held_bytes(geometry, sharding, micro_batch),
         buffer_bytes(geometry, sharding) + casts,
         f"backward pass of {moment.name}",
         host_bytes(geometry, sharding),
@@ -291,8 +303,15 @@ def largest_micro_batch(geometry: Geometry, sharding: Sharding, available: float
     """Most clips a device that fit into `available` bytes; 0 if none does."""
     if step_memory(geometry, sharding).total > available:
         return 0
-    most = math.inf
-    for moment in backward_moments(geometry, sharding):
+    moments, most = backward_moments(geometry, sharding), math.inf
+
+    def fits(micro_batch: int) -> bool:
+        return all(backward_memory(geometry, sharding, one, micro_batch).total <= available for one in moments)
+
+    for moment in moments:
         free = available - backward_memory(geometry, sharding, moment, 0).total
         most = min(most, free // (moment.activations + batch_bytes(geometry)))
-    return int(max(most, 0))
+    if most < 1 or fits(int(most)):
+        return int(max(most, 0))
+    # Held batches grow with the micro-batch too, up to a limit.
+    return bisect.bisect_left(range(1, int(most)), True, key=lambda micro_batch: not fits(micro_batch))

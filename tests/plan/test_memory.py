@@ -83,6 +83,22 @@ def test_largest_micro_batch_is_the_last_that_fits(strategy: str, checkpointing:
         assert memory(GEOMETRY, sharding, most + 1).total > available
 
 
+def test_the_guard_holds_the_earlier_batches_of_a_step() -> None:
+    """Up to 2 GiB of them, and at least one."""
+    plain = replace(BASE, accumulate=4)
+    guarded = replace(plain, guarded=True)
+    clip = 4 * GEOMETRY.voxels
+    room = 2 << 30
+    for micro_batch, held in ((2, 6 * clip), (room // clip // 2, room), (room // clip + 1, (room // clip + 1) * clip)):
+        found = memory(GEOMETRY, guarded, micro_batch).total - memory(GEOMETRY, plain, micro_batch).total
+        assert found == pytest.approx(held, rel=1e-12)
+    assert memory(GEOMETRY, replace(guarded, accumulate=1), 2) == memory(GEOMETRY, replace(plain, accumulate=1), 2)
+    for available in (5e7, 3e8, 1e10):
+        most = largest_micro_batch(GEOMETRY, guarded, available)
+        assert 0 < most < largest_micro_batch(GEOMETRY, plain, available)
+        assert memory(GEOMETRY, guarded, most).total <= available < memory(GEOMETRY, guarded, most + 1).total
+
+
 def test_the_peak_is_the_worst_moment() -> None:
     sharding = replace(ZERO["zero1"], reduce_bucket=1e5)
     moments = [backward_memory(GEOMETRY, sharding, moment, 2) for moment in backward_moments(GEOMETRY, sharding)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from swift.config.schema import Config
 from swift.parallel.checkpoint.saver import gather
+from swift.plan.memory import HELD_BYTES
 from swift.train.callbacks import incident
 from swift.train.callbacks.log import JsonlLogger
 from swift.train.callbacks.nonfinite import Trace, describe
@@ -28,8 +29,6 @@ from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-HELD_BYTES = 2 << 30
-"""Batches of an optimizer step that are held on the device until it is over; those beyond are read again."""
 ROWS, CLIPS = ("sample_id", "scan", "start", "valid"), ("bold", "brain")
 """Entries of a batch: where its clips come from, and the clips themselves."""
 RANKS = 2

@@ -290,6 +290,8 @@ def check_optimizer(cfg: OptimizerConfig) -> None:
     else:
         legal = "must be null: only optimizer=adamw_mup has a base width"
         require(cfg.base_width is None, "optimizer.base_width", cfg.base_width, legal)
+        legal = "must be false: only optimizer=adamw_mup has a width to scale eps by"
+        require(not cfg.eps_scaled, "optimizer.eps_scaled", cfg.eps_scaled, legal)
 
 
 def check_mup(cfg: Config) -> None:

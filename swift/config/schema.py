@@ -174,6 +174,8 @@ class OptimizerConfig:
     """Final learning rate of the cosine, as a part of lr."""
     base_width: Optional[int] = None
     """muP: embed_dim of the base model, where adamw_mup is adamw; null for adamw."""
+    eps_scaled: bool = False
+    """muP: eps falls with the width as gradients do; false in runs frozen before this was a setting."""
 
 
 @dataclass

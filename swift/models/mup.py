@@ -10,6 +10,9 @@ width, relative to the base model:
 | input matrix, bias, norm, LayerScale, table, mask token | 1              | 1             |
 | nothing of the width (head of the local decoder)        | 1              | 1             |
 
+A gradient of a hidden or input matrix or of a vector falls like 1/m, as output matrices do, and Adam's eps with it
+(`OptimizerConfig.eps_scaled`; Everett et al. 2024, arXiv:2407.05872): else eps stops the widest models.
+
 Attention scores are divided by head_dim instead of its root (`ModelConfig.attention_base_width`). Nothing else of the
 forward pass changes: the package's `MuReadout` divides the input of an output matrix by m, keeps its values and
 its rate; the same function of time under Adam, but then weights could not be used without knowing m.
@@ -73,6 +76,12 @@ class Scale:
     def decay(self) -> float:
         """Factor on the weight decay: rate times decay, what AdamW takes off a weight a step, is that of the base."""
         return self.mult
+
+    @property
+    def eps(self) -> float:
+        """Factor on Adam's eps: gradients of everything that grows are 1/m of the base model's, but for outputs."""
+        grows = self.kind in ("input", "hidden", "vector")
+        return 1 / max(dimension.width_mult() for dimension in self.shape if dimension.isinf()) if grows else 1.0
 
 
 Table = dict[str, Scale]

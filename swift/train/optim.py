@@ -36,24 +36,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
 
 
 def scaled_groups(model: nn.Module, cfg: OptimizerConfig, table: Table) -> list[Group]:
-    """Groups of muP: those of `parameter_groups`, split by the factor on their rate.
+    """Groups of muP: those of `parameter_groups`, split by the factor on their rate and their eps.
 
     Rate times decay is the same in all groups that decay, as in the mup package's MuAdamW. The order is that of
     the names, so that every rank and engine has the same groups.
 
     Args:
         model: the model `table` was made for, before an engine wraps it.
-        cfg: lr and weight_decay of the base model.
+        cfg: lr, weight_decay and eps of the base model.
         table: of `swift.models.mup.width_table`.
     """
     names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     groups: list[Group] = []
     for plain in parameter_groups(model, cfg.weight_decay):
-        split: dict[float, Group] = {}
+        split: dict[tuple[float, float], Group] = {}
         for parameter in plain["params"]:
             scale = table[names[parameter]]
+            eps = cfg.eps * (scale.eps if cfg.eps_scaled else 1.0)
             empty = {"params": [], "weight_decay": plain["weight_decay"] * scale.decay, "lr": cfg.lr * scale.lr}
-            split.setdefault(scale.lr, empty)["params"].append(parameter)
+            split.setdefault((scale.lr, eps), empty | {"eps": eps})["params"].append(parameter)
         groups += split.values()
     return groups
 

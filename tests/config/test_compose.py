@@ -180,6 +180,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["optimizer.warmup_steps=-1"], "optimizer.warmup_steps=-1", "not be negative"),
     (["optimizer.min_lr_ratio=1.5"], "optimizer.min_lr_ratio=1.5", "[0, 1]"),
     (["optimizer.base_width=24"], "optimizer.base_width=24", "must be null"),
+    (["optimizer.eps_scaled=true"], "optimizer.eps_scaled=True", "must be false"),
     (["optimizer=adamw_mup", "optimizer.base_width=null"], "optimizer.base_width=None", "embed_dim of its base model"),
     (["optimizer=adamw_mup", "optimizer.base_width=25"], "optimizer.base_width=25", "no model of that width"),
     (

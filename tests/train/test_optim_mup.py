@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from swift.config.compose import conf_dir, typed
-from swift.config.schema import Config
+from swift.config.schema import Config, OptimizerConfig
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.train.optim import build_optimizer, build_schedule, lr_factor, parameter_groups
 from swift.train.pretrain import PretrainModule
@@ -89,12 +90,50 @@ def test_groups_are_split_by_width() -> None:
     module = module_of(cfg)
     optimizer = build_optimizer(module.model, cfg.optimizer, module.widths)
     names = {parameter: name for name, parameter in module.model.named_parameters()}
-    found = [(g["lr"], g["weight_decay"], {names[p] for p in g["params"]}) for g in optimizer.param_groups]
-    assert [(lr, decay) for lr, decay, _ in found] == [(1e-3, 0.0), (1e-3, 0.1), (2.5e-4, 0.4)]
-    assert found[1][2] == {"encoder.patch_embed.proj.weight", "decoder.head.weight"}
-    assert {"decoder.laterals.1.weight", "encoder.stages.0.downsample.reduction.weight"} <= found[2][2]
-    assert all(p.ndim == 1 for p in optimizer.param_groups[0]["params"])
-    assert sorted(name for _, _, members in found for name in members) == sorted(names.values())
+    found = [(g["lr"], g["weight_decay"], g["eps"], {names[p] for p in g["params"]}) for g in optimizer.param_groups]
+    assert [numbers for *numbers, _ in found] == [
+        [1e-3, 0.0, 2.5e-9],
+        [1e-3, 0.0, 1e-8],
+        [1e-3, 0.1, 2.5e-9],
+        [2.5e-4, 0.4, 2.5e-9],
+        [2.5e-4, 0.4, 1e-8],
+        [1e-3, 0.1, 1e-8],
+    ]
+    assert found[2][3] == {"encoder.patch_embed.proj.weight"}
+    assert "encoder.stages.0.downsample.reduction.weight" in found[3][3]
+    assert found[4][3] == {"decoder.laterals.0.weight", "decoder.laterals.1.weight"}
+    assert found[5][3] == {"decoder.head.weight"}
+    assert all(p.ndim == 1 for group in optimizer.param_groups[:2] for p in group["params"])
+    assert sorted(name for *_, members in found for name in members) == sorted(names.values())
+
+
+def test_runs_frozen_before_eps_was_scaled_keep_theirs() -> None:
+    cfg = mup_settings(64, 16, "optimizer.eps_scaled=false")
+    module = module_of(cfg)
+    groups = build_optimizer(module.model, cfg.optimizer, module.widths).param_groups
+    found = [(g["lr"], g["weight_decay"], g["eps"]) for g in groups]
+    assert found == [(1e-3, 0.0, 1e-8), (1e-3, 0.1, 1e-8), (2.5e-4, 0.4, 1e-8)]
+    assert OptimizerConfig("adamw_mup", 1e-3, 0.1, [0.9, 0.95], 1e-8, 1, 0.1, 16).eps_scaled is False
+
+
+def test_eps_falls_as_gradients_do() -> None:
+    """From width 16 to 64: gradients of what grows fall to about a quarter, the others stay."""
+    sizes: dict[int, dict[str, float]] = {}
+    for width in (16, 64):
+        cfg = mup_settings(width)
+        module = module_of(cfg)
+        optimizer = build_optimizer(module.model, cfg.optimizer, module.widths)
+        steps(module.model, optimizer, 4)  # the gradients of the last step are left
+        found: dict[str, list[float]] = {}
+        for name, parameter in module.model.named_parameters():
+            if parameter.grad is not None and parameter.grad.any():
+                size = float(parameter.grad.square().mean().log())
+                found.setdefault(module.widths[name].kind, []).append(size / 2)
+        sizes[width] = {kind: math.exp(sum(values) / len(values)) for kind, values in found.items()}
+    for kind in ("hidden", "vector", "input"):
+        assert 2 < sizes[16][kind] / sizes[64][kind] < 6, kind
+    for kind in ("output", "finite"):
+        assert 0.5 < sizes[16][kind] / sizes[64][kind] < 2, kind
 
 
 def test_groups_need_only_names() -> None:
@@ -133,7 +172,7 @@ def test_schedule_keeps_the_ratios() -> None:
     for step in range(10):
         factor = lr_factor(step, 3, 10, cfg.optimizer.min_lr_ratio)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
-            [1e-3 * factor, 1e-3 * factor, 2.5e-4 * factor]
+            [rate * factor for rate in (1e-3, 1e-3, 1e-3, 2.5e-4, 2.5e-4, 1e-3)]
         )
         optimizer.step()
         schedule.step()
@@ -179,7 +218,15 @@ def test_training_equals_the_mup_package(variant: str) -> None:
 
     In float64 and with a negligible epsilon, as Adam is blind to the size of gradients only without it.
     """
-    cfg = mup_settings(64, 16, f"model/variant={variant}", *SMALL, "model.decoder=linear", "optimizer.eps=1e-30")
+    cfg = mup_settings(
+        64,
+        16,
+        f"model/variant={variant}",
+        *SMALL,
+        "model.decoder=linear",
+        "optimizer.eps=1e-30",
+        "optimizer.eps_scaled=false",
+    )
     ours, theirs = module_of(cfg), module_of(cfg)
 
     def twin(width: int) -> nn.Module:

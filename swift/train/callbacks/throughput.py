@@ -88,7 +88,7 @@ class Throughput(pl.Callback):
         self._begin(trainer)
 
     def _begin(self, trainer: pl.Trainer) -> None:
-        self._began, self._left_out, self._clips, self._first = self._clock(), 0.0, 0, trainer.global_step
+        self._began, self._left_out, self._clips, self._first = self._now(trainer), 0.0, 0, trainer.global_step
         if self.timer is not None:
             self.timer.seconds = 0.0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from swift.data.ingest.listing import add_places
 from swift.data.labels import split_cli
+from swift.data.quality import cli as quality
 from swift.data.store import join_cli
 from swift.data.synthetic import cli as synthetic
 from swift.utils.entry import reported, set_up_logging
@@ -84,8 +85,8 @@ def _ingest(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+    from swift.data.quality.picture import quality_picture
     from swift.data.store import format as fmt
-    from swift.data.store.export import quality_picture
     from swift.data.store.reader import Store
     from swift.data.store.spaces import placement_text
     from swift.data.store.tables import read_report
@@ -127,6 +128,8 @@ def _info(options: argparse.Namespace) -> int:
         lines.append(f"\n{row['scan_id']}")
         lines += [f"  {name:<15} {value}" for name, value in row.items() if name not in ("scan_id", "notes")]
         lines += [f"  note: {note}" for note in row["notes"]]
+    if options.qc:
+        lines.append(f"\nall scans on one page: swift-fmri data report {options.store} --out qc.html")
     _show(options, {**figures, "notes": notes, "scan_list": rows}, lines)
     return 0
 
@@ -248,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--scans", action="store_true", help="also every scan, with its notes")
     info.add_argument("--scan", action="append", default=[], metavar="ID", help="only this scan (may be repeated)")
     info.add_argument("--qc", type=Path, metavar="FOLDER", help="draw mean, tSNR and carpet of each scan there")
+    quality.add_arguments(
+        add("report", quality.run, "one page of brains: every scan's quality, what stands out marked")
+    )
     check = add("verify", _verify, "compare every checksum; name damage by shard, scan and frame")
     check.add_argument("store", type=Path)
     check.add_argument("--workers", type=int, default=2, help="shards read at once (2)")

@@ -5,6 +5,8 @@ A header that says 1 mm for a scan of 4 mm makes a brain of 30 ml; nothing later
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +78,23 @@ def check_head(
             f"the brain mask is cut by the edge of the field of view: {100 * edge:.2g} % of it lies on the edge"
         )
     return notes
+
+
+_TOLD = tuple(
+    re.compile(rf"([0-9.e+-]+) % of {what}")
+    for what in (r"the brain lies outside the", r"the brain lies where the scan has no data", r"it lies on the edge")
+)
+
+
+def shares_told(notes: Sequence[str]) -> tuple[float, float, float]:
+    """What `check_head` said in a scan's notes.
+
+    Returns:
+        Parts of the brain outside the grid, without data, and of the mask on the edge of the scan; 0 where not said.
+    """
+    found = [next((match for note in notes if (match := told.search(note))), None) for told in _TOLD]
+    outside, empty, edge = (float(match[1]) / 100 if match else 0.0 for match in found)
+    return outside, empty, edge
 
 
 def edge_share(brain: np.ndarray) -> float:

@@ -11,7 +11,6 @@ import base64
 import csv
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,42 +19,11 @@ from swift.report.output import say
 from swift.report.points import point
 from swift.report.runs import Run, describe, load_run
 from swift.utils.errors import UserError
+from swift.utils.page import check_name, document, write
 
 MOST_ROWS = 60
 LARGEST = 5 << 20
 """Bytes of a figure that is still embedded."""
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --soft: #5b6675; --line: #d9dee5; --card: #f6f8fa;
-  --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181e; --ink: #e6eaf0; --soft: #9aa6b5; --line: #313a46;
-  --card: #1d232b; --accent: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p, figcaption { color: var(--soft); margin: .25rem 0 1rem; }
-figcaption { font-size: .875rem; margin: .4rem 0 0; }
-a { color: var(--accent); }
-nav ul { list-style: none; padding: 0; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .25rem 1rem; }
-figure { margin: 1rem 0 1.5rem; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
-  border-radius: 6px; padding: .35rem; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: .75rem 0 1.25rem; }
-table { border-collapse: collapse; font-size: .8125rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .65rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-tr:last-child td { border-bottom: 0; }
-th { background: var(--card); font-weight: 600; }
-td.number { text-align: right; }
-details { margin: .5rem 0; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
-summary { cursor: pointer; padding: .5rem .75rem; font-weight: 600; }
-pre { margin: 0; padding: .75rem; overflow-x: auto; font: .8125rem/1.45 ui-monospace, Menlo, Consolas, monospace;
-  border-top: 1px solid var(--line); }
-@media (max-width: 40rem) { body { padding: 1rem .75rem 3rem; } h1 { font-size: 1.3rem; } }
-@media print { details { display: none; } }
-"""
 
 CAPTIONS = {
     "loss": "Training and held-out error over optimizer steps; dashed: baselines on the same held-out clips.",
@@ -216,17 +184,8 @@ def page(paths: Sequence[Path], title: str) -> str:
     sections += [(f"run-{i}", f"Run {run.name}", run_section(run)) for i, run in enumerate(runs)]
     links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{text}</section>' for key, name, text in sections)
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(studies)} stud{'ies' if len(studies) != 1 else 'y'}"
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>"
-        f"<p>{counts}; made by swift.report on {made}.</p></header><nav><ul>{links}</ul></nav><main>{body}</main>"
-        "</body></html>\n"
-    )
+    return document(title, counts, f"<nav><ul>{links}</ul></nav><main>{body}</main>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,13 +199,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page."""
-    if args.out.suffix not in (".html", ".htm"):
-        raise UserError(f"--out {args.out}: must end in .html")
-    text = page(args.runs, args.title)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error})") from error
-    say([f"wrote {args.out} ({len(text.encode()) / 2**20:.1f} MiB)"])
+    check_name(args.out)
+    say([write(args.out, page(args.runs, args.title))])
     return 0

@@ -17,7 +17,7 @@ from swift.data.ingest.prepare import Recipe, prepare
 from swift.data.ingest.repair import repair
 from swift.data.ingest.sources import Source
 from swift.data.store.check import copy, describe, verify
-from swift.data.store.export import export_scan, quality_picture
+from swift.data.store.export import export_scan
 from swift.data.store.reader import Damage, Store
 from swift.utils.errors import UserError
 from tests.data import scans
@@ -202,13 +202,3 @@ def test_export_comes_back(made: tuple[Path, Path], tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.mask, brain)
     np.testing.assert_allclose(again.header.affine, store.affine(1), atol=1e-5)
     np.testing.assert_array_equal(again.bold, store.values(1))
-
-
-def test_quality_picture(made: tuple[Path, Path], tmp_path: Path) -> None:
-    store = Store(made[0])
-    figures = quality_picture(store, 0, tmp_path / "qc" / "a.png")
-    values = store.values(0).astype(np.float64)
-    assert figures["median_tsnr"] == pytest.approx(np.median(values.mean(0) / values.std(0)), rel=1e-4)
-    assert (tmp_path / "qc" / "a.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(UserError, match="cannot be written"):
-        quality_picture(store, 0, Path("/dev/null/a.png"))

@@ -24,10 +24,15 @@ from swift.utils.parts import Part, parse_part
 
 log = logging.getLogger("swift.embed")
 
+AHEAD_OF_A_GPU = 2
+"""Scans that are made ready while a GPU encodes another; on a CPU the encoder has all cores."""
+
 
 def run(options: argparse.Namespace) -> int:
     """Embed the scans of the command line, or this process's part of them; 1 where some failed, else 0."""
     check_out(options.out)
+    if (options.ahead or 0) < 0:
+        raise UserError(f"--ahead {options.ahead}: must not be negative")
     ranks = current_place()
     part = parse_part(options.part).among(ranks.rank, ranks.world)
     if ranks.problem and ranks.world == 1:
@@ -45,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     fitting = fitting_of(options)
     per = options.per if options.per in PER[:2] else "scan"
     embedding = Embedding(trained, options.layer, per, fitting, options.device, options.batch, ranks.local_rank)
+    ahead = options.ahead if options.ahead is not None else AHEAD_OF_A_GPU * (embedding.device.type != "cpu")
     scans = find_scans(options.scans, trained.contract)
     if trained.contract.tr is None:
         log.info("%s does not say which TR it was trained on: the TR of scans is not compared", options.model)
@@ -61,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     todo = parts.todo(part.of(len(scans)))
     if len(todo) < len(part.of(len(scans))):
         log.info("%d of %d scans are embedded already", len(part.of(len(scans))) - len(todo), len(part.of(len(scans))))
-    failed = embed_places(scans, todo, embedding, parts, options.quiet)
+    failed = embed_places(scans, todo, embedding, parts, options.quiet, ahead)
     done = parts.finish(options.per, info)
     seconds = time.monotonic() - began
     if done is None:
@@ -119,6 +125,12 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--part", metavar="I/N", help=parts_of.HELP)
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="clips at once (default: 4)")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        metavar="N",
+        help=f"scans made ready by threads while one is encoded (default: {AHEAD_OF_A_GPU} with a GPU, else 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -12,7 +12,8 @@ Legend: N rows, E width of a stage, T frames.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def embed_batch(encoder: Any, bold: Tensor, brain: Tensor, stages: Sequence[int]
     return [pool(features[stage].float(), brain_tokens(brain, patch, stage)) for stage in stages]
 
 
+@contextmanager
+def _products_of_training() -> Iterator[None]:
+    """Matrix products in TF32 where a GPU has it, as in training; what the caller had set is put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass(frozen=True)
 class Embedded:
     """Embeddings of one scan.
@@ -155,12 +167,25 @@ class Embedding:
         Raises:
             BadScan: it cannot be brought to the model's input.
         """
-        fitted = fit(scan, self.trained.contract, self.fitting)
+        return self.encode(self.prepare(scan))
+
+    def prepare(self, scan: Scan) -> FittedScan:
+        """Bring a scan to the model's input; the encoder is not used, so threads may do it.
+
+        Raises:
+            BadScan: it cannot be brought there.
+        """
+        return fit(scan, self.trained.contract, self.fitting)
+
+    def encode(self, fitted: FittedScan) -> Embedded:
+        """Rows of a scan."""
         starts = fitted.starts()
         steps: list[list[np.ndarray]] = [[] for _ in self.stages]
         for at in range(0, len(starts), self.batch):
             clips = fitted.clips(starts[at : at + self.batch], self.device)
-            for kept, found in zip(steps, embed_batch(self.encoder, clips["bold"], clips["brain"], self.stages)):
+            with _products_of_training():
+                pooled = embed_batch(self.encoder, clips["bold"], clips["brain"], self.stages)
+            for kept, found in zip(steps, pooled):
                 kept.append(found.cpu().numpy())
         values = {name: np.concatenate(kept) for name, kept in zip(self.layers, steps)}
         rows, values = self._rows(fitted, np.asarray(starts), values)

@@ -20,9 +20,11 @@ import shutil
 import time
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import numpy as np
 
 from swift.inference.embedding import Embedding
 from swift.inference.embedding_table import PLACE, SubjectMeans, read_info, write_table
-from swift.inference.fit_scan import Scan, StoredScan
+from swift.inference.fit_scan import FittedScan, Scan, StoredScan
 from swift.utils.entry import no_memory
 from swift.utils.errors import UserError
 
@@ -228,17 +230,50 @@ class Chunk:
         self._begin()
 
 
+def prepared(
+    scans: Sequence[Scan], places: Sequence[int], embedding: Embedding, ahead: int
+) -> Iterator[tuple[int, Callable[[], FittedScan]]]:
+    """Places in order, each with what gives its scan as the model takes it; some are made ready by threads before.
+
+    Reading, unpacking and resampling leave the interpreter free, so threads do it while the device computes. A scan of
+    a store is ready as it is.
+
+    Args:
+        scans: All of them.
+        places: Of those to embed.
+        embedding: Whose model takes them.
+        ahead: Scans in memory besides the one that is encoded; 0: no threads.
+    """
+    if not ahead:
+        yield from ((place, partial(embedding.prepare, scans[place])) for place in places)
+        return
+    waiting: deque[tuple[int, Callable[[], FittedScan]]] = deque()
+    pool = ThreadPoolExecutor(ahead, "prepare")
+    try:
+        for place in places:
+            scan = scans[place]
+            in_store = isinstance(scan, StoredScan)
+            get = partial(embedding.prepare, scan) if in_store else pool.submit(embedding.prepare, scan).result
+            waiting.append((place, get))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def embed_places(
-    scans: Sequence[Scan], places: Sequence[int], embedding: Embedding, parts: Parts, quiet: bool
+    scans: Sequence[Scan], places: Sequence[int], embedding: Embedding, parts: Parts, quiet: bool, ahead: int = 0
 ) -> dict[int, str]:
     """Embed the scans of some places; a bad one is named and the rest goes on.
 
     Args:
-        scans: All of them; one is in memory at a time.
+        scans: All of them.
         places: Of those to embed.
         embedding: What makes rows of a scan.
         parts: Where rows are kept, also when this is stopped.
         quiet: Without a progress bar.
+        ahead: Scans that are made ready while another is encoded.
 
     Returns:
         Place -> why it failed.
@@ -252,10 +287,11 @@ def embed_places(
     chunk = Chunk(parts)
     try:
         with logging_redirect_tqdm():
-            for place in tqdm(places, unit="scan", desc="embed", smoothing=0, disable=quiet):
+            ready = prepared(scans, places, embedding, ahead)
+            for place, fitted in tqdm(ready, "embed", len(places), unit="scan", smoothing=0, disable=quiet):
                 scan = scans[place]
                 try:
-                    done = embedding(scan)
+                    done = embedding.encode(fitted())
                 except Exception as error:  # a scan that trips a library must not end a run over thousands
                     log.debug("%s", scan.scan_id, exc_info=True)
                     chunk.fail(place, _reason(error, embedding.batch))

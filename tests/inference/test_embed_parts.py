@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from swift.inference import embedding as embedding_module
 from swift.inference import embedding_parts
 from swift.inference.embed_cli import main
-from swift.inference.embedding import Embedding
+from swift.inference.embedding import Embedder, Embedding
 from tests.data import scans
 from tests.inference.test_embed_cli import embed, npz
 from tests.runs import environment
@@ -74,7 +77,7 @@ def test_a_stopped_command_goes_on_and_does_nothing_twice(
     finished: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, made = tmp_path / "a.npz", []
-    original = Embedding.__call__
+    original = Embedding.prepare
 
     def counted(self: Embedding, scan: Any) -> Any:
         if len(made) == 5:
@@ -82,14 +85,14 @@ def test_a_stopped_command_goes_on_and_does_nothing_twice(
         made.append(scan.scan_id)
         return original(self, scan)
 
-    monkeypatch.setattr(Embedding, "__call__", counted)
+    monkeypatch.setattr(Embedding, "prepare", counted)
     embed(finished, files, "--out", out, status=130)
     assert not out.exists()
     kept = sorted((tmp_path / ".a.npz.parts").glob("*.npz"))
     assert len(kept) == 5
     kept[0].write_bytes(kept[0].read_bytes()[:-30])  # a disk that lost power
     before, made[:] = list(made), []
-    monkeypatch.setattr(Embedding, "__call__", lambda self, scan: made.append(scan.scan_id) or original(self, scan))
+    monkeypatch.setattr(Embedding, "prepare", lambda self, scan: made.append(scan.scan_id) or original(self, scan))
     embed(finished, files, "--out", out, status=1)
     assert "is damaged and left out: its scans are embedded again" in caplog.text
     assert "of 9 scans are embedded already" in caplog.text
@@ -97,6 +100,43 @@ def test_a_stopped_command_goes_on_and_does_nothing_twice(
     assert set(before) | set(made) == {f"sub-{number % 4}_run-{number}" for number in range(COUNT)}
     embed(finished, files, "--out", tmp_path / "b.npz", status=1)
     same(out, tmp_path / "b.npz")
+
+
+def test_scans_made_ready_ahead_give_the_same_table(
+    finished: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed(finished, files, "--out", tmp_path / "one.npz", status=1)
+    original, threads = Embedding.prepare, set()
+
+    def noted(self: Embedding, scan: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return original(self, scan)
+
+    monkeypatch.setattr(Embedding, "prepare", noted)
+    embed(finished, files, "--out", tmp_path / "two.npz", "--ahead", "2", status=1)
+    assert {name.rpartition("_")[0] for name in threads} == {"prepare"}
+    same(tmp_path / "one.npz", tmp_path / "two.npz")
+    embed(finished, files, "--out", tmp_path / "three.npz", "--ahead", "-1", status=2)
+    assert "--ahead -1: must not be negative" in capsys.readouterr().err
+
+
+def test_products_are_those_of_training_and_the_callers_are_put_back(finished: Path, files: Path) -> None:
+    seen, original = [], embedding_module.embed_batch
+
+    def noted(*given: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_module, "embed_batch", noted)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            Embedder(finished).transform([str(files / "sub-1_run-1.nii.gz")])
+            assert torch.get_float32_matmul_precision() == "highest"
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"high"}
 
 
 @pytest.mark.usefixtures("at_once")
@@ -135,11 +175,11 @@ import sys, time
 from swift.inference import embedding, embedding_parts
 from swift.inference.embed_cli import main
 embedding_parts.SECONDS = 0.0
-original = embedding.Embedding.__call__
+original = embedding.Embedding.prepare
 def slowly(self, scan):
     time.sleep(1)
     return original(self, scan)
-embedding.Embedding.__call__ = slowly
+embedding.Embedding.prepare = slowly
 main(sys.argv[1:])
 """
 

@@ -54,8 +54,9 @@ def run_data(words: list[str]) -> str:
 def test_the_page_about_the_store(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     said = {words[1]: run_data(words[1:]) for words in commands("store.md")}
-    assert list(said) == ["ingest", "info", "verify", "copy", "repair", "export"]
+    assert list(said) == ["ingest", "info", "report", "verify", "copy", "repair", "export"]
     assert "4 added" in said["ingest"]
+    assert "4 scans, 0 marked" in said["report"]
     assert "every checksum is right" in said["verify"]
     assert len(list((place / "NIFTI").glob("*.nii.gz"))) == 8
     (program,) = blocks("store.md", "python")

@@ -10,6 +10,9 @@ from swift.data.quality.measures import Measures, courses, measure
 from swift.data.quality.pictures import brain, carpet
 from swift.data.store.reader import CorruptData, Store
 
+WORTH_A_PROCESS = 4
+"""Scans for which a process is started: it takes longer to start than to look at one."""
+
 _store: Store | None = None
 
 
@@ -32,7 +35,7 @@ def looked(store: Store, scans: Sequence[int], workers: int) -> Iterator[tuple[M
         scans: Places in store.scans.
         workers: Processes; 1: this one.
     """
-    workers = max(1, min(workers, len(scans)))
+    workers = max(1, min(workers, len(scans) // WORTH_A_PROCESS))
     if workers == 1:
         for scan in scans:
             yield look(store, scan)

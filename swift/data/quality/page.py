@@ -20,6 +20,7 @@ th[aria-sort] button { color: var(--accent); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 .wide { max-height: 32rem; overflow: auto; } thead th { position: sticky; top: 0; }
+th[data-kind=number] { text-align: right; }
 .marks { color: var(--mark); } td.marks { white-space: normal; min-width: 14rem; }
 .scan { content-visibility: auto; contain-intrinsic-size: auto 34rem; border-top: 1px solid var(--line);
   padding: 1rem 0 .5rem; }
@@ -60,7 +61,7 @@ SCRIPT = """
     shown.textContent = count + " of " + rows.length + " scans";
   }
   function sort(head, column) {
-    var up = head.getAttribute("aria-sort") !== "ascending", number = head.dataset.kind === "number";
+    var up = head.getAttribute("aria-sort") !== "ascending", number = head.dataset.kind !== "text";
     Array.from(head.parentNode.cells).forEach(function (cell) { cell.removeAttribute("aria-sort"); });
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
     rows.sort(function (a, b) {
@@ -96,7 +97,7 @@ COLUMNS = (
     ("outliers, %", "number"),
     ("TR, s", "number"),
     ("frames", "number"),
-    ("marked", "number"),
+    ("marked", "marks"),
 )
 
 

@@ -108,8 +108,12 @@ def brain(store: Store, scan: int) -> str:
         millimetres = [float(affine[axis, axis] * p + affine[axis, 3]) for p in places]
         words = f"{plane}, above mean, below {name}, at {letter} = " + ", ".join(f"{mm:g}" for mm in millimetres)
         figures.append(_plane(np.concatenate(rows), millimetres, letter, left, right, words + " mm"))
-    told = f"Above: mean, {low:.4g} to {high:.4g}. Below: {name}, 0 to {top:.3g}. Line: the mask. L: the left side; mm."
+    told = f"Above: mean, {low:.4g} to {_short(high)}. Below: {name}, 0 to {top:.3g}. Line: the mask; L: left; mm."
     return f"<figure><div class=planes>{''.join(figures)}</div><figcaption>{told}</figcaption></figure>"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _plane(pixels: np.ndarray, millimetres: list[float], letter: str, left: str, right: str, words: str) -> str:

@@ -38,25 +38,15 @@ def pick_device(kind: str, local_rank: int) -> Any:
     """The torch device of a rank.
 
     Args:
-        kind: cpu | gpu.
+        kind: What the job has frozen: cpu | cuda | xpu | gpu.
         local_rank: Of this rank on its node.
 
     Raises:
-        UserError: a GPU is wanted and this rank sees none.
+        UserError: it is not what this rank sees.
     """
-    import torch
+    from swift.utils.device import of_local_rank
 
-    if kind == "cpu":
-        return torch.device("cpu")
-    for name in ("cuda", "xpu"):
-        module = getattr(torch, name, None)
-        if module is not None and module.is_available():
-            count = module.device_count()
-            # One visible device: the batch system shows each rank its own.
-            if local_rank >= count > 1:
-                raise UserError(f"local rank {local_rank}, but only {count} devices are visible")
-            return torch.device(name, local_rank if count > 1 else 0)
-    raise UserError("no device is visible")
+    return of_local_rank(kind, "trainer.accelerator", local_rank)
 
 
 def multiply(device: Any) -> None:
@@ -115,11 +105,13 @@ def all_reduce(device: Any, rank: int, world: int) -> None:
     import torch
     import torch.distributed as dist
 
-    backend = {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    from swift.utils.device import COLLECTIVES, set_current
+
+    set_current(device)
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=REDUCE_SECONDS))
+        dist.init_process_group(
+            COLLECTIVES[device.type], rank=rank, world_size=world, timeout=timedelta(seconds=REDUCE_SECONDS)
+        )
         numbers = torch.full((1 << 18,), float(rank), device=device)
         dist.all_reduce(numbers)
         wrong = int((numbers != world * (world - 1) / 2).sum())

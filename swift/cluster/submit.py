@@ -22,7 +22,7 @@ from swift.cluster.batch_system import ask, limits, queue
 from swift.cluster.job_files import freeze_run
 from swift.cluster.job_text import SUFFIX, array_script, job_script, pack_script, site_files
 from swift.config.compose import FROZEN, differences, load_frozen, whole_paths, writable
-from swift.config.launcher import check_ranks, dealt, seconds
+from swift.config.launcher import check_ranks, dealt, frozen_device, seconds
 from swift.config.schema import Config, LauncherConfig
 from swift.utils import jsonl
 from swift.utils.errors import UserError
@@ -80,6 +80,8 @@ def prepare(cfg: Config, overrides: Sequence[str], make_data: Callable[[Config],
     script = run / f"job.{SUFFIX[launcher.scheduler]}"
     try:
         freeze_run(frozen, launcher, run, overrides, git)
+        # Health looks for what the run will use.
+        launcher = replace(launcher, device=frozen.trainer.accelerator)
         text = job_script(launcher, run, sys.executable, data, os.environ.get("SWIFT_CACHE"))
         replace_text(script, text, executable=True)
     except OSError as error:
@@ -191,7 +193,7 @@ def _run_dir(cfg: Config) -> Path:
 
 
 def _as_it_will_run(cfg: Config, run: Path) -> Config:
-    """The settings in the job: no launcher, as many ranks as it starts, and paths that hold in any folder."""
+    """The settings in the job: no launcher, its ranks and its device, and paths that hold in any folder."""
     launcher = cfg.launcher
     assert launcher is not None
 
@@ -201,7 +203,7 @@ def _as_it_will_run(cfg: Config, run: Path) -> Config:
     stage_dir = f"{launcher.node_local}/swift-shards" if launcher.stage_data else None
     cfg = whole_paths(cfg)
     data = replace(cfg.data, stage_dir=cfg.data.stage_dir or stage_dir, batch_size=batch)
-    trainer = replace(cfg.trainer, accumulate=accumulate)
+    trainer = replace(cfg.trainer, accumulate=accumulate, accelerator=frozen_device(cfg))
     return replace(cfg, launcher=None, run_dir=str(run), parallel=parallel, data=data, trainer=trainer)
 
 

@@ -42,7 +42,7 @@ CHOICES = {
     "parallel.activation_checkpointing": ("none", "selective", "block"),
     "guard.action": ("off", "skip", "stop", "rollback"),
     "trainer.precision": ("auto", "32", "bf16"),
-    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.accelerator": ("auto", "gpu", "cpu", "cuda", "xpu"),
 }
 TARGET_CHOICES = {
     "kind": ("binary", "multiclass", "regression"),

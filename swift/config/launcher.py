@@ -31,7 +31,8 @@ def check_launcher(cfg: LauncherConfig) -> None:
     for name in ("monitor_seconds", "save_seconds", "min_free_gb"):
         _require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "must not be negative")
     _require(0 < cfg.hang_minutes < math.inf, "hang_minutes", cfg.hang_minutes, "must be a number of minutes above 0")
-    _require(cfg.device in ("cpu", "gpu"), "device", cfg.device, "must be one of cpu, gpu")
+    kinds = ("gpu", "cpu", "cuda", "xpu")
+    _require(cfg.device in kinds, "device", cfg.device, f"must be one of {', '.join(kinds)}")
     for name in ("name", "site"):
         _require(bool(_WORD.fullmatch(getattr(cfg, name))), name, getattr(cfg, name), "must be one word")
     for name in ("account", "partition", "qos"):
@@ -93,6 +94,23 @@ def dealt(cfg: Config) -> tuple[int, int]:
     each = clips // ranks
     batch = max(size for size in range(1, min(each, cfg.data.batch_size) + 1) if each % size == 0)
     return batch, each // batch
+
+
+def frozen_device(cfg: Config) -> str:
+    """The device that a job freezes: the one of its machine, unless another is asked for. Never auto.
+
+    `auto` in a job would train on the CPU, in silence, on a node whose driver fails or with a torch of another kind.
+
+    Raises:
+        UserError: trainer.accelerator names one that the machine has not.
+    """
+    assert cfg.launcher is not None
+    wanted, there = cfg.trainer.accelerator, cfg.launcher.device
+    if wanted == "auto" or (wanted == "gpu" and there != "cpu"):
+        return there
+    legal = f"launcher={cfg.launcher.name} has launcher.device={there}; leave it out and it follows"
+    require(wanted in ("cpu", there) or (there == "gpu" and wanted != "cpu"), "trainer.accelerator", wanted, legal)
+    return wanted
 
 
 def check_ranks(cfg: Config) -> None:

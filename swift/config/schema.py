@@ -229,7 +229,7 @@ class TrainerConfig:
     precision: str
     """auto | 32 | bf16. auto: bf16 where the device has it in hardware, else 32."""
     accelerator: str
-    """auto | cpu | gpu."""
+    """auto | gpu: the one that is here | cpu | cuda (NVIDIA, AMD) | xpu (Intel). A job freezes that of its machine."""
     threads: int
     """CPU threads of torch; 0: torch's own choice."""
     keep_checkpoints: int
@@ -321,7 +321,7 @@ class LauncherConfig:
     stage_data: bool
     """Copy the shards a node needs to node_local too (data.stage_dir, where that is null)."""
     device: str
-    """cpu | gpu: what a rank must find on its node."""
+    """cpu | cuda (NVIDIA, AMD) | xpu (Intel) | gpu (any): what a rank must find on its node; frozen into the job."""
     machine: Optional[str]
     """conf/sites/NAME.yaml: memory of devices and hosts, which the plan must fit into; null: not checked."""
     min_free_gb: float

@@ -26,6 +26,7 @@ from swift.data.labels.splits import load_split
 from swift.data.store.spaces import MNI, V1, v1_box
 from swift.data.store.staging import stage
 from swift.data.store.stats import KINDS, MINIMUM, least
+from swift.utils import device
 from swift.utils.errors import UserError
 from swift.utils.signals import leave_stopping_to_parent
 
@@ -96,6 +97,7 @@ class ClipDataModule(lightning.LightningDataModule):
         """Subjects that the weights of init= were trained on."""
         self._staged = False
         self._train_batches: TrainBatches | None = None
+        self._copies = device.Copies()
 
     def _clips(self) -> tuple[ClipIndex, ClipIndex]:
         data, scans = self.data, self.store.scans
@@ -237,7 +239,7 @@ class ClipDataModule(lightning.LightningDataModule):
         self._stage()
         data = self.data
         dataset = ClipDataset(self.store, index, self.spec, data.normalization, data.verify, train)
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        pins = self.trainer is not None and device.pins(self.trainer.strategy.root_device)
         same = train and data.repeat_batch
         workers = 0 if same else data.workers
         return (SameBatchLoader if same else ClipLoader)(
@@ -248,7 +250,7 @@ class ClipDataModule(lightning.LightningDataModule):
             worker_init_fn=leave_stopping_to_parent if workers else None,
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=on_gpu,
+            pin_memory=pins,
         )
 
     def train_dataloader(self) -> ClipLoader:
@@ -274,6 +276,12 @@ class ClipDataModule(lightning.LightningDataModule):
             self.consumed = self._train_batches.consumed_after(int(batch["meta"][0, 0]))
         kept = {name: batch[name] for name in (*PACKED, "voxels", "train")}
         return kept | ({"background": self._smallest(batch["meta"])} if self._v1 else {})
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Copy the batch, while the host works on; see `swift.utils.device.Copies`."""
+        return self._copies(batch, device)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, torch.Tensor]:
         """Packed to dense, as `swift.data.clips.scatter.to_dense` describes; training clips augmented."""

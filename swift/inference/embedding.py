@@ -26,11 +26,13 @@ from torch import Tensor
 from swift.inference.fit_scan import FittedScan, Fitting, Scan, find_scans, fit
 from swift.inference.model import Trained, load_trained
 from swift.models.pooling import brain_tokens, pool
+from swift.utils import device as here
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.embed")
 
 PER = ("frame", "clip", "scan", "subject")
+LEGAL_DEVICES = "auto, cpu, cuda, cuda:1, ..., xpu, xpu:1, ..."
 
 
 def layer_names(trained: Trained) -> list[str]:
@@ -61,16 +63,16 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         UserError: no such device here.
     """
     if name == "auto":
-        count = torch.cuda.device_count()
-        return torch.device(f"cuda:{local_rank % count}" if count else "cpu")
+        there = here.count()
+        return here.torch_device(here.kind_here(), local_rank % there if there else 0)
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: legal are auto, cpu, cuda, cuda:1, ...") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: legal are auto, cpu, cuda, cuda:1, ...")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
+        raise UserError(f"--device {name}: legal are {LEGAL_DEVICES}") from error
+    if device.type not in here.KINDS:
+        raise UserError(f"--device {name}: legal are {LEGAL_DEVICES}")
+    if device.type != "cpu" and (device.type != here.kind_here() or (device.index or 0) >= here.count()):
+        raise UserError(f"--device {name}: torch sees {here.seen()} here")
     return device
 
 
@@ -126,7 +128,7 @@ class Embedding:
         layer: last | stage1, stage2, ... | all.
         per: Rows of the result: frame | clip | scan.
         fitting: How scans are brought to the model's input contract.
-        device: auto | cpu | cuda | cuda:N.
+        device: auto | cpu | cuda | xpu | cuda:N.
         batch: Clips at once.
         local_rank: Number of this process on its node.
 
@@ -247,7 +249,7 @@ class Embedder(TransformerMixin, BaseEstimator):
         tr: Seconds, for scans whose files do not say.
         other_tr: refuse | resample | keep scans of another TR than the model was trained on.
         any_size, cropped: Take brains of a size that no head has, and brains of which more than 10 % are cut off.
-        device: auto | cpu | cuda | cuda:N.
+        device: auto | cpu | cuda | xpu | cuda:N.
         batch: Clips at once.
 
     Attributes:

@@ -15,7 +15,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--which", default="latest", help="of a run: latest (default), best, or a checkpoint's name")
     parser.add_argument("--config", type=Path, metavar="RUN", help="settings for a SwiFT v1 file, which has none")
     add_scan_options(parser)
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ..., xpu")
 
 
 def add_scan_options(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from swift.config.schema import ParallelConfig
 from swift.parallel.ranks import Place, free_port
+from swift.utils import device as layer
 from swift.utils.errors import UserError
 
 
@@ -84,28 +85,70 @@ def _meeting_point(place: Place) -> tuple[str, str]:
     return SLURMEnvironment.resolve_root_node_address(nodes), str(port)
 
 
-class OneGpuEach(CUDAAccelerator):
-    """CUDA where a launcher shows each rank one device only (srun --gpus-per-task=1): all of them are cuda:0.
+class Gpus(Accelerator):
+    """The GPUs that torch sees, of any kind: those of the ranks of this node in order, or one that is each rank's own.
 
-    Lightning expects every rank to see the devices of all ranks of its node and refuses this (its issue 16828).
+    A launcher may show each rank its own device only (srun --gpus-per-task=1): all of them are then number 0. Lightning
+    expects every rank to see the devices of all ranks of its node and refuses this (its issue 16828); and it knows no
+    xpu.
     """
 
     @staticmethod
     def parse_devices(devices: Any) -> Any:
-        """The number of ranks on this node, unchecked: this rank cannot see the other devices."""
+        """The number of ranks on this node, unchecked: this rank may not see the other devices."""
         return devices
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """The one visible device for every rank of this node."""
-        return [torch.device("cuda", 0)] * int(devices)
+        """The device of every rank of this node.
+
+        Raises:
+            UserError: there are fewer than ranks.
+        """
+        return [layer.of_local_rank("gpu", "trainer.accelerator", rank) for rank in range(int(devices))]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """All that are seen."""
+        return layer.count()
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether there is any."""
+        return layer.count() > 0
+
+    @staticmethod
+    def name() -> str:
+        """The kind."""
+        return layer.kind_here()
+
+    def setup_device(self, device: torch.device) -> None:
+        """Make this rank's device the one it uses where none is named."""
+        layer.set_current(device)
+
+    def teardown(self) -> None:
+        """Give unused memory back."""
+        layer.free_cache()
 
 
-def build_accelerator(name: str, place: Place) -> Accelerator:
-    """The device of this rank, by the name of its kind: cpu | gpu."""
-    if name == "cpu":
+class CudaGpus(Gpus, CUDAAccelerator):
+    """The same for cuda: Lightning asks by type whether the GPUs that it sees are used."""
+
+
+def build_accelerator(kind: str, place: Place) -> Accelerator:
+    """What Lightning shall know of the device of a rank.
+
+    Args:
+        kind: cpu | cuda | xpu.
+        place: This rank.
+
+    Raises:
+        UserError: more ranks on this node than devices.
+    """
+    if kind == "cpu":
         return CPUAccelerator()
-    return OneGpuEach() if torch.cuda.device_count() == 1 < place.local_world else CUDAAccelerator()
+    Gpus.get_parallel_devices(place.local_world)
+    return CudaGpus() if kind == "cuda" else Gpus()
 
 
 def check_place(cfg: ParallelConfig, place: Place) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from swift.config.schema import Config
 from swift.parallel.ranks import Place, current_place
 from swift.plan.geometry import Geometry, build_geometry
+from swift.utils import device
 from swift.utils.errors import UserError
 
 
@@ -19,7 +18,7 @@ class Setup:
     Attributes:
         cfg: The settings.
         place: This process among the ranks of the run.
-        accelerator: Lightning's name of the device: cpu or gpu.
+        accelerator: Kind of the device of every rank: cpu, cuda or xpu.
         precision: Lightning's name of the precision: 32-true or bf16-mixed.
         geometry: Sizes of the model that is trained.
     """
@@ -48,16 +47,12 @@ def resolve(cfg: Config) -> Setup:
 
 
 def accelerator_of(cfg: Config) -> str:
-    """Lightning's name of the device: cpu or gpu.
+    """Kind of the device of a run here: cpu, cuda or xpu.
 
     Raises:
-        UserError: a GPU is asked for and none is there.
+        UserError: the settings name one that is not here; a job has frozen the one of its machine.
     """
-    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator=gpu: torch sees no GPU here; use cpu or auto")
-    if cfg.trainer.accelerator == "auto":
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return cfg.trainer.accelerator
+    return device.require(cfg.trainer.accelerator, "trainer.accelerator")
 
 
 def _precision(cfg: Config, accelerator: str) -> str:
@@ -67,7 +62,7 @@ def _precision(cfg: Config, accelerator: str) -> str:
         UserError: bf16 on a GPU without it.
     """
     wanted = cfg.trainer.precision
-    has_bf16 = accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "bf16" and accelerator == "gpu" and not has_bf16:
+    has_bf16 = device.has_bf16(accelerator)
+    if wanted == "bf16" and accelerator != "cpu" and not has_bf16:
         raise UserError("trainer.precision=bf16: this GPU has no bf16; use 32")
     return "bf16-mixed" if wanted == "bf16" or (wanted == "auto" and has_bf16) else "32-true"

@@ -31,6 +31,7 @@ from swift.parallel.ranks import Place
 from swift.parallel.setup import Setup
 from swift.parallel.step_gate import DeepSpeedStepGate, SkipRule, drop_gradients
 from swift.plan.memory import MB, reduce_bucket
+from swift.utils import device
 from swift.utils.errors import UserError
 
 
@@ -233,7 +234,7 @@ def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int) -> 
         zero["allgather_bucket_size"] = gather
     for name, wanted in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_parameters)):
         if wanted:
-            zero[name] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            zero[name] = {"device": "cpu", "pin_memory": device.count() > 0}
     return {
         "zero_optimization": zero,
         # Torch's AdamW is untested by name only.
@@ -261,23 +262,24 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
         raise UserError("parallel.compile=true: torch.compile needs a C++ compiler on a CPU; install g++, or use false")
     plugin: Precision = _Float32()
     if precision == "bf16-mixed":
-        plugin = _Bf16("bf16-mixed", "cpu" if accelerator == "cpu" else "cuda")
+        plugin = _Bf16("bf16-mixed", accelerator)
     if parallel.name == "single":
-        device = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", 0)
-        single = _Single(device, precision_plugin=plugin)
-        single.parallel, single.saver = parallel, build_saver(cfg, Place(0, 0, 1, 1, "none"))
-        return {"strategy": single, "accelerator": accelerator, "devices": 1}
+        alone = Place(0, 0, 1, 1, "none")
+        single = _Single(device.torch_device(accelerator), precision_plugin=plugin)
+        single.parallel, single.saver = parallel, build_saver(cfg, alone)
+        return {"strategy": single, "accelerator": build_accelerator(accelerator, alone), "devices": 1}
     environment = Ranks(place)
     shared: dict[str, Any] = {
         "cluster_environment": environment,
         "timeout": timedelta(minutes=parallel.timeout_minutes),
+        "process_group_backend": device.COLLECTIVES[accelerator],
     }
     narrow = setup.narrow
     bucket = reduce_bucket(cfg, setup.geometry.sizes[0], narrow)
     strategy: _DeepSpeed | _Fsdp | _Ddp
     if parallel.zero_stage:
         # DeepSpeed looks for its device when it is imported.
-        os.environ["DS_ACCELERATOR"] = "cpu" if accelerator == "cpu" else "cuda"
+        os.environ["DS_ACCELERATOR"] = accelerator
         config = deepspeed_config(parallel, bucket, 2 if narrow else 4)
         strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
     elif parallel.name == "fsdp":

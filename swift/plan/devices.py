@@ -89,7 +89,7 @@ def recognise(torch_name: str, memory: int | None = None) -> Device | None:
     """The device that torch calls `torch_name`, or None.
 
     Args:
-        torch_name: `torch.cuda.get_device_name()` or `torch.xpu.get_device_name()`.
+        torch_name: Of `swift.utils.device.name`.
         memory: Its bytes as torch reports them, if known. A part of a device (MIG) or a pair of tiles taken as one has
             the name of the whole; sizes more than a tenth apart are another device.
     """
@@ -188,7 +188,8 @@ def site_from(name: str, values: dict[str, object], path: Path) -> Site:
 def _local() -> Site:
     """The machine we run on: its first accelerator, or its CPU. Links and fractions are assumptions."""
     import psutil
-    import torch
+
+    from swift.utils import device as here
 
     host = float(psutil.virtual_memory().total)
     shared = {
@@ -201,11 +202,9 @@ def _local() -> Site:
         "latency": 20e-6,
         "usable_memory": 0.92,
     }
-    for backend in (torch.cuda, getattr(torch, "xpu", None)):
-        if backend is not None and backend.is_available():
-            properties = backend.get_device_properties(0)
-            device = recognise(backend.get_device_name(0), properties.total_memory)
-            link = device.link if device else 25 * GIGA
-            name, memory = backend.get_device_name(0), float(properties.total_memory)
-            return Site("local", device, name, backend.device_count(), memory, link=link, **shared)
+    if here.count():
+        name, memory = here.name(), here.total_memory()
+        device = recognise(name, memory)
+        link = device.link if device else 25 * GIGA
+        return Site("local", device, name, here.count(), float(memory), link=link, **shared)
     return Site("local", None, "CPU", 1, host, link=25 * GIGA, **shared)

@@ -125,16 +125,15 @@ def write_series(
     Raises:
         UserError: no model, no scans, or scans that are too short.
     """
-    import torch
-
     from swift.inference.fit_scan import Fitting, find_scans, fit
     from swift.inference.model import load_trained
     from swift.report.temporal import FILE
+    from swift.utils import device as here
 
     fitting = fitting or Fitting()
     fitting.check()
     trained = load_trained(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here.torch_device(here.kind_here())
     trained.encoder.to(device).eval()
     found = find_scans(scans, trained.contract)[: count or None]
     if not found:

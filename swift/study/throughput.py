@@ -84,6 +84,7 @@ def measure(cfg: Config, rounds: int = ROUNDS) -> dict[str, Any]:
     from swift.plan.devices import load_site
     from swift.plan.flops import model_flops
     from swift.plan.planning import make_plan
+    from swift.utils import device as here
 
     if cfg.parallel.name != "single":
         raise UserError(
@@ -91,8 +92,8 @@ def measure(cfg: Config, rounds: int = ROUNDS) -> dict[str, Any]:
         )
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    cuda = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
+    device = here.torch_device(here.require(cfg.trainer.accelerator, "trainer.accelerator"))
+    on_gpu = not here.on_host(device)
     try:
         plan = make_plan(cfg, load_site("local"), 1, cfg.data.batch_size, 1.0)
     except ValueError as error:
@@ -104,9 +105,9 @@ def measure(cfg: Config, rounds: int = ROUNDS) -> dict[str, Any]:
     step()
     step()
     seconds = {"step_seconds": _timed(step, rounds, device), "forward_seconds": _timed(forward, rounds, device)}
-    peak = torch.cuda.max_memory_allocated() if cuda else max(resident("VmHWM") - before, 0)
+    peak = here.memory(device)["peak"] if on_gpu else max(resident("VmHWM") - before, 0)
     return {
-        "device": torch.cuda.get_device_name(0) if cuda else "CPU",
+        "device": here.name() if on_gpu else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "model": cfg.model.name,
@@ -145,6 +146,7 @@ def _work(cfg: Config, device: Any) -> tuple[Callable[[], None], Callable[[], No
     from swift.parallel.setup import resolve
     from swift.train.optim import build_optimizer
     from swift.train.wiring import build_module
+    from swift.utils import device as here
 
     module = build_module(resolve(cfg)).to(device).train()
     model, volume = module.model, (*cfg.data.grid, cfg.data.frames)
@@ -157,7 +159,7 @@ def _work(cfg: Config, device: Any) -> tuple[Callable[[], None], Callable[[], No
     unit = mask_unit(cfg.task, cfg.model)
     mask = draw_mask(0, sample, volume, cfg.model.patch_size, unit, cfg.task.mask_ratio, cfg.task.mask_kind)
     counted = mask_voxels(mask, cfg.model.patch_size, volume)
-    half = device.type == "cuda" and cfg.trainer.precision != "32"
+    half = not here.on_host(device) and cfg.trainer.precision != "32"
 
     def predicted() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -179,12 +181,11 @@ def _work(cfg: Config, device: Any) -> tuple[Callable[[], None], Callable[[], No
 
 
 def _timed(work: Callable[[], None], rounds: int, device: Any) -> list[float]:
-    import torch
+    from swift.utils.device import synchronize
 
     def now() -> float:
         """Seconds, with the device's queue empty."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter()
 
     found = []

@@ -69,13 +69,14 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     from swift.train.callbacks.nonfinite import Trace, describe
     from swift.train.init_weights import weights_at
     from swift.train.wiring import build_module
+    from swift.utils import device as here
 
     cfg = settings(facts)
     where, exact = weights_of(path, facts) if source is None else (source, False)
     torch.set_num_threads(facts["threads"])
     torch.use_deterministic_algorithms(facts["deterministic"])
     torch.set_float32_matmul_precision(facts["matmul"])
-    device = torch.device("cuda" if facts["device"] == "cuda" and torch.cuda.is_available() else "cpu")
+    device = here.torch_device(here.kind_here() if facts["device"] == here.kind_here() else "cpu")
     module = build_module(resolve(cfg))
     try:
         weights, _ = weights_at(where, module)
@@ -121,7 +122,7 @@ def settings(facts: dict[str, Any]) -> Any:
     tree.parallel = strategy_settings("single")
     tree.launcher = None
     cfg = typed(tree)
-    return replace(cfg, trainer=replace(cfg.trainer, accelerator="auto" if facts["device"] == "cuda" else "cpu"))
+    return replace(cfg, trainer=replace(cfg.trainer, accelerator="cpu" if facts["device"] == "cpu" else "auto"))
 
 
 def weights_of(path: Path, facts: dict[str, Any]) -> tuple[Path, bool]:

@@ -166,11 +166,10 @@ def ranks_to_start(cfg: Config) -> int:
         )
     ranks = cfg.parallel.devices
     if not ranks:
-        import torch
-
         from swift.parallel.setup import accelerator_of
+        from swift.utils import device
 
-        ranks = torch.cuda.device_count() if accelerator_of(cfg) == "gpu" else 1
+        ranks = device.count() if accelerator_of(cfg) != "cpu" else 1
     return ranks if ranks > 1 else 0
 
 

@@ -43,6 +43,7 @@ from swift.train.callbacks.throughput import Throughput
 from swift.train.finetune import FinetuneModule, make_module
 from swift.train.pretrain import PretrainModule
 from swift.train.scan_maps import ScanMaps, shared_maps
+from swift.utils import device
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -166,8 +167,8 @@ def check_memory(setup: Setup, parameters: int, trained: int) -> None:
     states = optimizer_bytes(geometry, sharding) + gradient_bytes(geometry, sharding, planned)
     need = weight_bytes(geometry, sharding) * parameters / planned + states * trained / planned
     host = host_bytes(geometry, sharding, trained)
-    if setup.accelerator == "gpu":
-        _check_fits(cfg, need, torch.cuda.get_device_properties(0).total_memory, "a rank", "its GPU")
+    if setup.accelerator != "cpu":
+        _check_fits(cfg, need, device.total_memory(), "a rank", "its GPU")
         need = 0.0
     ranks = f"the {place.local_world} ranks of a node" if place.local_world > 1 else "a rank"
     _check_fits(cfg, (need + host) * place.local_world, psutil.virtual_memory().total, ranks, "this machine")
@@ -199,10 +200,10 @@ def monitored(cfg: Config, of_task: str = "val/loss") -> str:
 def build_throughput(setup: Setup) -> Throughput:
     """Clips/s and FLOP/s of the run; MFU where the peak of its device is known."""
     geometry = setup.geometry
-    device = None
-    if setup.accelerator == "gpu":
-        device = recognise(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
-    peak = device.peak("bf16" if setup.narrow else "32") if device else None
+    known = None
+    if setup.accelerator != "cpu":
+        known = recognise(device.name(), device.total_memory())
+    peak = known.peak("bf16" if setup.narrow else "32") if known else None
     return Throughput(step_flops(geometry, setup.cfg.task).total, geometry.tokens, peak, setup.cfg.trainer.log_every)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from swift.cluster.health import check, judge, look_for_space, main, multiply, node_name, pick_device, read_data
+from swift.utils import device
 from swift.utils.errors import UserError
 
 
@@ -23,18 +24,27 @@ def test_the_node_is_called_as_the_batch_system_calls_it(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("count", "local_rank", "expected"),
-    [(8, 0, 0), (8, 5, 5), (1, 5, 0), (4, 4, "local rank 4, but only 4 devices are visible"), (0, 0, "no device")],
+    [
+        (8, 0, 0),
+        (8, 5, 5),
+        (1, 5, 0),
+        (4, 4, "local rank 4, but only 4 devices are visible"),
+        (0, 0, "xpu: torch sees no GPU here"),
+    ],
 )
 def test_each_rank_picks_its_device(
     monkeypatch: pytest.MonkeyPatch, count: int, local_rank: int, expected: int | str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(device, "kind_here", lambda: "xpu" if count else "cpu")
+    monkeypatch.setattr(device, "count", lambda: count)
+    monkeypatch.setattr(device, "name", lambda: "Max 1550")
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
-            pick_device("gpu", local_rank)
+            pick_device("xpu", local_rank)
     else:
-        assert pick_device("gpu", local_rank) == torch.device("cuda", expected)
+        assert pick_device("gpu", local_rank) == pick_device("xpu", local_rank) == torch.device("xpu", expected)
+        with pytest.raises(UserError, match=rf"^trainer.accelerator=cuda: torch sees {count} x xpu \(Max 1550\) here"):
+            pick_device("cuda", local_rank)
     assert pick_device("cpu", local_rank) == torch.device("cpu")
 
 

@@ -13,7 +13,8 @@ import yaml
 
 from swift.cluster.submit import point_dir
 from swift.config.compose import load_frozen, typed
-from swift.config.launcher import dealt
+from swift.config.launcher import dealt, frozen_device
+from swift.utils.errors import UserError
 from tests.small import DATA, MODEL, TRAINER, composed, small_store
 
 SBATCH = """#!/bin/bash
@@ -76,6 +77,8 @@ def test_a_run_is_frozen_submitted_and_announced(cluster: Path, store: Path, tmp
     assert (cluster / "calls").read_text() == f"--parsable {run}/job.sbatch\n"
     frozen = load_frozen(run, [])
     assert (frozen.launcher, frozen.parallel.nodes, frozen.parallel.devices) == (None, 3, 8)
+    # Not auto: on a node whose driver fails the job would train on the CPU.
+    assert frozen.trainer.accelerator == "cuda"
     assert (frozen.trainer.max_steps, frozen.data.path, frozen.run_dir) == (77, str(store), str(run))
     assert frozen.data.stage_dir == "/mnt/bb/$USER/swift-shards"
     assert yaml.safe_load((run / "launcher.yaml").read_text())["account"] == "abc123"
@@ -166,6 +169,30 @@ def test_one_batch_is_dealt_to_the_ranks(clips: int, batch: int, accumulate: int
     words = ["launcher.nodes=3", f"launcher.global_batch={clips}", "data.batch_size=11", "trainer.accumulate=7"]
     cfg = typed(composed("+launcher=frontier", ACCOUNT, "parallel=ddp", *words))
     assert dealt(cfg) == (batch, accumulate)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "frozen"),
+    [
+        ("aurora", [], "xpu"),
+        ("aurora", ["trainer.accelerator=gpu"], "xpu"),
+        ("frontier", [], "cuda"),
+        ("local", [], "cpu"),
+        ("slurm", [], "gpu"),
+        ("slurm", ["trainer.accelerator=xpu"], "xpu"),
+        ("aurora", ["trainer.accelerator=cpu"], "cpu"),
+        ("aurora", ["trainer.accelerator=cuda"], "trainer.accelerator=cuda: launcher=aurora has launcher.device=xpu; "),
+        ("local", ["trainer.accelerator=gpu"], "trainer.accelerator=gpu: launcher=local has launcher.device=cpu; "),
+    ],
+)
+def test_a_job_freezes_the_device_of_its_machine(launcher: str, words: list[str], frozen: str) -> None:
+    cfg = typed(composed(f"+launcher={launcher}", "parallel=ddp", *words))
+    if " " not in frozen:
+        assert frozen_device(cfg) == frozen
+        return
+    with pytest.raises(UserError) as caught:
+        frozen_device(cfg)
+    assert str(caught.value) == f"{frozen}leave it out and it follows"
 
 
 def test_points_of_different_jobs_share_none(cluster: Path, store: Path, tmp_path: Path) -> None:

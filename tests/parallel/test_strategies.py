@@ -10,13 +10,14 @@ import psutil
 import pytest
 import torch
 
-from swift.parallel.environment import OneGpuEach, Ranks, check_place
+from swift.parallel.environment import Ranks, check_place
 from swift.parallel.ranks import LAUNCH, SETTINGS, Place, current_place, first_to_report
 from swift.parallel.setup import resolve
 from swift.parallel.strategies import build_strategy, cpu_adam, deepspeed_config
 from swift.plan.geometry import build_geometry
 from swift.plan.memory import reduce_bucket
 from swift.train.wiring import build_module
+from swift.utils import device
 from swift.utils.errors import UserError
 from tests.small import settings
 
@@ -167,10 +168,6 @@ def test_ranks_are_what_the_launcher_made_them(monkeypatch: pytest.MonkeyPatch) 
         ranks.set_world_size(4)
 
 
-def test_one_visible_gpu_serves_every_local_rank() -> None:
-    assert OneGpuEach.get_parallel_devices(OneGpuEach.parse_devices(3)) == [torch.device("cuda", 0)] * 3
-
-
 def zero(*overrides: str) -> dict[str, Any]:
     cfg = settings(*overrides)
     bucket = reduce_bucket(cfg, 300_000_000, bf16=True)
@@ -224,11 +221,11 @@ def test_bf16_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None
     """Asked for, it is one line; `auto` takes float32. A CPU computes it in software."""
     assert resolve(settings("trainer.precision=bf16", "trainer.accelerator=cpu")).precision == "bf16-mixed"
     assert resolve(settings("trainer.precision=auto", "trainer.accelerator=cpu")).precision == "32-true"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "kind_here", lambda: "xpu")
     for has, name in ((False, "32-true"), (True, "bf16-mixed")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        monkeypatch.setattr(device, "has_bf16", lambda kind, has=has: has)
         assert resolve(settings("trainer.accelerator=gpu")).precision == name
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(device, "has_bf16", lambda kind: False)
     with pytest.raises(UserError, match=r"trainer.precision=bf16: this GPU has no bf16; use 32"):
         resolve(settings("trainer.precision=bf16", "trainer.accelerator=gpu"))
 

@@ -119,7 +119,7 @@ def test_text_says_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_mfu_on_an_unknown_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("swift.utils.device.count", lambda: 0)
     main(["model=tiny", "site=local"])
     text = capsys.readouterr().out
     assert "no step time and no MFU: the peak of CPU is not known" in text

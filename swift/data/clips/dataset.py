@@ -20,6 +20,7 @@ from swift.data.clips.mixture import Stores
 from swift.data.clips.order import PADDING, Item
 from swift.data.clips.ring import Ring, Ticket
 from swift.data.store.reader import Store
+from swift.utils import device
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -121,7 +122,7 @@ class SameBatchLoader(ClipLoader):
         read = ring.batch(self.dataset.__getitems__(items))
         first = {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in read.items()}
         if self.pin_memory:
-            first |= {name: one.pin_memory() for name, one in first.items() if isinstance(one, torch.Tensor)}
+            first |= {name: device.pinned(one) for name, one in first.items() if isinstance(one, torch.Tensor)}
         for named in itertools.chain([items], batches):
             meta = first["meta"].clone()
             meta[:, 0] = torch.tensor([sample for sample, _ in named])

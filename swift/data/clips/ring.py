@@ -19,6 +19,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from swift.utils import device as layer
+
 PREFETCH = 2
 """Batches that a DataLoader keeps under way for each worker."""
 SLOTS = PREFETCH + 3
@@ -58,7 +60,7 @@ class Ticket:
     def pin_memory(self, device: str | None = None) -> dict[str, Any]:
         """A copy in page-locked memory; called by the DataLoader's thread where there is a GPU."""
         batch = _RINGS[self.ring].batch(self)
-        batch = {name: one.pin_memory() if isinstance(one, torch.Tensor) else one for name, one in batch.items()}
+        batch = {name: layer.pinned(one) if isinstance(one, torch.Tensor) else one for name, one in batch.items()}
         check_fresh({"stamp": _RINGS[self.ring].stamps[self.slot], "ticket": self.stamp})
         return batch
 

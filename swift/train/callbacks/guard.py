@@ -25,6 +25,7 @@ from swift.train.callbacks import incident
 from swift.train.callbacks.log import JsonlLogger
 from swift.train.callbacks.nonfinite import Trace, describe
 from swift.train.callbacks.spike import GRADIENT, NEW_LEVEL, Verdict, Watch
+from swift.utils import device
 from swift.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -174,12 +175,11 @@ class Guard(pl.Callback):
         progress.completed -= 1  # the step is over, but dropout was drawn by the number it had
         before = dict(vars(module))  # a training step may note something in its module
         vars(module).update({name: lambda *args, **kwargs: None for name in ("log", "log_dict")})
-        devices = [strategy.root_device] if strategy.root_device.type == "cuda" else []
         try:
             for place, micro in enumerate(self._micros):
                 batch = self._batch(trainer, micro)
                 grad, eager = torch.set_grad_enabled(backward), torch.compiler.set_stance("force_eager")
-                with torch.random.fork_rng(devices), grad, eager, Trace(module) as trace:
+                with device.kept_random(strategy.root_device), grad, eager, Trace(module) as trace:
                     output = strategy.training_step(batch, micro.number)
                     loss = output["loss"] if isinstance(output, Mapping) else output
                     if backward:

@@ -9,54 +9,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import psutil
 import torch
 
+from swift.utils import device
+
 log = logging.getLogger(__name__)
 
 GIB = 2**30
 
 
-def amd_busy_file(device: torch.device, root: Path = Path("/sys/bus/pci/devices")) -> Path | None:
-    """The kernel's file with the busy percentage of an AMD device; None for others and where there is none."""
-    if torch.version.hip is None:
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    numbers = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-    if None in numbers:
-        return None
-    domain, bus, slot = numbers
-    path = root / f"{domain:04x}:{bus:02x}:{slot:02x}.0" / "gpu_busy_percent"
-    return path if path.is_file() else None
-
-
-def device_busy(device: torch.device) -> float:
-    """Percent of the last moments in which the device ran anything (not how much of it was used: that is MFU).
-
-    Raises:
-        RuntimeError: nothing on this machine can tell (no NVML or ROCm SMI library, or it fails).
-    """
-    path = amd_busy_file(device)
-    if path is not None:
-        return float(path.read_text())
-    try:
-        return float(torch.cuda.utilization(device))
-    except (ImportError, AttributeError, OSError) as error:
-        raise RuntimeError(str(error)) from error
-
-
-def device_values(device: torch.device, busy: Callable[[torch.device], float] | None) -> dict[str, float]:
-    """Memory and busy time of a CUDA or ROCm device."""
+def device_values(here: torch.device, busy: Callable[[torch.device], float] | None) -> dict[str, float]:
+    """Memory and busy time of a GPU."""
+    bytes_of = device.memory(here)
     values = {
-        "mon/device_memory_gib": torch.cuda.memory_allocated(device) / GIB,
-        "mon/device_peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
-        "mon/device_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
+        "mon/device_memory_gib": bytes_of["allocated"] / GIB,
+        "mon/device_peak_gib": bytes_of["peak"] / GIB,
+        "mon/device_reserved_gib": bytes_of["reserved"] / GIB,
     }
-    return values if busy is None else values | {"mon/device_busy": busy(device)}
+    return values if busy is None else values | {"mon/device_busy": busy(here)}
 
 
 class Host:
@@ -97,7 +71,7 @@ class Monitor(pl.Callback):
         self._clock = clock
         self._last = -float("inf")
         self._host = Host()
-        self._busy: Callable[[torch.device], float] | None = device_busy
+        self._busy: Callable[[torch.device], float] | None = device.busy
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first reading comes `seconds` later, so that CPU time has an interval."""
@@ -116,14 +90,14 @@ class Monitor(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
-    def _device(self, device: torch.device) -> dict[str, float]:
-        if device.type != "cuda":
+    def _device(self, here: torch.device) -> dict[str, float]:
+        if device.on_host(here):
             return {}
         try:
-            return device_values(device, self._busy)
+            return device_values(here, self._busy)
         except RuntimeError as error:
             if self._busy is None:
                 raise
             log.info("device monitor: no busy time here (%s)", error)
             self._busy = None
-            return device_values(device, None)
+            return device_values(here, None)

@@ -10,9 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from swift.train.callbacks.throughput import Throughput
+from swift.utils import device
 
 WINDOW, FETCH = "swift::window", "swift::fetch"
 """What the profile calls a whole window, and the wait for a batch in it."""
@@ -169,17 +170,15 @@ class Phases(pl.Callback):
         return device
 
     def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        device.synchronize(self._device)
 
     def _open(self) -> None:
         self._due = False
         self._throughput.pause()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         self._synchronize()
         # Otherwise the profiler reports every start and stop, and GPUs that are not there.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._profile = profile(activities=activities)
+        self._profile = profile(activities=device.profiled(self._device))
         self._profile.start()
         self._first = self._step
         self._enter(WINDOW)
@@ -203,7 +202,7 @@ class Phases(pl.Callback):
         assert self._trainer is not None
         self._synchronize()
         self._close()
-        values = self._over_ranks(self._trainer, breakdown(measured.events() or (), self._device.type != "cpu"))
+        values = self._over_ranks(self._trainer, breakdown(measured.events() or (), not device.on_host(self._device)))
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=self._step)
         self._throughput.resume(self._trainer)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from swift.utils import device
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
 from swift.utils.git import git_state
@@ -70,19 +70,17 @@ def host() -> dict[str, Any]:
     """Kind of machine, without its name.
 
     Returns:
-        "system", "cpu" (model), "cores" (this process may use), "gpus" (names), "accelerator" (CUDA or ROCm version
-        torch was built for, or None), "slurm_job" (id or None).
+        "system", "cpu" (model), "cores" (this process may use), "gpus" (names), "accelerator" (CUDA, ROCm or oneAPI
+        version torch was built for, or None), "slurm_job" (id or None).
     """
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else None
-    built = f"ROCm {torch.version.hip}" if torch.version.hip else built
+    gpus = [device.name(index) for index in range(device.count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": cores,
         "gpus": gpus,
-        "accelerator": built,
+        "accelerator": device.software(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 

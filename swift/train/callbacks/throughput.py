@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.profilers import PassThroughProfiler
+
+from swift.utils import device
 
 
 class FetchTimer(PassThroughProfiler):
@@ -112,9 +113,7 @@ class Throughput(pl.Callback):
 
     def _now(self, trainer: pl.Trainer) -> float:
         """Seconds, with the device's queue empty: what has been launched is not done yet."""
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        device.synchronize(trainer.strategy.root_device)
         return self._clock()
 
     def on_train_batch_end(

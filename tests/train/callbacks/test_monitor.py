@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
-from swift.train.callbacks import monitor
 from swift.train.callbacks.monitor import GIB, Host, Monitor
+from swift.utils.device import amd_busy_file
 
 
 class Clock:
@@ -110,6 +110,6 @@ def test_amd_busy_time_comes_from_the_kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: ids)
     folder = tmp_path / "0000:c1:00.0"
     folder.mkdir()
-    assert monitor.amd_busy_file(torch.device("cuda", 0), tmp_path) is None
+    assert amd_busy_file(torch.device("cuda", 0), tmp_path) is None
     (folder / "gpu_busy_percent").write_text("87\n")
-    assert monitor.amd_busy_file(torch.device("cuda", 0), tmp_path).read_text() == "87\n"
+    assert amd_busy_file(torch.device("cuda", 0), tmp_path).read_text() == "87\n"

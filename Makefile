@@ -46,8 +46,8 @@ format: setup ## Format the code in place
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-demo: setup ## Pre-train the tiny model on real fMRI on a CPU (about two minutes after set-up)
-	$(BIN)/python -m swift.train
+demo: setup ## Pre-train the tiny model on real fMRI on a CPU (about three minutes after set-up)
+	$(BIN)/python -m swift.train model.maps=40 trainer.max_steps=100
 
 sizes: setup ## Print the exact parameter counts of every size
 	$(BIN)/python -m swift.plan

@@ -46,13 +46,18 @@ def choose_target(trained: Trained, wanted: str | None) -> int | None:
         wanted: Name of a class; None: the positive one of two.
 
     Raises:
-        UserError: a pre-trained model, or no such class.
+        UserError: a pre-trained model, one that needs maps of the scan, or no such class.
     """
     target = trained.config.task.target
     if target is None:
         raise UserError(
             f"{trained.source} was pre-trained and predicts nothing: attribution needs a fine-tuned model "
             "(python -m swift.train task=... init=RUN)"
+        )
+    if trained.config.task.courses and trained.config.model.maps_of == "scan":
+        raise UserError(
+            f"{trained.source} reads courses of maps that belong to each scan of its training (model.maps_of=scan): "
+            "attribution takes models of model.maps_of=shared, or of task.courses=false"
         )
     if target.kind == "regression":
         if wanted is not None:

@@ -13,6 +13,7 @@ from swift.inference.attribution import (
     Share,
     attribute,
     baseline_of,
+    choose_target,
     integrated_gradients,
     occlusion,
     on_own_grid,
@@ -22,8 +23,10 @@ from swift.inference.attribution import (
 )
 from swift.inference.contract import Contract
 from swift.inference.fit_scan import FittedScan, Fitting, fit
+from swift.inference.model import Trained
 from swift.models.encoder import SwinEncoder
 from swift.models.pooling import brain_tokens, pool
+from swift.utils.errors import UserError
 from tests.data import scans
 from tests.small import settings
 
@@ -247,3 +250,14 @@ def test_every_end_of_a_piece_is_put_through_the_model_once(scan: FittedScan) ->
     integrated_gradients(score, bold, brain, baseline_of(bold, brain, "zero"), 100, 8)
     assert len(single) >= 4
     assert len(set(single)) == len(single)
+
+
+def test_maps_of_a_scan_cannot_be_made_for_another() -> None:
+    """Their courses are what the head has learned from; a new scan's maps would come in another order."""
+    trained = {}
+    for kind, more in (("scan", "data.split=null"), ("shared", "data.split=unused.json")):
+        cfg = settings("task=task_rest", "task.courses=true", "model.maps=3", f"model.maps_of={kind}", more)
+        trained[kind] = Trained("run", nn.Identity(), cfg, CONTRACT, 1, {})
+    with pytest.raises(UserError, match=r"^run reads courses of maps that belong to each scan"):
+        choose_target(trained["scan"], None)
+    assert choose_target(trained["shared"], None) == 1

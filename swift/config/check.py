@@ -33,6 +33,7 @@ CHOICES = {
     "data.layout": ("swift", "swift_v1"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
     "task.mask_kind": ("random", "tube", "temporal"),
+    "task.hidden": ("token", "drop"),
     "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy"),
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
     "task.pooling": ("mean", "mean_std"),
@@ -153,8 +154,15 @@ def _check_augment(cfg: AugmentConfig) -> None:
 
 
 def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
-    """Voxels x, y, z and frames hidden together: the patch unless the task names a unit."""
-    return list(model.patch_size if task.mask_unit is None else task.mask_unit)
+    """Voxels x, y, z and frames hidden together, unless the task names a unit: the patch, or what can be dropped."""
+    if task.mask_unit is not None:
+        return list(task.mask_unit)
+    return [*droppable(model), model.patch_size[3]] if task.hidden == "drop" else list(model.patch_size)
+
+
+def droppable(model: ModelConfig) -> list[int]:
+    """Voxels x, y, z of the smallest box that task.hidden=drop can leave out: a token of stage 3, or of the last."""
+    return [size * 2**model.inner_stages for size in model.patch_size[:3]]
 
 
 def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
@@ -172,6 +180,25 @@ def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
     drawn = {"random": counts, "tube": counts[:3], "temporal": counts[3:]}[task.mask_kind]
     legal = f"must leave a clip of {volume} at least 2 units to choose from with task.mask_kind={task.mask_kind}"
     require(math.prod(drawn) >= 2, "task.mask_unit", unit, legal)
+    if task.hidden == "drop":
+        _check_drop(task, model, data, unit)
+
+
+def _check_drop(task: TaskConfig, model: ModelConfig, data: DataConfig, unit: list[int]) -> None:
+    """Raise UserError where the encoder could not leave hidden units out."""
+    what = "with task.hidden=drop"
+    require(task.target is None, "task.hidden", "drop", "is for pre-training; a task sees all patches")
+    require(model.variant != "v1", "model.variant", "v1", f"is not built {what}; take factorized or joint")
+    legal = f"is not built {what}: task.mask_kind=tube hides the same places in all frames"
+    require(task.mask_kind == "tube", "task.mask_kind", task.mask_kind, legal)
+    cell = droppable(model)
+    legal = f"must be a multiple of {cell} voxels in x, y, z (a token of stage {model.inner_stages + 1}) {what}"
+    require(all(u % c == 0 for u, c in zip(unit, cell)), "task.mask_unit", unit, legal)
+    legal = f"must be a multiple of task.mask_unit={unit[:3]} on every axis {what}"
+    require(all(n % u == 0 for n, u in zip(data.grid, unit)), "data.grid", list(data.grid), legal)
+    legal = f"has no cells to leave out {what}, which has a decoder of its own: leave it at local"
+    require(model.decoder == "local", "model.decoder", model.decoder, legal)
+    require(model.maps == 0, "model.maps", model.maps, f"is not built {what}: take model.maps=0")
 
 
 def class_names(target: TargetConfig) -> list[str]:
@@ -384,5 +411,7 @@ def check(cfg: Config, model: bool = True) -> None:
     check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)
     check_guard(cfg.guard)
+    legal = "is not built with task.hidden=drop: its third stage has tokens of other places in every clip"
+    require(not (cfg.parallel.compile and cfg.task.hidden == "drop"), "parallel.compile", True, legal)
     if cfg.launcher:
         check_launcher(cfg.launcher)

@@ -73,6 +73,11 @@ class ModelConfig:
     """muP: embed_dim at which attention scores are divided by sqrt(head_dim) as usual; the divisor then grows like
     head_dim. Follows optimizer.base_width; null: sqrt(head_dim) at every width."""
 
+    @property
+    def inner_stages(self) -> int:
+        """Stages that run inside the units of task.hidden=drop: two, where the model has one more."""
+        return min(2, len(self.depths) - 1)
+
 
 @dataclass
 class TargetConfig:
@@ -114,11 +119,15 @@ class TaskConfig:
     mask_kind: str
     """random | tube: the same places in every frame | temporal: the last frames."""
     mask_unit: Optional[list[int]]
-    """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch."""
+    """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch, or with task.hidden=drop one
+    token of stage 3 in space."""
     loss: str
     """l1 | smooth_l1 | l2; classes: cross_entropy."""
     loss_background: bool
     """Include masked voxels outside the brain."""
+    hidden: str = "token"
+    """Pre-training: token: a mask token stands in the encoder for a hidden patch | drop: the encoder sees visible units
+    alone, which costs a third and less; needs mask_kind=tube."""
     target: Optional[TargetConfig] = None
     """What to predict; null: pre-training."""
     adapt: str = "scratch"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swift.config.schema import Config
     from swift.models.autoencoder import MaskedAutoencoder
     from swift.models.heads import TargetModel
+    from swift.models.visible import VisibleAutoencoder
 
 DTYPES = ("fp32", "bf16")
 LEFT_OUT = "left-out-by-export"
@@ -35,7 +36,7 @@ class Exported:
         step: Optimizer steps it was trained for.
     """
 
-    model: MaskedAutoencoder | TargetModel
+    model: MaskedAutoencoder | VisibleAutoencoder | TargetModel
     config: Config
     contract: dict[str, Any]
     step: int

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swift.models.cells import Cells, scattered_window
 from swift.models.rope import WindowRotary
 from swift.models.window_layout import Tiles, largest_window, merge, pack, partition, plan_groups, slabs
 
@@ -121,7 +122,7 @@ class WindowAttention(nn.Module):
         """Tokens of a window on a grid."""
         return tuple(w or n for w, n in zip(self.window, grid))
 
-    def split_heads(self, qkv: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def split_heads(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None = None) -> tuple[Tensor, ...]:
         """(W, N, 3C) -> queries, keys and values (W, heads, N, head_dim) of windows of `shape` = x, y, z, t tokens."""
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if self.rotary is None:
@@ -129,7 +130,8 @@ class WindowAttention(nn.Module):
         else:
             # split, not slices: its gradient is one concatenation instead of a zero-filled tensor a slice.
             qk, v = qkv.split((2, 1), dim=2)
-            q, k = self.rotary(qk, shape).unbind(2)
+            turned = self.rotary(qk, shape) if cells is None else cells.turn(self.rotary, qk, shape[3])
+            q, k = turned.unbind(2)
             v = v.squeeze(2)
         return tuple(part.transpose(1, 2) for part in (q, k, v))
 
@@ -137,16 +139,16 @@ class WindowAttention(nn.Module):
     def _drop(self) -> float:
         return self.attention_dropout if self.training else 0.0
 
-    def _attend(self, qkv: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _attend(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None = None) -> Tensor:
         """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens."""
-        q, k, v = self.split_heads(qkv, shape)
+        q, k, v = self.split_heads(qkv, shape, cells)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self._drop, scale=self.scale)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
 
-    def _by_groups(self, x: Tensor, window: tuple[int, ...]) -> Tensor:
+    def _by_groups(self, x: Tensor, window: tuple[int, ...], cells: Cells | None = None) -> Tensor:
         groups = plan_groups(tuple(x.shape[1:5]), window, self.shifted)
         qkv = self.qkv(partition(x, groups))
-        parts = [self._attend(slab, group.shape) for slab, group in zip(slabs(qkv, groups, x.shape[0]), groups)]
+        parts = [self._attend(slab, group.shape, cells) for slab, group in zip(slabs(qkv, groups, x.shape[0]), groups)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return merge(self.proj(out), groups, x.shape)
 
@@ -188,9 +190,16 @@ class WindowAttention(nn.Module):
         out = window_attention(qkv, rotations, grid, list(window), self.shifted, slots, self.heads, self.scale)
         return self.proj(out).view(x.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, X, Y, Z, T, C) -> the same."""
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """(B, X, Y, Z, T, C) -> the same.
+
+        Args:
+            x: Tokens.
+            cells: Which places of the grid (B, N, 1, 1, T, C) tokens have: all N of a frame then see each other.
+        """
         grid = tuple(x.shape[1:5])
+        if cells is not None and self.window[:3] != (1, 1, 1):
+            return self.dropout(self._by_groups(x, scattered_window(self.window, grid), cells))
         window = self.window_on(grid)
         tokens = largest_window(grid, window)
         method = self.method or method_for(x.device, x.dtype, tokens, self._drop, torch.compiler.is_compiling())

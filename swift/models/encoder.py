@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
 from swift.models.attention import WindowAttention
+from swift.models.cells import Cells
 from swift.models.init import draw
 from swift.models.layers import AbsolutePosition, AxialPosition, PatchEmbed, PatchMerging, Residual, token_grid
 from swift.models.rope import WindowRotary
@@ -67,10 +68,11 @@ class SwinBlock(nn.Module):
                 fn = _attention(cfg, stage, grid, shifted, _branch_axes(name))
             self.add_module(name, Residual(dim, fn, cfg.layer_scale, drop_path))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, X, Y, Z, T, C) -> the same."""
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """(B, X, Y, Z, T, C) -> the same; `cells`: as of `WindowAttention`."""
         for name in self.order:
-            x = self.get_submodule(name)(x)
+            branch = self.get_submodule(name)
+            x = branch(x) if cells is None or name.startswith("mlp") else branch(x, cells)
         return x
 
 

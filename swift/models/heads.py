@@ -19,6 +19,7 @@ from swift.models.encoder import SwinEncoder
 from swift.models.init import FIRST_WEIGHT, NORMAL, ZERO, Init
 from swift.models.maps import LinearPart, Maps
 from swift.models.pooling import brain_tokens, pool
+from swift.models.visible import VisibleAutoencoder, units_of
 
 EPSILON = 1e-6
 """Under the root of a variance, whose gradient at 0 would be infinite."""
@@ -177,8 +178,9 @@ class TargetModel(nn.Module):
 
 def build_model(
     cfg: ModelConfig, task: TaskConfig, grid: Sequence[int], frames: int
-) -> MaskedAutoencoder | TargetModel:
+) -> MaskedAutoencoder | VisibleAutoencoder | TargetModel:
     """The model of a task: encoder with decoder, or with head."""
-    if task.target is None:
-        return MaskedAutoencoder(cfg, grid, frames)
-    return TargetModel(cfg, task, grid, frames)
+    if task.target is not None:
+        return TargetModel(cfg, task, grid, frames)
+    units = units_of(cfg, task, (*grid, frames))
+    return MaskedAutoencoder(cfg, grid, frames) if units is None else VisibleAutoencoder(cfg, units)

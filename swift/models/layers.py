@@ -5,7 +5,8 @@ Shapes: B batch, X Y Z T voxels and frames or their token grid, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,15 @@ class AbsolutePosition(nn.Module):
         """How the tables begin."""
         return {"space": NORMAL, "time": NORMAL}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add to (B, X, Y, Z, T, C); a clip may have fewer frames than the table."""
+    def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Add to (B, X, Y, Z, T, C); a clip may have fewer frames than the table.
+
+        Args:
+            x: Tokens.
+            at: Takes the entries of the tokens that x has, (X, Y, Z, C) -> the shape of x without T; None: it has all.
+        """
+        if at is not None:
+            return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[4]]
         if x.shape[1:4] != self.space.shape[:3] or x.shape[4] > self.time.shape[0]:
             raise ValueError(
                 f"token grid {tuple(x.shape[1:5])} does not fit the learned positions of "
@@ -114,9 +122,12 @@ class AxialPosition(nn.Module):
         """How the tables begin."""
         return dict.fromkeys("xyzt", NORMAL)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table."""
+    def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table. `at`: as of `AbsolutePosition`."""
         tables = [getattr(self, axis) for axis in "xyzt"]
+        if at is not None:
+            space = tables[0][:, None, None] + tables[1][:, None] + tables[2]
+            return x + at(space).unsqueeze(-2) + tables[3][: x.shape[4]]
         for axis, length, table in zip("xyzt", x.shape[1:5], tables):
             if length > table.shape[0]:
                 raise ValueError(f"{length} tokens along {axis}, but the position table has {table.shape[0]}")
@@ -139,7 +150,7 @@ class Residual(nn.Module):
         """How LayerScale begins."""
         return {} if self.layer_scale is None else {"gamma": Init(False, float(self.layer_scale))}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, X, Y, Z, T, C) -> the same."""
-        y = self.drop_path(self.fn(self.norm(x)))
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """(B, X, Y, Z, T, C) -> the same; `context` is what `fn` takes beside it."""
+        y = self.drop_path(self.fn(self.norm(x), *context))
         return x + y if self.gamma is None else torch.addcmul(x, y, self.gamma)

@@ -55,13 +55,13 @@ def draw_mask(
     units = token_grid(volume, unit)
     per_unit = [u // p for u, p in zip(unit, patch, strict=True)]
     if kind == "temporal":
-        hidden = torch.arange(units[3], device=sample_id.device) >= units[3] - _hidden_count(ratio, units[3])
+        hidden = torch.arange(units[3], device=sample_id.device) >= units[3] - hidden_count(ratio, units[3])
         mask = hidden.expand(len(sample_id), *units[:3], units[3])
     else:
         drawn = units if kind == "random" else (*units[:3], 1)
         count = drawn[0] * drawn[1] * drawn[2] * drawn[3]
         noise = unit_noise(seed, sample_id, count)
-        chosen = noise.argsort(dim=1)[:, : _hidden_count(ratio, count)]
+        chosen = noise.argsort(dim=1)[:, : hidden_count(ratio, count)]
         flat = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter_(1, chosen, True)
         mask = flat.view(-1, *drawn).expand(-1, *units)
     for axis, repeat in enumerate(per_unit, start=1):
@@ -69,7 +69,30 @@ def draw_mask(
     return mask[:, : tokens[0], : tokens[1], : tokens[2], : tokens[3]]
 
 
-def _hidden_count(ratio: float, units: int) -> int:
+def draw_shown(seed: int, sample_id: Tensor, touched: Tensor, shown: int) -> Tensor:
+    """Which units of each sample are visible, of those that touch its brain; the same in all frames.
+
+    Where all units touch the brain, the hidden ones are those of `draw_mask` with kind=tube. At least one unit of the
+    brain stays hidden: of a brain with too few the visible ones are filled up with units that do not touch it, which
+    are computed and teach nothing.
+
+    Args:
+        seed: of the run.
+        sample_id: int64 (B,), the identity of each sample.
+        touched: bool (B, U), units with a voxel of the brain.
+        shown: how many are visible in every sample.
+
+    Returns:
+        int64 (B, shown), ascending.
+    """
+    units = touched.shape[1]
+    rank = unit_noise(seed, sample_id, units).argsort(1).argsort(1)
+    first = torch.where(touched, rank, units).argmin(1, keepdim=True)
+    order = (rank + units * touched).scatter(1, first, -1)
+    return order.argsort(1, descending=True)[:, :shown].sort(1).values
+
+
+def hidden_count(ratio: float, units: int) -> int:
     """Hidden units of `units`: exact to rounding, and never all or none."""
     if units < 2:
         raise ValueError(f"a mask needs at least 2 units and the clip has {units}: use a smaller task.mask_unit")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from swift.config.schema import Config
 from swift.parallel.ranks import Place, current_place
-from swift.plan.geometry import Geometry, build_geometry
+from swift.plan.geometry import Geometry, geometry_of
 from swift.utils import device
 from swift.utils.errors import UserError
 
@@ -42,7 +42,7 @@ def resolve(cfg: Config) -> Setup:
         UserError: a device or a precision that is not here, or an architecture that does not fit the grid.
     """
     accelerator = accelerator_of(cfg)
-    geometry = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
+    geometry = geometry_of(cfg)
     return Setup(cfg, current_place(), accelerator, _precision(cfg, accelerator), geometry)
 
 

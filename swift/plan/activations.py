@@ -93,7 +93,8 @@ def merging_bytes(stage: Stage, widths: Widths) -> int:
 
 def embedding_bytes(geometry: Geometry, widths: Widths) -> int:
     """Patches, the norm of the patch embedding, and the mask."""
-    total = geometry.padded_voxels * widths.product + geometry.tokens
+    # With task.hidden=drop there is no mask: hidden patches are left out.
+    total = geometry.padded_voxels * widths.product + (geometry.tokens if geometry.cells is None else 0)
     return total + (norm_bytes(geometry.tokens, geometry.stages[0].width, widths) if geometry.patch_norm else 0)
 
 
@@ -103,16 +104,30 @@ def decoder_bytes(geometry: Geometry, widths: Widths) -> int:
     total = norm_bytes(last.tokens, last.width, widths) if geometry.final_norm else 0
     if geometry.decoder == "linear":
         return total + last.tokens * (1 + geometry.patch[3]) * last.width * widths.product
-    for stage in geometry.stages:
+    cells = geometry.cells
+    for stage in geometry.stages[0 if cells is None else cells.first :]:
         total += norm_bytes(stage.tokens, stage.width, widths) + stage.tokens * stage.width * widths.product
-    hidden = geometry.tokens * geometry.decoder_dim
-    total += norm_bytes(geometry.tokens, geometry.decoder_dim, widths)
-    return total + hidden * (widths.stream + widths.product)
+    rows = geometry.tokens
+    if cells is not None:
+        total += sum(branch_bytes(branch, widths) for block in cells.blocks for branch in block.branches)
+        rows = cells.hidden * last.grid[3]
+    total += norm_bytes(rows, geometry.decoder_dim, widths)
+    return total + rows * geometry.decoder_dim * (widths.stream + widths.product)
+
+
+def predicted_voxels(geometry: Geometry) -> int:
+    """Voxels of a clip that are predicted, all frames."""
+    cells = geometry.cells
+    return geometry.voxels if cells is None else cells.hidden * cells.voxels * geometry.volume[3]
 
 
 def loss_bytes(geometry: Geometry, loss: str) -> int:
     """Which voxels count, and in fp32 the difference of prediction and target (l1), or both of them (others)."""
     kept = geometry.voxels if loss == "l1" else geometry.padded_voxels + geometry.voxels
+    if geometry.cells is not None:
+        # The hidden cells alone; which of their voxels count is said once for all frames.
+        kept = predicted_voxels(geometry) * (1 if loss == "l1" else 2)
+        return kept * 4 + geometry.cells.hidden * geometry.cells.voxels
     return kept * 4 + geometry.voxels
 
 
@@ -195,7 +210,7 @@ def segments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) 
             found.append(alone(part))
     after = parameters["final norm"] + parameters["decoder"] + parameters.get("maps", 0)
     kept = decoder_bytes(geometry, widths) + loss_bytes(geometry, loss) + maps_bytes(geometry)
-    found.append(alone(Part("decoder and loss", kept, 2 * geometry.voxels * 4, after)))
+    found.append(alone(Part("decoder and loss", kept, 2 * predicted_voxels(geometry) * 4, after)))
     return found
 
 

@@ -70,6 +70,11 @@ def merging_flops(stage: Stage) -> Flops:
 def decoder_flops(geometry: Geometry) -> Flops:
     """All linear maps of the decoder."""
     last, patch = geometry.stages[-1], geometry.patch
+    if geometry.cells is not None:
+        cells, width = geometry.cells, geometry.decoder_dim
+        laterals = [linear(stage.tokens, stage.width, width) for stage in geometry.stages[cells.first :]]
+        rows = cells.hidden * last.grid[3]
+        return _sum([*laterals, *map(block_flops, cells.blocks), linear(rows, width, cells.voxels * patch[3])])
     if geometry.decoder == "local":
         laterals = [linear(stage.tokens, stage.width, geometry.decoder_dim) for stage in geometry.stages]
         return _sum([*laterals, linear(geometry.tokens, geometry.decoder_dim, geometry.patch_voxels)])

@@ -15,13 +15,15 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from swift.config.schema import ModelConfig
+from swift.config.schema import Config, ModelConfig
 from swift.models.attention import KERNEL_SLOTS, WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
-from swift.models.decoders import LocalDecoder
+from swift.models.cells import scattered_window
+from swift.models.decoders import LinearDecoder, LocalDecoder
 from swift.models.encoder import Stage as StageModule
 from swift.models.encoder import SwinBlock, SwinEncoder
 from swift.models.layers import Residual
+from swift.models.visible import CellDecoder, Units, VisibleAutoencoder, units_of
 from swift.models.window_layout import plan_groups
 from swift.utils.errors import UserError
 
@@ -41,6 +43,8 @@ class Branch:
     rotary: bool = False
     windows: tuple[tuple[int, int], ...] = ()
     """Attention: (W, N) of each group of equal windows of one clip."""
+    scattered: bool = False
+    """Attention among tokens that have only some places of their grid."""
 
     @property
     def is_attention(self) -> bool:
@@ -50,7 +54,7 @@ class Branch:
     @property
     def fits_kernel(self) -> bool:
         """Whether a GPU's attention kernel is written for windows of this size."""
-        return max(size for _, size in self.windows) <= KERNEL_SLOTS[-1]
+        return not self.scattered and max(size for _, size in self.windows) <= KERNEL_SLOTS[-1]
 
     @property
     def pairs(self) -> int:
@@ -85,6 +89,7 @@ class Stage:
     """Blocks on one token grid, and the merging into the next (rows after it, 0 for the last stage)."""
 
     grid: tuple[int, ...]
+    """Where only visible units have tokens: those of all units along x."""
     width: int
     blocks: tuple[Block, ...]
     merged_rows: int
@@ -94,6 +99,20 @@ class Stage:
     def tokens(self) -> int:
         """M."""
         return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What task.hidden=drop decodes in place of patches."""
+
+    blocks: tuple[Block, ...]
+    """Of the decoder."""
+    first: int
+    """The stage, counted from 0, whose features come first."""
+    hidden: int
+    """Hidden cells of a time step."""
+    voxels: int
+    """Of a cell, in space."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,8 @@ class Geometry:
     """By part: patch embedding, mask token and positions, stage 1, merging 1, ..., final norm, decoder, maps."""
     sizes: tuple[int, ...]
     """Elements of each parameter, largest first."""
+    cells: Cells | None = None
+    """Of task.hidden=drop."""
 
     @property
     def total_parameters(self) -> int:
@@ -123,7 +144,7 @@ class Geometry:
 
     @property
     def tokens(self) -> int:
-        """Patch tokens of a clip."""
+        """Patch tokens of a clip that the encoder sees."""
         return self.stages[0].tokens
 
     @property
@@ -155,62 +176,104 @@ def count(modules: Iterable[nn.Module | nn.Parameter]) -> int:
     )
 
 
-def _branch(block: SwinBlock, name: str, grid: tuple[int, ...]) -> Branch:
+def _branch(block: SwinBlock, name: str, grid: tuple[int, ...], clips: int, scattered: bool) -> Branch:
+    """A branch on `clips` grids; scattered: on (N, 1, 1, t) tokens of a larger grid."""
     branch = block.get_submodule(name)
     assert isinstance(branch, Residual)
-    tokens, scaled = math.prod(grid), branch.gamma is not None
+    tokens, scaled = clips * math.prod(grid), branch.gamma is not None
     fn = branch.fn
     if isinstance(fn, Mlp):
         assert isinstance(fn.fc1, nn.Linear)
         hidden = fn.fc1.out_features
         return Branch(name, tokens, fn.fc1.in_features, scaled, count([branch]), hidden=hidden)
     assert isinstance(fn, WindowAttention)
-    window = tuple(w or n for w, n in zip(fn.window, grid))
-    windows = tuple((group.windows, group.tokens) for group in plan_groups(grid, window, fn.shifted))
+    scattered = scattered and fn.window[:3] != (1, 1, 1)
+    window = scattered_window(fn.window, grid) if scattered else fn.window_on(grid)
+    groups = plan_groups(grid, window, fn.shifted)
+    windows = tuple((clips * group.windows, group.tokens) for group in groups)
     width, rotary = fn.proj.in_features, fn.rotary is not None
-    return Branch(name, tokens, width, scaled, count([branch]), heads=fn.heads, rotary=rotary, windows=windows)
+    return Branch(
+        name,
+        tokens,
+        width,
+        scaled,
+        count([branch]),
+        heads=fn.heads,
+        rotary=rotary,
+        windows=windows,
+        scattered=scattered,
+    )
 
 
-def _stages(encoder: SwinEncoder) -> tuple[Stage, ...]:
+def _blocks(
+    modules: Iterable[nn.Module], grid: tuple[int, ...], clips: int = 1, scattered: bool = False
+) -> tuple[Block, ...]:
+    blocks = []
+    for block in modules:
+        assert isinstance(block, SwinBlock)
+        blocks.append(Block(tuple(_branch(block, name, grid, clips, scattered) for name in block.order)))
+    return tuple(blocks)
+
+
+def _stages(encoder: SwinEncoder, units: Units | None) -> tuple[Stage, ...]:
+    inner = -1 if units is None else units.inner
+    # For each stage: its grid, how many of them there are in a clip, and whether it is a part of a larger one.
+    grids = [(grid, 1, False) for grid in encoder.grids]
+    if units is not None:
+        frames = (units.frames,)
+        grids[:inner] = [((*units.tokens(index), *frames), units.shown, False) for index in range(inner)]
+        grids[inner] = (units.shown_cells, 1, 1, *frames), 1, True
     stages = []
-    for index, (module, grid) in enumerate(zip(encoder.stages, encoder.grids)):
+    for index, (module, (grid, clips, scattered)) in enumerate(zip(encoder.stages, grids)):
         assert isinstance(module, StageModule)
-        blocks = []
-        for block in module.blocks:
-            assert isinstance(block, SwinBlock)
-            blocks.append(Block(tuple(_branch(block, name, grid) for name in block.order)))
-        last = index == len(encoder.stages) - 1
-        rows = 0 if last else math.prod(encoder.grids[index + 1])
-        stages.append(Stage(grid, blocks[0].width, tuple(blocks), rows, count([module.downsample])))
+        blocks = _blocks(module.blocks, grid, clips, scattered)
+        rows = 0
+        if index < len(grids) - 1:
+            rows = math.prod(encoder.grids[index + 1]) if index >= inner else clips * math.prod(grid) // 8
+        together = (clips * grid[0], *grid[1:])
+        stages.append(Stage(together, blocks[0].width, blocks, rows, count([module.downsample])))
     return tuple(stages)
 
 
-def build_geometry(cfg: ModelConfig, volume: tuple[int, ...]) -> Geometry:
+def build_geometry(cfg: ModelConfig, volume: tuple[int, ...], units: Units | None = None) -> Geometry:
     """Sizes of the model of `cfg` for clips of `volume` = voxels x, y, z and frames. Allocates no weights.
+
+    Args:
+        cfg: Of the model.
+        volume: Of a clip.
+        units: Of task.hidden=drop (`swift.models.visible.units_of`).
 
     Raises:
         UserError: the architecture does not fit the volume.
     """
+    model: MaskedAutoencoder | VisibleAutoencoder
     try:
         with torch.device("meta"):
-            model = MaskedAutoencoder(cfg, volume[:3], volume[3])
+            model = MaskedAutoencoder(cfg, volume[:3], volume[3]) if units is None else VisibleAutoencoder(cfg, units)
     except ValueError as error:
         raise UserError(str(error)) from error
     encoder = model.encoder
+    linear = model.linear if isinstance(model, MaskedAutoencoder) else None
+    cells = None
+    if units is not None:
+        assert isinstance(model, VisibleAutoencoder)
+        blocks = _blocks(model.decoder.blocks, (*units.cells, units.frames))
+        cells = Cells(blocks, units.inner, units.hidden_cells, math.prod(units.cell))
+    token = [model.mask_token] if isinstance(model, MaskedAutoencoder) else []
     parameters = {
         "patch embedding": count([encoder.patch_embed]),
-        "mask token, positions": count([model.mask_token, encoder.position])
+        "mask token, positions": count([*token, encoder.position])
         + sum(count([stage.get_submodule("position")]) for stage in encoder.stages),
     }
-    stages = _stages(encoder)
+    stages = _stages(encoder, units)
     for index, stage in enumerate(stages, start=1):
         parameters[f"stage {index}"] = sum(block.parameters for block in stage.blocks)
         if stage.merging_parameters:
             parameters[f"merging {index}"] = stage.merging_parameters
     parameters["final norm"] = count([encoder.norm])
     parameters["decoder"] = count([model.decoder])
-    if model.linear is not None:
-        parameters["maps"] = count([model.linear])
+    if linear is not None:
+        parameters["maps"] = count([linear])
     assert sum(parameters.values()) == count([model]), "a part of the model is missing here"
     return Geometry(
         volume=tuple(volume),
@@ -218,10 +281,21 @@ def build_geometry(cfg: ModelConfig, volume: tuple[int, ...]) -> Geometry:
         patch_norm=cfg.patch_norm,
         stages=stages,
         final_norm=cfg.final_norm,
-        decoder="local" if isinstance(model.decoder, LocalDecoder) else "linear",
+        decoder={LocalDecoder: "local", LinearDecoder: "linear", CellDecoder: "cells"}[type(model.decoder)],
         decoder_dim=cfg.decoder_dim,
         maps=cfg.maps,
-        maps_trained=model.linear is not None and model.linear.shared,
+        maps_trained=linear is not None and linear.shared,
         parameters=parameters,
         sizes=tuple(sorted((parameter.numel() for parameter in model.parameters()), reverse=True)),
+        cells=cells,
     )
+
+
+def geometry_of(cfg: Config) -> Geometry:
+    """Sizes of what a run trains, in pre-training with its decoder.
+
+    Raises:
+        UserError: the architecture does not fit the clip.
+    """
+    volume = (*cfg.data.grid, cfg.data.frames)
+    return build_geometry(cfg.model, volume, units_of(cfg.model, cfg.task, volume))

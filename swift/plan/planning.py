@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from swift.config.schema import Config
 from swift.plan.activations import CHECKPOINTING
 from swift.plan.devices import GIB, Site
-from swift.plan.geometry import Geometry, build_geometry
+from swift.plan.geometry import Geometry, geometry_of
 from swift.plan.memory import MB, Memory, Sharding, largest_micro_batch, memory, sharding_of
 from swift.plan.step_time import StepTime, step_time
 from swift.utils.errors import UserError
@@ -170,7 +170,7 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
     Raises:
         UserError: the model does not fit the clip, or there are more ranks than parameters to share out.
     """
-    geometry = build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
+    geometry = geometry_of(cfg)
     ranks, bf16 = ranks_of(cfg, site, nodes), uses_bf16(cfg, site)
     if cfg.parallel.name not in ("single", "ddp") and ranks > geometry.total_parameters:
         raise UserError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from swift.plan.activations import Widths
+from swift.plan.activations import Widths, predicted_voxels
 from swift.plan.devices import Site
 from swift.plan.flops import block_flops, model_flops
 from swift.plan.geometry import Geometry
@@ -87,7 +87,7 @@ def elementwise_bytes(geometry: Geometry, widths: Widths) -> float:
                 else:
                     total += elements * 6 * widths.stream + 2 * branch.tokens * branch.hidden * widths.product
         total += 4 * stage.merged_rows * 8 * stage.width * widths.stream
-    return total + 12 * geometry.voxels * 4
+    return total + 12 * predicted_voxels(geometry) * 4
 
 
 def recomputed_flops(geometry: Geometry, checkpointing: str) -> float:

@@ -139,43 +139,40 @@ def _work(cfg: Config, device: Any) -> tuple[Callable[[], None], Callable[[], No
     """A training step and a forward pass on clips of noise."""
     import torch
 
-    from swift.config.check import mask_unit
-    from swift.models.autoencoder import reconstruction_loss
-    from swift.models.masking import draw_mask, mask_voxels
     from swift.parallel.recompute import prepare_blocks
     from swift.parallel.setup import resolve
     from swift.train.optim import build_optimizer
+    from swift.train.pretrain import PretrainModule
     from swift.train.wiring import build_module
     from swift.utils import device as here
 
     module = build_module(resolve(cfg)).to(device).train()
+    assert isinstance(module, PretrainModule)
     model, volume = module.model, (*cfg.data.grid, cfg.data.frames)
     prepare_blocks(model, cfg.parallel)
     optimizer = build_optimizer(model, cfg.optimizer, module.widths)
     parameters = list(model.parameters())
     with device:
-        clip = torch.randn(cfg.data.batch_size, 1, *volume)
-        sample = torch.arange(cfg.data.batch_size)
-    unit = mask_unit(cfg.task, cfg.model)
-    mask = draw_mask(0, sample, volume, cfg.model.patch_size, unit, cfg.task.mask_ratio, cfg.task.mask_kind)
-    counted = mask_voxels(mask, cfg.model.patch_size, volume)
+        batch = {
+            "bold": torch.randn(cfg.data.batch_size, 1, *volume),
+            "brain": torch.ones(cfg.data.batch_size, *volume[:3], dtype=torch.bool),
+            "sample_id": torch.arange(cfg.data.batch_size),
+            "valid": torch.ones(cfg.data.batch_size, dtype=torch.bool),
+        }
     half = not here.on_host(device) and cfg.trainer.precision != "32"
 
-    def predicted() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            found: torch.Tensor = model(clip, mask)
-        return found
-
     def step() -> None:
-        reconstruction_loss(predicted(), clip, counted, cfg.task.loss).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = module.loss(batch)
+        loss.backward()
         if cfg.trainer.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, cfg.trainer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     def forward() -> None:
-        with torch.no_grad():
-            predicted()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            module.reconstruct(batch)
 
     return step, forward
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from swift.config.compose import composed
 from swift.config.schema import Config
 from swift.models.attention import WindowAttention
-from swift.models.autoencoder import reconstruction_loss
 from swift.models.decoders import LocalDecoder
 from swift.models.encoder import SwinBlock
 from swift.models.window_layout import partition, plan_groups, slabs
@@ -101,8 +100,7 @@ def mode_config(overrides: Sequence[str], mode: str, base_width: int, lr: float,
 
 def loss_of(module: PretrainModule, batch: Batch) -> Tensor:
     """The loss at hidden brain voxels, as in training."""
-    prediction, mask = module.reconstruct(batch)
-    return reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
+    return module.loss(batch)
 
 
 def one_batch(cfg: Config, clips: int, seed: int) -> Batch:

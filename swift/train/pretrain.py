@@ -5,18 +5,28 @@ Shapes: B batch, X Y Z T voxels and frames, x y z t token grid.
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig
+from swift.data.clips.mixture import Stores
 from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
-from swift.models.masking import draw_mask, mask_voxels
+from swift.models.heads import build_model
+from swift.models.masking import draw_mask, draw_shown, mask_voxels
+from swift.models.visible import Units, VisibleAutoencoder, hidden_loss, put
 from swift.train.base import Batch, TrainingModule
 from swift.train.scan_maps import ScanMaps
 
 __all__ = ["Batch", "PretrainModule"]
+
+log = logging.getLogger(__name__)
+MOST_WAITING = 1000
+"""Batches whose unusable clips are remembered until they are named."""
 
 
 class WeightedMean(Metric):
@@ -44,6 +54,30 @@ class WeightedMean(Metric):
         return self.total / self.count
 
 
+class Unseen:
+    """Scans of whose brain nothing can be shown beside something hidden, named in the log once."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._named: set[int] = set()
+
+    def note(self, unusable: Tensor, batch: Batch) -> None:
+        """Keep bool (B,) of a batch, without waiting for the device."""
+        if "scan" in batch and len(self._waiting) < MOST_WAITING:
+            self._waiting.append((unusable & batch["valid"], batch["scan"]))
+
+    def tell(self, store: Stores) -> None:
+        """Name those that are new; waits for the device."""
+        new = {place for unusable, scan in self._waiting for place in scan[unusable].tolist()} - self._named
+        self._waiting, self._named = [], self._named | new
+        for place in sorted(new):
+            log.warning(
+                "scan %s: fewer than two mask units touch its brain, one to show and one to hide "
+                "(task.hidden=drop): its clips are left out of the loss",
+                store.scans[place].scan_id,
+            )
+
+
 class PretrainModule(TrainingModule):
     """Hide patches of a clip, reconstruct them, count the loss on hidden brain voxels.
 
@@ -58,16 +92,36 @@ class PretrainModule(TrainingModule):
         super().__init__(cfg, empty)
         self.val_loss = WeightedMean()
         self.val_l1 = WeightedMean()
+        self.unseen = Unseen()
         self.scan_maps: ScanMaps | None = None
         """Of model.maps_of=scan: the maps of every scan, from its training frames."""
 
-    def build_model(self, cfg: ModelConfig) -> MaskedAutoencoder:
+    @property
+    def units(self) -> Units | None:
+        """Of task.hidden=drop: how clips are cut into units."""
+        model: MaskedAutoencoder | VisibleAutoencoder = self.model
+        return model.units if isinstance(model, VisibleAutoencoder) else None
+
+    def build_model(self, cfg: ModelConfig) -> nn.Module:
         """The model of an architecture, on the grid of this run."""
-        return MaskedAutoencoder(cfg, self.cfg.data.grid, self.cfg.data.frames)
+        return build_model(cfg, self.cfg.task, self.cfg.data.grid, self.cfg.data.frames)
+
+    def draw_shown(self, units: Units, batch: Batch) -> Tensor:
+        """Visible units, int64 (B, V): for each sample a function of the run's seed, its identity and its brain."""
+        touched = units.touched(batch["brain"])
+        self.unseen.note(touched.sum(1) < 2, batch)
+        return draw_shown(self.cfg.seed, batch["sample_id"], touched, units.shown)
+
+    def usable(self, batch: Batch) -> Tensor:
+        """Clips in the loss, bool (B,): no padding, and with task.hidden=drop something of the brain is shown."""
+        valid = batch["valid"]
+        return valid if self.units is None else valid & (self.units.touched(batch["brain"]).sum(1) >= 2)
 
     def draw_mask(self, batch: Batch) -> Tensor:
         """Hidden tokens, bool (B, x, y, z, t): for each sample a function of the run's seed and its identity."""
         task, model, data = self.cfg.task, self.cfg.model, self.cfg.data
+        if self.units is not None:
+            return self.units.mask(self.draw_shown(self.units, batch))
         volume = (*data.grid, data.frames)
         unit = mask_unit(task, model)
         sample = batch["sample_id"]
@@ -77,22 +131,43 @@ class PretrainModule(TrainingModule):
         """Voxels in the loss, bool (B, X, Y, Z, T): hidden, in the brain (or anywhere, by option), not padding."""
         data = self.cfg.data
         hidden = mask_voxels(mask, self.cfg.model.patch_size, (*data.grid, data.frames))
-        counted = hidden & batch["valid"].view(-1, 1, 1, 1, 1)
+        counted = hidden & self.usable(batch).view(-1, 1, 1, 1, 1)
         return counted if self.cfg.task.loss_background else counted & batch["brain"].unsqueeze(-1)
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Prediction (B, 1, X, Y, Z, T) and the token mask (B, x, y, z, t) it was made under."""
+        if self.units is not None:
+            shown = self.draw_shown(self.units, batch)
+            cells = self.model(batch["bold"], shown)
+            return put(cells, self.units.hidden(shown), self.units.volume), self.units.mask(shown)
         mask = self.draw_mask(batch)
         if not self.cfg.model.maps:
             return self.model(batch["bold"], mask), mask
         maps = self.scan_maps(batch, self.training) if self.scan_maps is not None else None
         return self.model(batch["bold"], mask, batch["brain"], maps), mask
 
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        if self.units is None:
+            prediction, mask = self.reconstruct(batch)
+            return reconstruction_loss(prediction, batch["bold"], self.counted_voxels(batch, mask), self.cfg.task.loss)
+        shown = self.draw_shown(self.units, batch)
+        prediction = self.model(batch["bold"], shown)
+        counted = self.usable(batch).view(-1, 1, 1, 1).expand_as(batch["brain"])
+        if not self.cfg.task.loss_background:
+            counted = counted & batch["brain"]
+        return hidden_loss(self.units, prediction, batch["bold"], counted, shown, self.cfg.task.loss)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_step(batch_idx)
-        prediction, mask = self.reconstruct(batch)
-        counted = self.counted_voxels(batch, mask)
-        return reconstruction_loss(prediction, batch["bold"], counted, self.cfg.task.loss)
+        return self.loss(batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        data = getattr(self.trainer, "datamodule", None)
+        # The figures of a step that is logged wait for the device anyway.
+        if data is not None and self.global_step % self.cfg.trainer.log_every == 0:
+            self.unseen.tell(data.store)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         prediction, mask = self.reconstruct(batch)

@@ -70,11 +70,19 @@ def test_one_value_changes_one_value() -> None:
     assert replace(before, task=replace(before.task, mask_ratio=0.4)) == after
 
 
+DROP = ["task.hidden=drop", "task.mask_kind=tube"]
+
+
 def test_the_mask_unit_follows_the_patch() -> None:
     cfg = typed(composed("model.patch_size=[6,6,6,2]"))
     assert mask_unit(cfg.task, cfg.model) == [6, 6, 6, 2]
     cfg = typed(composed("model.patch_size=[6,6,6,2]", "task.mask_unit=[12,6,6,4]"))
     assert mask_unit(cfg.task, cfg.model) == [12, 6, 6, 4]
+    # What can be dropped: a token of stage 3, or of the last stage.
+    cfg = typed(composed("model.patch_size=[6,6,3,2]", *DROP))
+    assert mask_unit(cfg.task, cfg.model) == [24, 24, 12, 2]
+    cfg = typed(composed("model.depths=[2,2]", "model.num_heads=[4,8]", *DROP))
+    assert mask_unit(cfg.task, cfg.model) == [12, 12, 12, 1]
 
 
 # --- wrong values -------------------------------------------------------------------------------------------------
@@ -170,6 +178,16 @@ WRONG: list[tuple[list[str], str, str]] = [
         "task.mask_unit=[6, 6, 6, 20]",
         "task.mask_kind=temporal",
     ),
+    (["task.hidden=gone"], "task.hidden=gone", "token, drop"),
+    (["task.hidden=drop"], "task.mask_kind=random", "task.mask_kind=tube hides the same places"),
+    ([*DROP, "model=v1"], "model.variant=v1", "factorized or joint"),
+    ([*DROP, "task.mask_unit=[12,24,24,1]"], "task.mask_unit=[12, 24, 24, 1]", "[24, 24, 24] voxels in x, y, z"),
+    ([*DROP, "task.mask_unit=[9,24,24,1]"], "task.mask_unit=[9, 24, 24, 1]", MULTIPLE),
+    ([*DROP, "data.grid=[48,60,48]"], "data.grid=[48, 60, 48]", "multiple of task.mask_unit=[24, 24, 24]"),
+    ([*DROP, "model.decoder=linear"], "model.decoder=linear", "leave it at local"),
+    ([*DROP, "model.maps=3"], "model.maps=3", "take model.maps=0"),
+    ([*DROP, "parallel.compile=true"], "parallel.compile=True", "not built with task.hidden=drop"),
+    (["task=sex", "task.hidden=drop"], "task.hidden=drop", "a task sees all patches"),
     (["optimizer.lr=0"], "optimizer.lr=0.0", "above 0"),
     (["optimizer.lr=nan"], "optimizer.lr=nan", "above 0"),
     (["optimizer.lr=inf"], "optimizer.lr=inf", "finite"),

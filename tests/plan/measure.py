@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from swift.config.schema import ModelConfig
 from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
+from swift.models.visible import VisibleAutoencoder, hidden_loss
 from swift.parallel.recompute import recomputing
 
 Volume = tuple[int, int, int, int]
@@ -111,6 +112,15 @@ def kept_by(cfg: ModelConfig, volume: Volume, dtype: torch.dtype, loss: str = "l
     model = fill(on_meta(cfg, volume), "cpu", dtype)
     x, mask, counted = inputs(model, volume, "cpu", dtype)
     return saved_bytes(lambda: reconstruction_loss(model(x, mask), x, counted, loss), model)
+
+
+def kept_by_visible(model: VisibleAutoencoder, loss: str = "l1") -> int:
+    """What a real forward pass of task.hidden=drop on this CPU keeps of one clip."""
+    units = model.units
+    x = torch.zeros(1, 1, *units.volume, dtype=next(model.parameters()).dtype)
+    brain = torch.ones(1, *units.volume[:3], dtype=torch.bool)
+    shown = torch.arange(units.shown).unsqueeze(0)
+    return saved_bytes(lambda: hidden_loss(units, model(x, shown), x, brain, shown, loss), model)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None, **_: Any) -> Tensor:

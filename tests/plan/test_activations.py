@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from swift.models.attention import WindowAttention
+from swift.models.visible import Units, VisibleAutoencoder
 from swift.plan.__main__ import composed
 from swift.plan.activations import Widths, kept_bytes, moments
 from swift.plan.geometry import build_geometry
 from tests.models.cases import SHAPES, VARIANTS, Shape, config
-from tests.plan.measure import kept_by, kept_by_gpu_autocast, peak_of_step
+from tests.plan.measure import kept_by, kept_by_gpu_autocast, kept_by_visible, peak_of_step
 
 # Wide enough that the rotations of a layer, a constant left out, are small beside its activations.
 SHAPE = Shape((16, 16, 16), 8, (2, 2, 2, 1), (4, 4, 4, 4), (2, 2), 32, (2, 4))
@@ -42,6 +43,16 @@ def test_losses(loss: str) -> None:
     cfg = config("factorized", SHAPE)
     predicted = kept_bytes(build_geometry(cfg, VOLUME), Widths("fp32"), "none", loss)
     assert predicted == pytest.approx(kept_by(cfg, VOLUME, torch.float32, loss), rel=0.01)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("variant", ["joint", "factorized", "factorized-ts-each"])
+def test_visible_units_alone(variant: str, loss: str) -> None:
+    """task.hidden=drop, 3 of 8 units of 8 voxels."""
+    cfg = config(variant, Shape((16, 16, 16), 8, (2, 2, 2, 1), (4, 4, 4, 4), (2, 2, 2, 1), 32, (2, 4, 4, 4)))
+    units = Units(VOLUME, (8, 8, 8), (2, 2, 2, 1), 2, 3)
+    predicted = kept_bytes(build_geometry(cfg, VOLUME, units), Widths("fp32"), "none", loss)
+    assert predicted == pytest.approx(kept_by_visible(VisibleAutoencoder(cfg, units), loss), rel=0.02)
 
 
 @pytest.mark.parametrize("variant", ["v1", "joint", "joint-rope", "factorized"])

@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from swift.models.adapt import adapt
 from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
 from swift.models.encoder import SwinEncoder
+from swift.models.visible import hidden_loss
 from swift.plan.__main__ import composed
 from swift.plan.flops import flops_by_part, model_flops, tuning_flops
-from swift.plan.geometry import build_geometry
+from swift.plan.geometry import build_geometry, geometry_of
 from tests.models.cases import SHAPES, config
+from tests.models.test_visible import build as visible_model
 
 CLIP = (96, 96, 96, 20)
 COMPOSED = ["data=store", "data.path=none"]
@@ -64,6 +66,34 @@ def test_other_options(variant: str) -> None:
 def test_sizes_of_the_ladder(overrides: list[str]) -> None:
     """At full size, on the meta device."""
     check(composed([*COMPOSED, *overrides])[0].model, CLIP, "meta")
+
+
+@pytest.mark.parametrize("shape", ["four", "two"])
+@pytest.mark.parametrize("variant", ["joint-rope", "factorized-ts", "factorized-each"])
+def test_visible_units_alone(variant: str, shape: str) -> None:
+    """Of task.hidden=drop: what is hidden costs nothing in the encoder."""
+    model, clips, shown = visible_model(variant, shape)
+    brain = torch.ones(1, *clips.shape[2:5], dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = hidden_loss(model.units, model(clips[:1], shown[:1]), clips[:1], brain, shown[:1], "l1")
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    predicted = model_flops(build_geometry(model.encoder.cfg, model.units.volume, model.units))
+    assert predicted.forward == pytest.approx(forward.get_total_flops(), rel=1e-9)
+    assert predicted.backward == pytest.approx(backward.get_total_flops(), rel=1e-9)
+
+
+def test_dropping_hidden_units_at_full_size() -> None:
+    """51m, 13 of 64 units of 24 voxels: the encoder at 0.2 of all tokens, a little more for stage 4 on the grid."""
+    settings = [*COMPOSED, "model=51m"]
+    box, drop = (
+        flops_by_part(geometry_of(composed([*settings, *more])[0]))
+        for more in ([], ["task.hidden=drop", "task.mask_kind=tube"])
+    )
+    for name in ("patch embedding", "stage 1", "stage 2", "stage 3"):
+        assert drop[name].forward == pytest.approx(13 / 64 * box[name].forward, rel=0.03), name
+    assert drop["stage 4"] == box["stage 4"]
 
 
 def test_blocks_follow_the_formulas_of_the_design() -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from swift.config.compose import typed
 from swift.config.schema import Config
+from swift.models.visible import Units
 from swift.parallel.checkpoint.files import Manifest, candidates
 from swift.parallel.setup import resolve
 from swift.train.pretrain import PretrainModule
@@ -151,6 +152,54 @@ def test_masks_follow_the_settings() -> None:
     assert torch.equal(tube, tube[..., :1].expand_as(tube))
     last = build_module(resolve(settings("task.mask_kind=temporal", "task.mask_ratio=0.25"))).draw_mask(batch)
     assert last.flatten(1, 3).any(1).tolist() == [[False, False, False, True]] * 2
+
+
+# --- hidden units that the encoder never sees ---------------------------------------------------------------------
+DROP = ["task.hidden=drop", "task.mask_kind=tube", "model.patch_size=[2,2,2,2]"]
+"""27 units of 4x4x4 voxels."""
+
+
+@pytest.mark.parametrize("options", [[], ["task.loss=l2", "task.loss_background=true"]])
+def test_the_loss_of_hidden_cells_is_that_of_the_whole_prediction(options: list[str]) -> None:
+    """Clips with brains of different size, a padding row, and a brain of which nothing can be shown."""
+    module = build_module(resolve(settings(*DROP, *options)))
+    batch = make_batch([3, -1, 8, 5])
+    batch["brain"][3] = False
+    batch["brain"][3, :2, :2, :2] = True
+    prediction, mask = module.reconstruct(batch)
+    assert mask.shape == (4, 6, 6, 6, 4)
+    assert mask.flatten(1).sum(1).tolist() == [22 * 8 * 4] * 4
+    counted = module.counted_voxels(batch, mask)
+    assert counted.flatten(1).any(1).tolist() == [True, False, True, False]
+    difference = (prediction - batch["bold"])[:, 0]
+    each = difference.square() if options else difference.abs()
+    expected = torch.stack([each[row][counted[row]].mean() for row in (0, 2)]).mean()
+    torch.testing.assert_close(module.loss(batch), expected)
+    module.loss(batch).backward()
+    ours = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    expected.backward()
+    for (name, parameter), gradient in zip(module.named_parameters(), ours, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_visible_units_do_not_depend_on_the_batch() -> None:
+    module = build_module(resolve(settings(*DROP)))
+    mask = module.draw_mask(make_batch([5, 6]))
+    assert torch.equal(module.draw_mask(make_batch([6]))[0], mask[1])
+    assert not torch.equal(mask[0], mask[1])
+    assert not torch.equal(build_module(resolve(settings(*DROP, "seed=1"))).draw_mask(make_batch([5, 6])), mask)
+
+
+def test_a_scan_of_which_nothing_can_be_shown_is_named_once(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Units, "touched", lambda self, brain: torch.zeros(len(brain), 27, dtype=torch.bool))
+    _, _, log = fit(store, tmp_path / "run", "trainer.max_steps=3", *DROP)
+    assert [record["train/loss"] for record in log] == [0.0] * 3
+    named = [record.getMessage() for record in caplog.records if "touch its brain" in record.getMessage()]
+    assert len(named) == len(set(named)) > 0
+    assert all(line.startswith("scan sub-") and line.endswith("left out of the loss") for line in named)
 
 
 # --- training -----------------------------------------------------------------------------------------------------

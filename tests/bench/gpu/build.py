@@ -10,12 +10,11 @@ from torch import Tensor
 
 from swift.config.compose import composed
 from swift.config.schema import Config
-from swift.models.autoencoder import reconstruction_loss
 from swift.models.init import fill
 from swift.parallel.recompute import prepare_blocks
 from swift.parallel.strategies import _Float32
 from swift.plan.flops import model_flops
-from swift.plan.geometry import Geometry, build_geometry
+from swift.plan.geometry import geometry_of
 from swift.plan.memory import memory, sharding_of
 from swift.plan.step_time import recomputed_flops
 from swift.train.optim import build_optimizer
@@ -30,11 +29,6 @@ def settings(bench: Bench, model: str, *overrides: str) -> Config:
     """Settings of a run of a size; in small form on a grid of 24 with 4 frames."""
     base = [f"model={model}", "data=store", "data.path=none", "data.grid=[96,96,96]", "data.spacing=2.0"]
     return composed([*base, *(SMALL if bench.small else []), *overrides])[0]
-
-
-def geometry_of(cfg: Config) -> Geometry:
-    """Sizes of the model that is trained."""
-    return build_geometry(cfg.model, (*cfg.data.grid, cfg.data.frames))
 
 
 def make_batch(cfg: Config, clips: int, device: torch.device) -> dict[str, Tensor]:
@@ -97,9 +91,7 @@ class Step:
         """The loss of the micro-batch."""
         narrow = torch.autocast(self.device.type, torch.bfloat16) if self.weights == "mixed" else nullcontext()
         with narrow:
-            prediction, mask = self.module.reconstruct(self.batch)
-            counted = self.module.counted_voxels(self.batch, mask)
-            return reconstruction_loss(prediction, self.batch["bold"], counted, self.cfg.task.loss)
+            return self.module.loss(self.batch)
 
     def update(self) -> None:
         """Clip and step; gradients are gone afterwards."""

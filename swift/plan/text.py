@@ -25,7 +25,8 @@ def _head(plan: Plan) -> list[str]:
     precision = "bf16" if sharding.bf16 else "float32"
     return [
         f"model {cfg.model.name} ({cfg.model.variant}), clip {x}x{y}x{z} voxels x {t} frames, "
-        f"patch {patch}: {geometry.tokens:,} tokens",
+        f"patch {patch}: {geometry.tokens:,} tokens"
+        + ("" if geometry.cells is None else " of visible units (task.hidden=drop)"),
         f"parallel={sharding.strategy}, {precision}, activation checkpointing {sharding.checkpointing}, "
         f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''} of {plan.site.name} "
         f"({plan.site.device_name}): {sharding.ranks:,} rank{'s' if sharding.ranks > 1 else ''}",

@@ -54,10 +54,10 @@ sizes: setup ## Print the exact parameter counts of every size
 
 STUDIES := pretraining strong_scaling scaling_laws temporal ablation throughput
 
-studies: setup ## Run the report's studies at laptop size and draw them (goes on where it stopped; figures: experiments/)
+studies: setup ## Run the report's studies at laptop size and draw them (goes on where it stopped; figures: runs/figures)
 	$(BIN)/python -m swift.study $(STUDIES:%=experiments/%/laptop.yaml)
-	$(BIN)/python experiments/mu_transfer/run.py --seeds 1 --out runs/mu_transfer
-	$(BIN)/python -m swift.report html runs/pretraining runs/mu_transfer $(STUDIES:%=experiments/%) \
+	$(BIN)/python experiments/mu_transfer/run.py --seeds 1
+	$(BIN)/python -m swift.report html runs/pretraining runs/mu_transfer $(STUDIES:%=runs/figures/%) \
 		--title "swift: the report's studies at laptop size" --out runs/studies.html
 
 bench: setup ## Time the encoder against the slow reference: CPU-seconds and peak memory

@@ -294,7 +294,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/downstream"), help="runs go there (runs/downstream)")
-    parser.add_argument("--results", type=Path, default=HERE, help="tables and figures go there (beside this file)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/downstream/figures"), help="tables and figures go there"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at once (2)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--limit", type=float, default=1e9, help="begin no further run after so many seconds")

@@ -205,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of sweep.csv, summary.json, mu_transfer.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/mu_transfer"), help="folder of sweep.csv, summary.json, mu_transfer.png"
+    )
     parser.add_argument("--draw", action="store_true", help="run nothing, only judge and draw sweep.csv")
     parser.add_argument("--judge", choices=("val_l1", "train_l1"), default="val_l1")
     options = parser.parse_args()

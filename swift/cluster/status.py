@@ -36,7 +36,8 @@ class State:
             whose last sign of life is too old).
         step, max_steps: Optimizer steps done and wanted.
         loss: Last training loss.
-        val: Last value of val/l1.
+        val: Last value of val/l1; of a task with a target, of the score that chooses its weights (task.select).
+        score: Name of what val is.
         restarts: Starts after the first.
         useful_seconds: Time of the steps that count (not lost in a crash).
         job_seconds: Time in jobs, from the first start to the last sign of life, without waiting in the queue.
@@ -52,6 +53,7 @@ class State:
     max_steps: int | None
     loss: float | None
     val: float | None
+    score: str
     restarts: int
     useful_seconds: float
     job_seconds: float
@@ -97,6 +99,8 @@ def describe(run: Path, now: float) -> State:
     pace = useful / done if done else math.nan
     eta = None if step is None or most is None or not done else max(0, most - step) * pace
     ends = [line for line in attempts if line["event"] == "end"]
+    task = _settings(run).get("task") or {}
+    score = str(task.get("select") or "loss") if task.get("target") else "l1"
     starts = sum(line["event"] == "start" for line in attempts) or len(beats)
     return State(
         run=str(run),
@@ -104,7 +108,8 @@ def describe(run: Path, now: float) -> State:
         step=step,
         max_steps=most,
         loss=_newest(metrics, "train/loss"),
-        val=_newest(metrics, "val/l1"),
+        val=_newest(metrics, f"val/{score}"),
+        score=score,
         restarts=max(0, starts - 1),
         useful_seconds=round(useful, 3),
         job_seconds=round(sum(end - start for start, end in spans), 3),
@@ -208,9 +213,13 @@ def _newest(metrics: Sequence[dict[str, Any]], key: str) -> float | None:
     return next((jsonl.plain(line[key]) for line in reversed(metrics) if key in line), None)
 
 
-def _max_steps(run: Path) -> int | None:
+def _settings(run: Path) -> dict[str, Any]:
     content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    trainer = content.get("trainer") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _max_steps(run: Path) -> int | None:
+    trainer = _settings(run).get("trainer")
     steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
     return steps if isinstance(steps, int) else None
 
@@ -229,14 +238,14 @@ def table(states: Sequence[State]) -> str:
     def number(value: float | str | None) -> str:
         return f"{value:.4f}" if isinstance(value, float) else str(value if value is not None else "-")
 
-    head = ("run", "state", "step", "loss", "val/l1", "restarts", "goodput", "left")
+    head = ("run", "state", "step", "loss", "validation", "restarts", "goodput", "left")
     rows = [
         (
             Path(state.run).name,
             state.state,
             f"{state.step if state.step is not None else '-'}/{state.max_steps or '?'}",
             number(state.loss),
-            number(state.val),
+            number(state.val) + (f" {state.score}" if state.val is not None else ""),
             str(state.restarts),
             "-" if state.goodput is None else f"{100 * state.goodput:.1f} %",
             "-" if state.state == "finished" else clock_text(state.eta_seconds),

@@ -21,7 +21,7 @@ from swift.data.clips.chosen import told
 from swift.evaluate import classical as models
 from swift.evaluate.classical import Units
 from swift.evaluate.predictions import Predictions
-from swift.evaluate.scores import judge
+from swift.evaluate.scores import interval_text, judge
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.baselines")
@@ -240,11 +240,9 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     """The test scores with their intervals, a line a baseline."""
     lines = []
     for summary in summaries.values():
-        scores, ranges = summary["scores"]["test"], summary["intervals"]["test"]
         cells = []
-        for name, value in scores.items():
-            low, high = ranges[name]
+        for name, value in summary["scores"]["test"].items():
             shown = "-" if value is None else f"{value:.3f}"
-            cells.append(f"{name} {shown}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]"))
+            cells.append(f"{name} {shown} {interval_text(summary, name)}".rstrip())
         lines.append(f"{summary['method']:<26} " + "  ".join(cells))
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import numpy as np
 
 from swift.evaluate.compare import Test, corrected_t, from_draws, holm, need_same_units
 from swift.evaluate.predictions import Predictions
-from swift.evaluate.resampling import LEVEL, clusters, drawn_scores
+from swift.evaluate.resampling import LEVEL, POINT, clusters, drawn_scores
 from swift.evaluate.scores import DRAWS, LOWER_IS_BETTER, MAIN, decide, scores
 from swift.utils.errors import UserError
 
@@ -208,6 +208,8 @@ def _interval(runs: Sequence[Result], score: str, seed: int, draws: int) -> tupl
     if len(values) < draws / 2:
         return math.nan, math.nan, over
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if high - low <= POINT and any(np.ptp(run.predictions.scores, axis=0).any() for run in runs):
+        return math.nan, math.nan, over  # too few subjects to tell
     return float(low), float(high), over
 
 

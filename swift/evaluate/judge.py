@@ -12,7 +12,7 @@ import torch
 
 from swift.data.task_module import TargetDataModule
 from swift.evaluate.predictions import Predictions
-from swift.evaluate.scores import MAIN, choose_threshold, scores
+from swift.evaluate.scores import MAIN, choose_threshold, interval_text, scores
 
 FLOOR = 1e-12
 """Smallest probability in a log-loss."""
@@ -117,8 +117,7 @@ def table(summary: dict[str, Any], run_dir: Path) -> str:
         f"  {'score':<18} {'val':>9} {'test':>9}  95 % interval",
     ]
     for name in told["test"]:
-        low, high = summary["intervals"]["test"].get(name, (None, None))
-        interval = f"[{number(low)}, {number(high)}]"
+        interval = interval_text(summary, name, 4) or "[-, -]"
         mark = "  <-" if name == MAIN[summary["kind"]] else ""
         lines.append(f"  {name:<18} {number(told['val'][name]):>9} {number(told['test'][name]):>9}  {interval}{mark}")
     if summary["kind"] == "binary":

@@ -17,6 +17,8 @@ LEVEL = 0.95
 """Part of the draws that an interval holds, in the middle."""
 LEAST_USED = 0.5
 """An interval from fewer usable draws than this part is not given."""
+POINT = 1e-9
+"""A narrower interval of predictions that vary says that the units are too few, not that the score is sure."""
 CELLS = 4_000_000
 """Weights held at once."""
 
@@ -24,7 +26,8 @@ CELLS = 4_000_000
 @dataclass(frozen=True)
 class Bootstrap:
     """Attributes:
-    intervals: Score -> low, high; NaN where it is undefined in more than half of the draws.
+    intervals: Score -> low, high; NaN where it is undefined in more than half of the draws, or of too few units.
+    too_few: Scores whose interval, NaN now, would be a point though predictions vary, or of a single cluster.
     skipped: Score -> draws in which it is undefined (a class without units, a constant target).
     draws: Draws made.
     method: subjects, or blocks where all units are of one subject.
@@ -36,6 +39,16 @@ class Bootstrap:
     draws: int
     method: str
     clusters: int
+    too_few: tuple[str, ...] = ()
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927, doi 10.1080/01621459.1927.10502953); never a single point."""
+    z = 1.959963984540054
+    share = hits / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 # ------------------------------------------------------------------------------------------------- weighted scores
@@ -191,4 +204,14 @@ def bootstrap(predictions: Predictions, said: np.ndarray | None, seed: int, draw
         skipped[name] = int(draws - len(good))
         low, high = np.quantile(good, ends) if len(good) >= LEAST_USED * draws else (np.nan, np.nan)
         intervals[name] = (float(low), float(high))
-    return Bootstrap(intervals, skipped, draws, method, int(cluster.max()) + 1)
+    few = []
+    count = int(cluster.max()) + 1
+    for name, (low, high) in intervals.items():
+        if not np.isfinite(low) or (count > 1 and (high - low > POINT or not np.ptp(predictions.scores, axis=0).any())):
+            continue
+        if name == "accuracy" and said is not None and count == len(predictions):
+            intervals[name] = wilson(int((said == predictions.target).sum()), count)
+        else:
+            intervals[name] = (np.nan, np.nan)
+            few.append(name)
+    return Bootstrap(intervals, skipped, draws, method, count, tuple(few))

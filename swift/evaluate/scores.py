@@ -115,6 +115,14 @@ def resampled(predictions: Predictions, threshold: float = 0.5, seed: int = 0, d
     return bootstrap(predictions, decide(predictions, threshold), seed, draws)
 
 
+def interval_text(summary: dict[str, Any], score: str, digits: int = 3) -> str:
+    """The test's interval of a score as summary.json has it, "too few" where the units are, "" where it has none."""
+    low, high = summary["intervals"]["test"].get(score, (None, None))
+    if low is not None:
+        return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return "too few" if score in summary.get("bootstrap", {}).get("too_few", ()) else ""
+
+
 def judge(val: Predictions, test: Predictions, seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
     """What summary.json says of a fitted model: threshold from validation, scores of both, intervals of the test.
 
@@ -146,6 +154,7 @@ def judge(val: Predictions, test: Predictions, seed: int = 0, draws: int = DRAWS
             "seed": seed,
             "over": result.method,
             "clusters": result.clusters,
+            "too_few": list(result.too_few),
             "skipped": {name: count for name, count in result.skipped.items() if count},
         },
         "units": {"val": len(val), "test": len(test)},

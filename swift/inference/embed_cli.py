@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from swift.inference.embedding_table import PLACE, check_out
+from swift.inference.embedding_table import PLACE, check_out, read_features
 from swift.inference.options import add_model_options, fitting_of
 from swift.parallel.ranks import current_place
 from swift.utils import parts as parts_of
@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     check_out(options.out)
     if (options.ahead or 0) < 0:
         raise UserError(f"--ahead {options.ahead}: must not be negative")
+    if options.fingerprint and options.per != "scan":
+        raise UserError(f"--fingerprint: needs a row a scan, not --per {options.per}")
     ranks = current_place()
     part = parse_part(options.part).among(ranks.rank, ranks.world)
     if ranks.problem and ranks.world == 1:
@@ -75,6 +77,11 @@ def run(options: argparse.Namespace) -> int:
         return 1 if failed else 0
     rows, failed = done
     reasons = [{"scan": scans[place].scan_id, "reason": reason} for place, reason in sorted(failed.items())]
+    if options.fingerprint and rows:
+        from swift.evaluate.fingerprint import fingerprint as known_again
+
+        subjects, features = read_features(options.out)
+        info["fingerprint"] = {layer: known_again(values, subjects) for layer, values in features.items()}
     _say(options, info, rows, len(scans), reasons, seconds)
     return 1 if failed else 0
 
@@ -106,6 +113,10 @@ def _say(
     if out:
         widths = ", ".join(f"{name} ({width})" for name, width in info["layers"].items())
         print(f"{out}: {rows} rows, one a {info['per']}; {widths}; {scans - len(failed)} scans, {seconds:.1f} s")
+    if found := info.get("fingerprint"):
+        from swift.evaluate.fingerprint import text
+
+        print("\n".join(text(of_layer, layer) for layer, of_layer in found.items()))
     if failed:
         print(f"{len(failed)} of {scans} scans failed" + ("" if out else ": nothing written"), file=sys.stderr)
 
@@ -123,6 +134,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", default="last", help="last (default), stage1, stage2, ..., or all")
     parser.add_argument("--per", choices=tuple(PLACE), default="scan", help="what a row stands for (default: scan)")
     add_model_options(parser)
+    parser.add_argument(
+        "--fingerprint",
+        action="store_true",
+        help="also say whether scans of one subject are known again, and the test-retest ICC (--per scan)",
+    )
     parser.add_argument("--part", metavar="I/N", help=parts_of.HELP)
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="clips at once (default: 4)")
     parser.add_argument(

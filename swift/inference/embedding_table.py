@@ -170,6 +170,21 @@ def read_info(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_features(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Subjects (N,) and layer -> (N, E) of a table that `write_table` has made."""
+    layers = list(read_info(path)["layers"])
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            names = {layer: layer if layer in file else "embedding" for layer in layers}
+            return file["subject"], {layer: file[name] for layer, name in names.items()}
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    columns = {layer: [c for c in table.column_names if c.rpartition("_")[0] == layer] for layer in layers}
+    values = {layer: np.stack([table[c].to_numpy() for c in names], axis=1) for layer, names in columns.items()}
+    return np.asarray(table["subject"].to_pylist()), values
+
+
 class SubjectMeans:
     """Mean over the scans of each subject: sums only."""
 

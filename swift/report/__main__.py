@@ -102,6 +102,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "val L1 (last)",
         "beats",
     )
+    tasks = [row for row in rows if "task" in row]
+    rows = [row for row in rows if "task" not in row]
+    if tasks:
+        below = _task_table(tasks)
+        return "\n".join([table(rows), "", below]) if rows else below
     lines: list[Sequence[str]] = [head]
     for row in rows:
         beats = "-" if row["beats"] is None else f"{len(row['beats'])} of {len(row['baselines'])}"
@@ -117,6 +122,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 verdict = "" if row["beats"] is None else ("  beaten" if name in row["beats"] else "  not beaten")
                 text.append(f"  {value:.4f}  {name}{verdict}")
     return "\n".join(text)
+
+
+def _task_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Runs with a target: each with its own score."""
+    head = (
+        "run",
+        "task",
+        "model",
+        "parameters",
+        "steps",
+        "train loss (last)",
+        "score",
+        "val (best)",
+        "at step",
+        "test",
+    )
+    lines: list[Sequence[str]] = [(*head, "95 %")]
+    for row in rows:
+        loss = f"{_number(row['train_loss'])} {row['loss']}"
+        numbers = [_number(row[key]) for key in ("val_score", "val_score_step", "test_score")]
+        first = [row["run"], row["task"], row["model"] or "-", _number(row["parameters"]), _number(row["steps"]), loss]
+        lines.append([*first, row["score"], *numbers, row["test_interval"] or "-"])
+    return "\n".join(aligned(lines, left=3))
 
 
 def _command(name: str, given: Sequence[str]) -> int:

@@ -133,7 +133,9 @@ def point(path: str | Path) -> Point:
     ranks = round(clips / (batch[0] * batch[1])) if all(isinstance(value, int) for value in batch) else 1
     steps = max((int(record["step"]) for record in run.records if record.get("step") is not None), default=0)
     wanted = run.setting("trainer.max_steps")
-    finished = "val_l1" in run.summary and (wanted is None or int(run.summary.get("steps", 0)) >= wanted)
+    reached = wanted is None or int(run.summary.get("steps", 0)) >= wanted
+    # A task may end early (patience): its summary comes last.
+    finished = "val_l1" in run.summary and reached if run.target is None else "scores" in run.summary
     return Point(
         run,
         steps,
@@ -152,9 +154,10 @@ def finished_points(paths: Sequence[str | Path]) -> tuple[list[Point], list[str]
     left_out = [
         f"left out: {p.run.path} is not finished ({p.steps} of {p.max_steps or '?'} steps)"
         for p in points
-        if not p.finished
+        if not p.finished and p.run.target is None
     ]
-    kept = [p for p in points if p.finished]
+    left_out += [f"left out: {p.run.path} is fine-tuned on {p.run.target}" for p in points if p.run.target is not None]
+    kept = [p for p in points if p.finished and p.run.target is None]
     for p in kept:
         if not np.isfinite(p.loss):
             left_out.append(f"left out: {p.run.path} has diverged (val_l1 {p.run.summary['val_l1']})")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from swift.evaluate.scores import LOWER_IS_BETTER, MAIN, interval_text
 from swift.utils import jsonl
 from swift.utils.errors import UserError
 
@@ -23,6 +24,8 @@ UNITS = {
     "none": "scanner units",
 }
 """data.normalization -> unit of the normalized signal."""
+LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error", "cross_entropy": "cross entropy"}
+"""task.loss -> its name."""
 
 
 @dataclass
@@ -60,6 +63,24 @@ class Run:
     def target(self) -> str | None:
         """Name of the task, if it has a target; None of pre-training."""
         return str(self.setting("task.name")) if self.setting("task.target") else None
+
+    @property
+    def axis(self) -> str:
+        """What the axis of its losses says: what is measured, and in which unit."""
+        if self.target is None:
+            return f"mean absolute error at masked voxels\n({self.unit})"
+        if self.loss == "cross_entropy":
+            return "cross entropy; validation: of the averaged predictions"
+        return f"{LOSSES.get(self.loss, self.loss)}, SD of the training labels; validation: of the averaged predictions"
+
+    @property
+    def score(self) -> str | None:
+        """Name of the score that a task is judged by: the kind's main one where the run has ended, else task.select."""
+        if self.target is None:
+            return None
+        if self.summary.get("kind") in MAIN:
+            return MAIN[self.summary["kind"]]
+        return str(self.setting("task.select") or "loss")
 
     @property
     def val_key(self) -> str:
@@ -105,6 +126,8 @@ def load_run(path: str | Path) -> Run:
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory")
     metrics = path / "metrics.jsonl"
+    if not metrics.is_file() and judged_below(path):
+        raise UserError(f"{path}: results of swift.baselines, not a run; swift.report html and table1 show them")
     if not metrics.is_file():
         raise UserError(f"{path}: no metrics.jsonl in it; give the directory of a run (run_dir= of swift.train)")
     records = jsonl.read(metrics)
@@ -132,7 +155,11 @@ def describe(run: Run) -> dict[str, Any]:
     Returns:
         "run", "model", "parameters", "steps", "train_loss" (last), "val_l1" (best), "val_l1_step" (of the best),
         "val_l1_last", "unit", "baselines" (name -> L1), "beats" (names of the baselines above the last val L1).
+        Of a task with a target instead of val_l1 and unit: "task", "score" (its name), "val_score" (best),
+        "val_score_step", "test_score", "test_interval" (text).
     """
+    if run.target is not None:
+        return _described_task(run)
     steps, train = run.series("train/loss")
     val_steps, val = run.series(run.val_key)
     finite = np.flatnonzero(np.isfinite(val))
@@ -154,3 +181,42 @@ def describe(run: Run) -> dict[str, Any]:
         "baselines": run.baselines or None,
         "beats": beats,
     }
+
+
+def _described_task(run: Run) -> dict[str, Any]:
+    """`describe` of a task with a target."""
+    steps, train = run.series("train/loss")
+    score = run.score or "loss"
+    val_steps, val = run.series(f"val/{score}")
+    finite = np.flatnonzero(np.isfinite(val))
+    choose = np.argmin if score in (*LOWER_IS_BETTER, "loss") else np.argmax
+    best = int(finite[choose(val[finite])]) if len(finite) else None
+    tested = "scores" in run.summary
+    return {
+        "run": run.name,
+        "task": run.target,
+        "model": run.summary.get("model") or (run.settings.get("model") or {}).get("name"),
+        "parameters": run.summary.get("parameters"),
+        "steps": run.summary.get("steps", max([*steps.tolist(), *val_steps.tolist()], default=None)),
+        "train_loss": jsonl.plain(train[-1]) if len(train) else None,
+        "loss": LOSSES.get(run.loss, run.loss),
+        "score": score,
+        "val_score": None if best is None else float(val[best]),
+        "val_score_step": None if best is None else int(val_steps[best]),
+        "test_score": run.summary["scores"]["test"].get(score) if tested else None,
+        "test_interval": interval_text(run.summary, score) if tested else "",
+        "baselines": None,
+        "beats": None,
+    }
+
+
+def judged_below(path: Path) -> list[Path]:
+    """Folders with summary.json and predictions but no metrics, at `path` or right below: of swift.baselines."""
+    places = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+    return [
+        place
+        for place in places
+        if (place / "summary.json").is_file()
+        and (place / "predictions" / "test.csv").is_file()
+        and not (place / "metrics.jsonl").is_file()
+    ]

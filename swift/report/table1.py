@@ -69,7 +69,7 @@ def numbers(one: Cell | None) -> tuple[str, str]:
         return "-", ""
     digits = 3 if abs(one.mean) < 10 else 1
     mean = f"{one.mean:.{digits}f}" + (f" ± {one.sd:.{digits}f}" if math.isfinite(one.sd) else "")
-    interval = f"[{one.low:.{digits}f}, {one.high:.{digits}f}]" if math.isfinite(one.low) else ""
+    interval = f"[{one.low:.{digits}f}, {one.high:.{digits}f}]" if math.isfinite(one.low) else "(too few)"
     return mean, interval
 
 
@@ -88,6 +88,14 @@ def notes(columns: Columns) -> list[str]:
         "Bold: better than every other method of its column (paired tests on the same subjects, Holm, 5 %). "
         "Without bold no method is shown to be the best.",
     ]
+    random = {name: one for _, c in columns.values() for name, one in c.items() if name.startswith("random weights")}
+    if random:
+        alone = sorted(name for name, one in random.items() if one.seeds < 2)
+        lines.append(
+            "Random weights: ± is over random encoders, one a seed; a gain within it is noise."
+            if not alone
+            else f"One random encoder only, so no band of its noise: {'; '.join(alone)}. Repeat it with seed=1, 2, ..."
+        )
     unequal = [task for task, (_, c) in columns.items() if len({(x.train, x.test) for x in c.values()}) > 1]
     if unequal:
         lines.append(f"Methods differ in their numbers of subjects in: {', '.join(unequal)}.")

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import welch
 
+from swift.evaluate.predictions import finite
 from swift.utils.errors import UserError
 
 Array = np.ndarray
@@ -136,7 +137,10 @@ def describe(series: Array, seconds: float, lags: int, band: tuple[float, float]
 
 # ----------------------------------------------------------------------------------------------------------- the report
 def bootstrap(values: Array, seed: int = 0, draws: int = 2000) -> tuple[Array, Array, Array]:
-    """Mean over the first axis (scans) and its 95 % interval: scans drawn with replacement."""
+    """Mean over the first axis (scans) and its 95 % interval: scans drawn with replacement; NaN of a single scan."""
+    if len(values) < 2:
+        nowhere = np.full_like(np.asarray(values.mean(0), np.float64), np.nan)
+        return values.mean(0), nowhere, nowhere
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975], axis=0)
@@ -182,7 +186,7 @@ def rows(content: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
             }
             for name, values in numbers.items():
                 mean, low, high = bootstrap(values, seed)
-                row[name] = {"value": float(mean), "interval": [float(low), float(high)]}
+                row[name] = {"value": float(mean), "interval": [finite(float(low)), finite(float(high))]}
             found.append(row)
     return found
 
@@ -202,6 +206,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
     def cell(entry: dict[str, Any]) -> str:
         low, high = entry["interval"]
+        if low is None:
+            return f"{entry['value']:+.3f} (too few scans)"
         return f"{entry['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
     lines = []

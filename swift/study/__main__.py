@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--list", action="store_true", help="only list the points and how far each is")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="folder of the run directories (runs/STUDY)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for figures and tables (runs/figures/STUDY)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder for figures and tables (beside the study file)"
+        "--keep", action="store_true", help="write figures and tables beside the study file: change those kept there"
     )
     options = parser.parse_args(arguments)
     set_up_logging()
@@ -38,13 +39,20 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("give a study file, such as experiments/ablation/laptop.yaml")
         if len(studies) > 1 and (options.runs or options.out):
             raise UserError("--runs and --out are for a single study")
+        if options.keep and options.out:
+            raise UserError("--keep and --out: choose one")
         if options.list:
             for study in studies:
                 for line in listed(study, options.runs or Path("runs") / study.name):
                     print(line)
             return
         statuses = [
-            run_study(study, options.runs or Path("runs") / study.name, options.out or study.path.parent, settings)
+            run_study(
+                study,
+                options.runs or Path("runs") / study.name,
+                study.path.parent if options.keep else options.out or Path("runs") / "figures" / study.name,
+                settings,
+            )
             for study in studies
         ]
         if any(statuses):

@@ -32,7 +32,8 @@ class Study:
         interrupt: Name of a point -> step after which it is stopped once (SIGUSR1, as at the end of a job) and goes on.
         series: {count, frames, lag} of scans whose series are described after training; None: not.
         probe: Per-frame column of the store that frozen features are asked for after training; None: none.
-        report: The report's command and its options; {runs} stands for the folder of the runs, {out} for --out.
+        report: The report's command and its options; {runs} stands for the folder of the runs, {out} for --out,
+            {study} for the folder of the study file.
     """
 
     path: Path

@@ -244,6 +244,7 @@ def run_study(study: Study, runs: Path, out: Path, settings: Sequence[str]) -> i
     status = 0
     for line in study.report:
         words = [word.replace("{runs}", str(runs)).replace("{out}", str(out)) for word in line]
+        words = [word.replace("{study}", str(study.path.parent)) for word in words]
         log.info("python -m swift.report %s", " ".join(words))
         status = max(status, report.main(words))
     return status

@@ -77,6 +77,7 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
 
     from swift.data.clips.chosen import told
     from swift.parallel.setup import resolve
+    from swift.train.amount import amount
     from swift.train.init_weights import start_from
     from swift.train.judge import judge
     from swift.train.wiring import build_data, build_module, build_trainer, tell
@@ -91,6 +92,10 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
     data = build_data(cfg)
     tell(module, data)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
+    line, warning = amount(cfg, data, current_place().world)
+    log.info("%s", line)
+    if warning:
+        log.warning("%s", warning)
     trainer = build_trainer(setup, overrides)
     torch.set_float32_matmul_precision("high")
     judgement: dict[str, Any] | None = None

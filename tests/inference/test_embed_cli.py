@@ -330,3 +330,32 @@ def test_importing_swift_stays_cheap() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'Embeder'"):
         swift.Embeder  # noqa: B018
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_fingerprint_is_that_of_the_written_rows(
+    suffix: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for subject in (1, 2):
+        for again in (1, 2):
+            bold = scans.bold(12, seed=subject) + scans.bold(12, seed=10 * subject + again)
+            scans.save(tmp_path / "f" / f"sub-{subject}_task-a_run-{again}.nii.gz", bold)
+    mask = scans.save(tmp_path / "mask.nii.gz", scans.ellipsoid(), dtype=np.uint8)
+    out = tmp_path / f"e.{suffix}"
+    embed(finished, tmp_path / "f", "--out", out, "--layer", "all", "--fingerprint", "--mask", mask, "--json")
+    found = json.loads(capsys.readouterr().out)["fingerprint"]
+    from swift.evaluate.fingerprint import fingerprint
+
+    if suffix == "npz":
+        with np.load(out, allow_pickle=False) as file:
+            subjects, rows = file["subject"], {name: file[name] for name in found}
+    else:
+        table = pq.read_table(out).to_pandas()
+        subjects = table["subject"].to_numpy()
+        rows = {name: table.filter(regex=f"^{name}_").to_numpy() for name in found}
+    assert list(found) == ["stage1", "stage2"]
+    for layer, values in rows.items():
+        again = fingerprint(values, subjects)
+        assert found[layer]["identified"] == again["identified"]
+        assert found[layer]["icc"]["median"] == pytest.approx(again["icc"]["median"], rel=1e-5)
+    embed(finished, tmp_path / "f", "--out", tmp_path / "c.npz", "--per", "clip", "--fingerprint", status=2)

@@ -236,3 +236,18 @@ def test_throughput_is_measured_once(tmp_path, capsys):
     assert np.median(found["step_seconds"]) > 0
     assert run_study(study, runs, tmp_path, []) == 0
     assert file.read_bytes() == before
+
+
+def test_figures_that_are_kept_change_only_by_an_option(tmp_path, monkeypatch):
+    import swift.study.__main__ as command
+
+    path = write(tmp_path / "s" / "laptop.yaml", points=[{"seed": [1]}])
+    written = []
+    monkeypatch.setattr(command, "run_study", lambda study, runs, out, settings: written.append(out) or 0)
+    main([str(path)])
+    main([str(path), "--keep"])
+    main([str(path), "--out", "here"])
+    assert written == [Path("runs/figures/s"), path.parent, Path("here")]
+    with pytest.raises(SystemExit) as ended:
+        main([str(path), "--keep", "--out", "here"])
+    assert ended.value.code == 2

@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import json
 import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from swift.evaluate.scores import interval_text
 from swift.report.output import say
 from swift.report.points import point
-from swift.report.runs import Run, describe, load_run
+from swift.report.runs import Run, describe, judged_below, load_run
 from swift.utils.errors import UserError
 from swift.utils.page import check_name, document, write
 
@@ -87,12 +89,17 @@ def overview(runs: Sequence[Run]) -> str:
     """Table of all runs, and their curves in one figure where they are at most twelve."""
     head = ("run", "model", "parameters", "steps", "train loss", "best val L1", "last val L1", "unit", "beats")
     rows = []
+    tasks = [run for run in runs if run.target is not None]
+    runs = [run for run in runs if run.target is None]
+    text = _tasks(tasks) if tasks else ""
+    if not runs:
+        return text
     for run in runs:
         d = describe(run)
         beats = None if d["beats"] is None else f"{len(d['beats'])} of {len(d['baselines'])}"
         keys = ("run", "model", "parameters", "steps", "train_loss", "val_l1", "val_l1_last", "unit")
         rows.append([*(d[key] for key in keys), beats])
-    text = table(head, rows)
+    text = table(head, rows) + text
     if not 2 <= len(runs) <= 12:
         return text
     from swift.report.figures.pretraining import draw, notes
@@ -108,6 +115,42 @@ def overview(runs: Sequence[Run]) -> str:
     return text + "".join(f"<p>{escape(note)}</p>" for note in notes(points))
 
 
+def _tasks(runs: Sequence[Run]) -> str:
+    """Table of runs with a target."""
+    head = ("run", "task", "model", "parameters", "steps", "train loss", "score", "best val", "test", "95 %")
+    rows = []
+    for run in runs:
+        d = describe(run)
+        loss = "–" if d["train_loss"] is None else f"{d['train_loss']} ({d['loss']})"
+        loss = f"{d['train_loss']:.4g} ({d['loss']})" if isinstance(d["train_loss"], float) else loss
+        keys = ("run", "task", "model", "parameters", "steps")
+        more = (d["score"], d["val_score"], d["test_score"], d["test_interval"] or None)
+        rows.append([*(d[key] for key in keys), loss, *more])
+    return table(head, rows)
+
+
+def scores_table(summary: dict[str, Any]) -> str:
+    """Scores of validation and test with the test's intervals, of a run or a baseline that was judged."""
+    told = summary["scores"]
+    rows = [
+        [name, told["val"].get(name), value, interval_text(summary, name) or None]
+        for name, value in told["test"].items()
+    ]
+    subjects = summary.get("subjects", {})
+    note = f"<p>Subjects: {subjects['val']} val, {subjects['test']} test.</p>" if subjects else ""
+    return table(("score", "val", "test", "95 % interval of test"), rows) + note
+
+
+def baselines_section(folder: Path) -> str:
+    """Results of `swift.baselines`: a table a method."""
+    parts = []
+    for place in judged_below(folder):
+        summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+        parts.append(f"<h3>{escape(str(summary.get('method') or place.name))}, {escape(str(summary.get('task')))}</h3>")
+        parts.append(scores_table(summary))
+    return "".join(parts)
+
+
 def run_section(run: Run) -> str:
     """Figures, scores, settings and provenance of one run."""
     parts = []
@@ -116,6 +159,8 @@ def run_section(run: Run) -> str:
         parts.append(table(list(plain), [list(plain.values())]))
     else:
         parts.append("<p>Not finished: no summary yet.</p>")
+    if "scores" in run.summary:
+        parts += ["<h3>Scores</h3>", scores_table(run.summary)]
     if run.baselines:
         rows = sorted([*run.baselines.items(), ("this run", run.summary.get("val_l1"))], key=lambda row: str(row[1]))
         parts += ["<h3>Held-out error beside the baselines</h3>", table(["", f"L1 ({run.unit})"], rows)]
@@ -160,6 +205,9 @@ def sort_places(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         inside = sorted(file.parent for file in path.glob("*/metrics.jsonl"))
         if (path / "metrics.jsonl").is_file():
             runs.append(path)
+        elif path.is_dir() and judged_below(path):
+            studies.append(path)
+            runs += inside
         elif any(path.glob("*.png")) or any(path.glob("*.csv")):
             studies.append(path)
         elif inside:
@@ -180,7 +228,9 @@ def page(paths: Sequence[Path], title: str) -> str:
     sections: list[tuple[str, str, str]] = []
     if runs:
         sections.append(("runs", "Runs", overview(runs)))
-    sections += [(f"study-{i}", folder.resolve().name, study_section(folder)) for i, folder in enumerate(studies)]
+    for i, folder in enumerate(studies):
+        text = baselines_section(folder) if judged_below(folder) else study_section(folder)
+        sections.append((f"study-{i}", folder.resolve().name, text))
     sections += [(f"run-{i}", f"Run {run.name}", run_section(run)) for i, run in enumerate(runs)]
     links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{text}</section>' for key, name, text in sections)

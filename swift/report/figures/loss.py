@@ -10,11 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from swift.report.runs import Run, load_run
+from swift.report.runs import LOSSES, Run, load_run
 from swift.report.style import BLUE, COLOURS, figure, gridded
 from swift.utils.errors import UserError
-
-LOSSES = {"l1": "L1", "smooth_l1": "smooth L1", "l2": "squared error", "cross_entropy": "cross entropy"}
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -25,6 +23,16 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     total = np.convolve(np.where(good, values, 0.0), ones, mode="same")
     count = np.convolve(good.astype(float), ones, mode="same")
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def common_axis(runs: Sequence[Run]) -> str:
+    """What the axis of several runs' losses says."""
+    axes = list(dict.fromkeys(run.axis for run in runs))
+    if len(axes) == 1:
+        return axes[0]
+    if any(run.target for run in runs):
+        return "loss of each run's own task: not comparable"
+    return "mean absolute error at masked voxels\n(normalized units of each run)"
 
 
 def extent(runs: Sequence[Run], also: Sequence[float] = ()) -> tuple[float, float]:
@@ -137,15 +145,8 @@ def _frame(ax: Axes, runs: Sequence[Run], baselines: dict[str, float]) -> None:
     )
     ax.set_xlim(0, 1.012 * max(int(last), 1))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    units = {run.unit for run in runs}
-    unit = units.pop() if len(units) == 1 else "normalized units of each run"
     ax.set_xlabel("optimizer step")
-    targets = [LOSSES.get(run.loss, run.loss) for run in runs if run.target]
-    ax.set_ylabel(
-        f"{targets[0]}; validation: of the averaged predictions"
-        if targets
-        else f"mean absolute error at masked voxels\n({unit})"
-    )
+    ax.set_ylabel(common_axis(runs))
     gridded(ax, "y")
 
 

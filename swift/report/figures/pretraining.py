@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from swift.report.figures.loss import extent, smooth
+from swift.report.figures.loss import common_axis, extent, smooth
 from swift.report.output import say, write_csv
 from swift.report.points import OBJECTIVE, TOKENISATION, Point, differing, find_runs, point
 from swift.report.style import COLOURS, figure, gridded
@@ -98,10 +98,8 @@ def draw(points: Sequence[Point], axes: Sequence[str], out: str | Path | None) -
         low, high = extent([p.run for p in points])
         margin = 0.05 * (high - low) or 0.05
         panels[0].set_ylim(low - margin, high + margin)
-        units = {p.run.unit for p in points}
-        unit = units.pop() if len(units) == 1 else "normalized units of each run"
         for row_of_axes in grid:
-            row_of_axes[0].set_ylabel(f"error at hidden voxels\n({unit})")
+            row_of_axes[0].set_ylabel(common_axis([p.run for p in points]).replace("mean absolute error", "error"))
         handles, texts = panels[0].get_legend_handles_labels()
         named = dict(zip(texts, handles, strict=True))
         columns = 3 if max(map(len, named)) < 34 else 2

@@ -51,6 +51,9 @@ def forest(columns: Columns, out: str | Path) -> None:
                 if one is None or not math.isfinite(one.mean):
                     continue
                 colour = FAMILIES[place(method)[0]][1]
+                if method.startswith("random weights") and one.seeds > 1 and math.isfinite(one.sd):
+                    band = one.mean - 2 * one.sd, one.mean + 2 * one.sd
+                    axis.axvspan(*band, color=colour, alpha=0.12, linewidth=0, zorder=0, gid=f"noise of {method}")
                 if math.isfinite(one.low):
                     axis.plot([one.low, one.high], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
                 axis.plot(one.mean, row, "o", color=colour, markersize=4.5)

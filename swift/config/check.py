@@ -34,10 +34,12 @@ CHOICES = {
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.hidden": ("token", "drop"),
-    "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy"),
+    "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy", "contrastive"),
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
-    "task.pooling": ("mean", "mean_std"),
-    "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r"),
+    "task.pooling": ("mean", "mean_std", "attention"),
+    "task.head": ("pooled", "map_local", "map_unet"),
+    "task.average": ("predictions", "features"),
+    "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r", "residual_r"),
     "optimizer.name": ("adamw", "adamw_mup"),
     "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
@@ -46,9 +48,9 @@ CHOICES = {
     "trainer.accelerator": ("auto", "gpu", "cpu", "cuda", "xpu"),
 }
 TARGET_CHOICES = {
-    "kind": ("binary", "multiclass", "regression"),
+    "kind": ("binary", "multiclass", "regression", "map"),
     "per": ("subject", "frame"),
-    "source": ("manifest", "events", "confounds"),
+    "source": ("manifest", "events", "confounds", "nifti"),
     "others": ("refuse", "leave_out"),
     "response": ("shift", "hrf"),
 }
@@ -228,7 +230,8 @@ def check_target(task: TaskConfig, init: str | None) -> None:
     if target is None:
         require(task.name == "pretrain", "task.name", task.name, "a task without task.target is pretrain")
         legal = "is for tasks with task.target; pre-training takes l1, smooth_l1 or l2"
-        require(task.loss != "cross_entropy", "task.loss", task.loss, legal)
+        require(task.loss not in ("cross_entropy", "contrastive"), "task.loss", task.loss, legal)
+        _check_not_map(task)
         require(task.adapt == "scratch", "task.adapt", task.adapt, "is for tasks with task.target")
         return
     require(task.name != "pretrain", "task.name", task.name, "a task with task.target needs a name of its own")
@@ -239,7 +242,11 @@ def check_target(task: TaskConfig, init: str | None) -> None:
         value = getattr(target, name)
         require(value >= 0 and math.isfinite(value), f"task.target.{name}", value, "must be seconds, 0 or more")
     _check_target_source(target)
-    _check_classes(task, target)
+    if target.kind == "map":
+        check_map(task, target)
+    else:
+        _check_not_map(task)
+        _check_classes(task, target)
     legal = "adapt=attentive pools by attention: leave it at mean"
     require(task.adapt != "attentive" or task.pooling == "mean", "task.pooling", task.pooling, legal)
     if task.adapt == "scratch":
@@ -267,13 +274,56 @@ def check_courses(cfg: Config) -> None:
 
 def _check_target_source(target: TargetConfig) -> None:
     per_subject = target.per == "subject"
-    legal = "per=subject is read from source=manifest, per=frame from source=events or confounds"
-    require(per_subject == (target.source == "manifest"), "task.target.source", target.source, legal)
+    legal = "per=subject is read from source=manifest (maps: nifti), per=frame from source=events or confounds"
+    require(per_subject == (target.source in ("manifest", "nifti")), "task.target.source", target.source, legal)
+    legal = "kind=map is read from source=nifti, and nothing else is"
+    require((target.kind == "map") == (target.source == "nifti"), "task.target.source", target.source, legal)
+    if target.kind == "map":
+        return
     needs_column = target.source != "events" or target.kind == "regression"
     require(bool(target.column) or not needs_column, "task.target.column", target.column, "must name a column")
     legal = "convolves numbers of events: it needs source=events and kind=regression"
     well = target.response != "hrf" or (target.source == "events" and target.kind == "regression")
     require(well, "task.target.response", target.response, legal)
+
+
+def check_map(task: TaskConfig, target: TargetConfig) -> None:
+    """Raise UserError for a task of maps that no head or loss could do."""
+    legal = "maps take map_local or map_unet"
+    require(task.head != "pooled", "task.head", task.head, legal)
+    require(task.loss in ("l2", "contrastive"), "task.loss", task.loss, "maps take l2 or contrastive")
+    require(task.select in ("loss", "residual_r"), "task.select", task.select, "maps take loss or residual_r")
+    require(not task.courses, "task.courses", True, "is for the head pooled")
+    for name in ("balance", "class_weights"):
+        require(not getattr(task, name), f"task.{name}", getattr(task, name), "a map has no classes")
+    require(not target.classes, "task.target.classes", target.classes, "a map has none; it has contrasts")
+    twice = len(set(target.contrasts)) < len(target.contrasts)
+    require(not twice, "task.target.contrasts", target.contrasts, "names a contrast twice")
+    step = task.map_step
+    require(step is None or step >= 1, "task.map_step", step, "must be at least 1, or null")
+    for name in ("margin_own", "margin_other"):
+        ends = getattr(task, name)
+        well = len(ends) == 2 and all(0 <= end < math.inf for end in ends)
+        require(well, f"task.{name}", ends, "must be two finite numbers, 0 or more: at the first and the last step")
+
+
+def _check_not_map(task: TaskConfig) -> None:
+    """Raise UserError for what only maps have."""
+    require(task.head == "pooled", "task.head", task.head, "is for task.target.kind=map; other tasks take pooled")
+    require(task.loss != "contrastive", "task.loss", task.loss, "is for task.target.kind=map")
+    require(task.pooling != "attention", "task.pooling", task.pooling, "is for maps; other tasks: adapt=attentive")
+    require(task.select != "residual_r", "task.select", task.select, "is for task.target.kind=map")
+    require(task.average == "predictions", "task.average", task.average, "is for task.target.kind=map")
+
+
+def check_maps_data(task: TaskConfig, data: DataConfig) -> None:
+    """Raise UserError for data that maps cannot be predicted from."""
+    if task.target is None or task.target.kind != "map":
+        return
+    for name in ("flip", "affine"):
+        legal = "would move the scan away from its map: a task of maps takes 0"
+        require(getattr(data.augment, name) == 0, f"data.augment.{name}", getattr(data.augment, name), legal)
+    require(data.layout == "swift", "data.layout", data.layout, "maps lie as the store does: layout=swift")
 
 
 def _check_classes(task: TaskConfig, target: TargetConfig) -> None:
@@ -403,6 +453,7 @@ def check(cfg: Config, model: bool = True) -> None:
     if model:
         check_task(cfg.task, cfg.model, cfg.data)
     check_target(cfg.task, cfg.init)
+    check_maps_data(cfg.task, cfg.data)
     if model:
         check_courses(cfg)
     check_optimizer(cfg.optimizer)

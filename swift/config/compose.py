@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from swift.config.check import check
-from swift.config.derive import fill_grid, fill_maps, quoted, refuse_truth_values, take_model, take_v1_input
+from swift.config.derive import fill_grid, fill_maps, fill_step, quoted, refuse_truth_values, take_model, take_v1_input
 from swift.config.schema import Config
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
@@ -65,6 +65,7 @@ def typed(tree: DictConfig, overrides: Sequence[str] | None = None, model: bool 
         if isinstance(plain.get("data"), dict):
             fill_grid(plain["data"])
         fill_maps(plain)
+        fill_step(plain)
         refuse_truth_values(plain)
         # Merged into the schema's own (closed) tree: `+model.foo=1` is an unknown key here although Hydra allows it.
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
@@ -137,7 +138,9 @@ def whole_paths(cfg: Config) -> Config:
     data = replace(cfg.data, path=whole(cfg.data.path), split=whole(cfg.data.split), mixture=mixture)
     task = cfg.task
     if task.target is not None:
-        task = replace(task, target=replace(task.target, events=whole(task.target.events)))
+        target = task.target
+        target = replace(target, events=whole(target.events), maps=whole(target.maps), retest=whole(target.retest))
+        task = replace(task, target=target)
     return replace(cfg, data=data, task=task, init=whole(cfg.init))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -19,15 +20,18 @@ from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.config")
 
+MAP_MM = 4.0
+"""Edge of the cells that maps are predicted in, mm; half of it costs eight times as much."""
 GRID, SPACING = [96, 96, 96], 2.0
 """Voxels and mm where neither settings nor a store say."""
-PATHS = ("data.path", "data.split", "data.stage_dir", "init", "resume", "run_dir", "task.target.events")
+PATHS = ("data.path", "data.split", "data.stage_dir", "init", "resume", "run_dir", "task.target.events",
+         "task.target.maps", "task.target.retest")  # fmt: skip
 """Settings that name a file or a folder."""
 V1_INPUT = {"layout": "swift_v1", "normalization": "zscore_global"}
 """Settings of the data that give clips as SwiFT v1's weights know them."""
 _V1_NAME = re.compile(rb"\b(?:patch_embed\.fc|pos_embeds\.\d+\.\w+_embed|layers\.\d+\.(?:blocks|downsample)\.)")
 """Names of tensors that only SwiFT v1 has; as `swift.models.v1` knows them, which needs torch."""
-TEXTS = ("task.target.classes", "task.target.column", "data.exclude")
+TEXTS = ("task.target.classes", "task.target.column", "task.target.contrasts", "data.exclude")
 """Settings that hold names of the user's own."""
 
 
@@ -57,6 +61,14 @@ def fill_maps(plain: dict[str, Any]) -> None:
     model, data = plain.get("model"), plain.get("data")
     if isinstance(model, dict) and isinstance(data, dict) and model.get("maps_of", "") is None:
         model["maps_of"] = "scan" if data.get("split") is None else "shared"
+
+
+def fill_step(plain: dict[str, Any]) -> None:
+    """Give null task.map_step a value: the whole number of voxels next to `MAP_MM`."""
+    task, data = plain.get("task"), plain.get("data")
+    if isinstance(task, dict) and isinstance(data, dict) and task.get("map_step", 1) is None:
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # a wrong spacing is refused by the checks
+            task["map_step"] = max(1, round(MAP_MM / float(data["spacing"])))
 
 
 def refuse_truth_values(plain: dict[str, Any]) -> None:

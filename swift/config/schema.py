@@ -84,12 +84,12 @@ class TargetConfig:
     """What is to be predicted, and where it is written down."""
 
     kind: str
-    """binary | multiclass | regression."""
+    """binary | multiclass | regression | map: a brain map a subject, such as a task's activation."""
     per: str = "subject"
     """subject: one value a person | frame: one value a frame."""
     source: str = "manifest"
     """manifest: a phenotype of the store's manifest (per subject) | events: an events.tsv | confounds: a column of the
-    per-frame table that the store keeps of each scan (per frame)."""
+    per-frame table that the store keeps of each scan (per frame) | nifti: files of maps (kind=map)."""
     column: Optional[str] = None
     """Of the manifest, events or confounds; null (events): whether any event goes on, classes [no, yes]."""
     classes: list[str] = field(default_factory=list)
@@ -106,6 +106,16 @@ class TargetConfig:
     """Events with a pause of at most so long between them are one, s."""
     events: Optional[str] = None
     """Folder with SCAN_ID_events.tsv (or BIDS names); null: the events that the store has kept."""
+    maps: Optional[str] = None
+    """Folder with a NIfTI file of each subject and contrast (SUBJECT_..._CONTRAST.nii.gz); null: columns of the
+    manifest name the files."""
+    contrasts: list[str] = field(default_factory=list)
+    """Contrasts of a map, which are predicted together; with maps=null columns of the manifest. Empty: one, `column` or
+    the only map that a subject has."""
+    retest: Optional[str] = None
+    """Folder with a second measurement of the same maps: how far a prediction could come (noise ceiling)."""
+    space: Optional[str] = None
+    """Space of the maps, such as MNI152NLin6Asym, where neither their names (_space-) nor their headers say it."""
 
 
 @dataclass
@@ -122,7 +132,7 @@ class TaskConfig:
     """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch, or with task.hidden=drop one
     token of stage 3 in space."""
     loss: str
-    """l1 | smooth_l1 | l2; classes: cross_entropy."""
+    """l1 | smooth_l1 | l2; classes: cross_entropy; maps: l2 | contrastive: reconstructive-contrastive."""
     loss_background: bool
     """Include masked voxels outside the brain."""
     hidden: str = "token"
@@ -136,7 +146,20 @@ class TaskConfig:
     the head and low-rank changes of the attention | full: all, lower layers slower (layer_decay)."""
     pooling: str = "mean"
     """What the head sees of the last stage (not of adapt=attentive). mean: over the brain's tokens | mean_std: mean and
-    standard deviation, so that a linear head sees how strongly a feature varies in the brain."""
+    standard deviation, so that a linear head sees how strongly a feature varies in the brain. Heads of maps pool over
+    time alone, so too by attention: one query."""
+    head: str = "pooled"
+    """pooled: features of the last stage, pooled over the brain | map_local: each patch of a map by itself, from the
+    features of all stages | map_unet: convolutions from the last stage up to the predicted grid."""
+    map_step: Optional[int] = 1
+    """Voxels along an edge of a predicted cell of a map; null: as many as make about 4 mm."""
+    average: str = "predictions"
+    """Maps: what is averaged over a subject's clips: predictions | features, before the head makes a map of them."""
+    margin_own: list[float] = field(default_factory=lambda: [0.5, 0.0])
+    """loss=contrastive: squared error (1: that of the training mean) up to which an own map counts as met, at the first
+    and the last step."""
+    margin_other: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    """loss=contrastive: how much larger the error against another subject's map must be, at the first and last step."""
     courses: bool = False
     """Give the head the courses of model.maps too, read with nothing hidden: of a frame its own, of a clip their mean
     and standard deviation."""
@@ -152,7 +175,7 @@ class TaskConfig:
     """Weights of the classes in the loss, in their order, on top of balance; null: 1."""
     select: str = "loss"
     """By which figure of the validation a checkpoint is chosen: loss | auroc | balanced_accuracy (classes) | loss |
-    mae | r (regression)."""
+    mae | r (regression) | loss | residual_r (maps)."""
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
     eval_stride: Optional[int] = None

@@ -19,7 +19,7 @@ from swift.data.clips.order import ValBatches
 from swift.data.clips.subset import spend
 from swift.data.labels.name_leak import id_leak
 from swift.data.labels.splits import PARTS, audit, load_split
-from swift.data.labels.targets import read_labels
+from swift.data.labels.targets import Labels, read_labels
 from swift.data.module import ClipDataModule
 from swift.utils.errors import BadScan, UserError
 
@@ -78,7 +78,7 @@ class TargetDataModule(ClipDataModule):
     # --------------------------------------------------------------------------------------------------- the parts
     def _clips(self) -> tuple[ClipIndex, ClipIndex]:
         data, scans = self.data, self.store.scans
-        self.labels = read_labels(self.store, self.target)
+        self.labels = self.read_labels()
         self.left_out = self.labels.failed | self.left_out
         self.parts = self._in_time() if data.split is None else self._by_subject()
         subjects = [scan.subject for scan in scans]
@@ -86,6 +86,10 @@ class TargetDataModule(ClipDataModule):
         self._check_parts()
         self._check_names()
         return self.parts["train"], self.parts["val"]
+
+    def read_labels(self) -> Labels:
+        """The labels of all scans."""
+        return read_labels(self.store, self.target)
 
     def _by_subject(self) -> dict[str, ClipIndex]:
         scans = self.store.scans
@@ -200,7 +204,7 @@ class TargetDataModule(ClipDataModule):
         Raises:
             UserError: how they do.
         """
-        if self.labels.kind == "regression" or self.labels.per != "subject":
+        if self.labels.kind in ("regression", "map") or self.labels.per != "subject":
             return
         own: dict[str, str] = {}
         for part in PARTS:

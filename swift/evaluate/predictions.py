@@ -18,10 +18,11 @@ import numpy as np
 
 from swift.utils.errors import UserError
 
-KINDS = ("binary", "multiclass", "regression")
+KINDS = ("binary", "multiclass", "regression", "map")
 HEAD = ("subject", "scan", "frame", "target")
 VALUE = "prediction"
 MARK = "p_"
+OWN_SCORE = "s_"
 SUM_TOLERANCE = 1e-5
 """Probabilities of a unit must sum to 1 within this; they are saved as softmax in float32 gave them."""
 
@@ -31,14 +32,15 @@ class Predictions:
     """Targets and predictions, one row a unit.
 
     Args:
-        kind: binary | multiclass | regression.
+        kind: binary | multiclass | regression | map.
         classes: Their names in the order of the columns of `scores`; the second of two is the positive one. Empty for
-            regression.
+            regression. Of maps the names of scores.
         subject: (N,) names.
         scan: (N,) names; "" where the unit is a subject.
         frame: (N,) places in the scan; -1 where the unit is a subject.
         target: (N,) float64: place in `classes`, or the value in the label's own unit.
-        scores: (N, K) float64 probabilities; (N, 1) values in the label's unit for regression.
+        scores: (N, K) float64 probabilities; (N, 1) values in the label's unit for regression; of maps each
+            subject's own scores (`swift.evaluate.map_scores`).
 
     Raises:
         UserError: Shapes that do not fit, a unit twice, a value that is not finite, probabilities that do not sum to 1.
@@ -90,7 +92,7 @@ class Predictions:
             seen: set[Any] = set()
             twice = next(i for i, unit in enumerate(units) if unit in seen or seen.add(unit))  # type: ignore[func-returns-value]
             raise UserError(f"{self.name}, {self.unit(twice)}: twice; every unit must be there exactly once")
-        if self.kind == "regression":
+        if self.kind in ("regression", "map"):
             return
         wrong = np.flatnonzero(~np.isin(self.target, np.arange(len(self.classes))))
         if len(wrong):
@@ -198,7 +200,8 @@ class Predictions:
             UserError: It cannot be written.
         """
         path = Path(path)
-        columns = [VALUE] if self.kind == "regression" else [MARK + name for name in self.classes]
+        mark = OWN_SCORE if self.kind == "map" else MARK
+        columns = [VALUE] if self.kind == "regression" else [mark + name for name in self.classes]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([*HEAD, *columns])
@@ -209,7 +212,7 @@ class Predictions:
                     self.subject[row],
                     self.scan[row],
                     "" if self.frame[row] < 0 else int(self.frame[row]),
-                    repr(target) if self.kind == "regression" else self.classes[int(target)],
+                    repr(target) if self.kind in ("regression", "map") else self.classes[int(target)],
                     *(repr(float(value)) for value in self.scores[row]),
                 ]
             )
@@ -238,16 +241,17 @@ class Predictions:
         head = lines[0] if lines else []
         columns = head[len(HEAD) :]
         regression = columns == [VALUE]
-        if tuple(head[: len(HEAD)]) != HEAD or not (regression or all(c.startswith(MARK) for c in columns)):
+        maps = bool(columns) and all(c.startswith(OWN_SCORE) for c in columns)
+        if tuple(head[: len(HEAD)]) != HEAD or not (regression or maps or all(c.startswith(MARK) for c in columns)):
             raise UserError(
                 f"{path}: not predictions; the columns must be {', '.join(HEAD)}, then {MARK}CLASS or {VALUE}"
             )
         classes = [] if regression else [column[len(MARK) :] for column in columns]
-        kind = "regression" if regression else ("binary" if len(classes) == 2 else "multiclass")
+        kind = "map" if maps else "regression" if regression else "binary" if len(classes) == 2 else "multiclass"
         rows = []
         for number, line in enumerate(lines[1:], start=2):
             try:
-                target = float(line[3]) if regression else classes.index(line[3])
+                target = float(line[3]) if regression or maps else classes.index(line[3])
                 rows.append((line[0], line[1], int(line[2] or -1), target, [float(x) for x in line[4:]]))
                 if len(line) != len(head):
                     raise ValueError(f"{len(line)} fields instead of {len(head)}")
@@ -260,7 +264,9 @@ class Predictions:
 
 
 def prevalence(predictions: Predictions) -> dict[str, int]:
-    """Units of each class; {} for regression."""
+    """Units of each class; {} for regression and maps."""
+    if predictions.kind == "map":
+        return {}
     return {name: int((predictions.target == place).sum()) for place, name in enumerate(predictions.classes)}
 
 

@@ -127,6 +127,9 @@ def weighted_scores(predictions: Predictions, said: np.ndarray | None, weights: 
         Score -> (D,) float64; NaN where it is undefined under these weights.
     """
     weights = np.asarray(weights, np.float64)
+    if predictions.kind == "map":
+        means = _divide(weights @ predictions.scores, weights.sum(1)[:, None])
+        return dict(zip(predictions.classes, means.T, strict=True))
     if predictions.kind == "regression":
         return _regressed(predictions.target, predictions.scores[:, 0], weights)
     assert said is not None

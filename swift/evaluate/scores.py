@@ -12,7 +12,7 @@ from swift.utils.errors import UserError
 
 CLASSIFIED = ("auroc", "balanced_accuracy", "f1", "average_precision", "accuracy")
 REGRESSED = ("mae", "rmse", "r", "r2")
-MAIN = {"binary": "auroc", "multiclass": "auroc", "regression": "r"}
+MAIN = {"binary": "auroc", "multiclass": "auroc", "regression": "r", "map": "residual_r"}
 """The score that tables show first."""
 LOWER_IS_BETTER = ("mae", "rmse")
 DRAWS = 2000
@@ -55,8 +55,8 @@ def choose_threshold(val: Predictions) -> float:
 
 
 def decide(predictions: Predictions, threshold: float = 0.5) -> np.ndarray | None:
-    """(N,) class that each unit is put into: by the threshold, or the most probable of several; None for regression."""
-    if predictions.kind == "regression":
+    """(N,) class that each unit is put into: by the threshold, or the most probable; None without classes."""
+    if predictions.kind in ("regression", "map"):
         return None
     if predictions.kind == "binary":
         return (predictions.scores[:, 1] >= threshold).astype(np.int64)
@@ -77,6 +77,8 @@ def scores(predictions: Predictions, threshold: float = 0.5) -> dict[str, float]
     from sklearn import metrics
 
     target = predictions.target
+    if predictions.kind == "map":
+        return dict(zip(predictions.classes, predictions.scores.mean(0).tolist(), strict=True))
     if predictions.kind == "regression":
         value = predictions.scores[:, 0]
         vary = len(target) > 1 and np.ptp(target) > 0

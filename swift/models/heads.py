@@ -17,6 +17,7 @@ from swift.models.adapt import adapt, keep_frozen_still
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.encoder import SwinEncoder
 from swift.models.init import FIRST_WEIGHT, NORMAL, ZERO, Init
+from swift.models.map_heads import MapHead, build_map_head
 from swift.models.maps import LinearPart, Maps
 from swift.models.pooling import brain_tokens, pool
 from swift.models.visible import VisibleAutoencoder, units_of
@@ -143,9 +144,13 @@ class TargetModel(nn.Module):
         assert task.target is not None
         self.volume = (*grid, frames)
         self.encoder = SwinEncoder(cfg, grid, frames)
-        outputs = 1 if task.target.kind == "regression" else len(task.target.classes)
-        pooling = "attention" if task.adapt == "attentive" else task.pooling
-        self.head = Head(cfg, outputs, task.target.per == "frame", pooling, cfg.maps if task.courses else 0)
+        self.head: Head | MapHead
+        if task.target.kind == "map":
+            self.head = build_map_head(cfg, task, grid, frames)
+        else:
+            outputs = 1 if task.target.kind == "regression" else len(task.target.classes)
+            pooling = "attention" if task.adapt == "attentive" else task.pooling
+            self.head = Head(cfg, outputs, task.target.per == "frame", pooling, cfg.maps if task.courses else 0)
         self.linear = LinearPart(cfg, grid) if task.courses else None
         adapt(self.encoder, task)
         if self.linear is not None:
@@ -170,8 +175,10 @@ class TargetModel(nn.Module):
             maps: Of each clip's scan, for task.courses with model.maps_of=scan.
 
         Returns:
-            (B, K) or (B, T, K), float32.
+            (B, K) or (B, T, K), float32; of maps (B, K, cx, cy, cz), see `swift.models.map_heads`.
         """
+        if isinstance(self.head, MapHead):
+            return self.head(self.encoder(x), x, brain)
         courses = None if self.linear is None else self.linear.courses_of_all(x, brain, maps)
         return self.head(self.encoder(x)[-1], brain, x.shape[-1], courses)
 

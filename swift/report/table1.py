@@ -24,6 +24,11 @@ LABELS = {
     "rmse": "RMSE",
     "r": "r",
     "r2": "R²",
+    "residual_r": "residual r",
+    "identification": "identification",
+    "rank": "rank of the own map",
+    "diagonality": "diagonality",
+    "dice": "Dice",
 }
 Columns = dict[str, tuple[str, dict[str, Cell]]]
 """Task -> score, method -> cell."""
@@ -52,7 +57,10 @@ def permuted(found: Sequence[Result], seed: int, permutations: int) -> str:
         "|---|---|---|---|",
     ]
     for run in sorted(found, key=lambda one: (one.task, place(one.method), one.seed)):
-        p = against_labels(run.predictions, seed, permutations).p
+        if run.predictions.kind == "map":
+            p = float(run.summary["p"]["residual_r"])  # subjects shuffled where the maps still were
+        else:
+            p = against_labels(run.predictions, seed, permutations).p
         lines.append(f"| {run.task} | {run.method} | {run.seed} | {p:.4f} |")
     return "\n".join(lines)
 

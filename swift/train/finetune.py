@@ -22,7 +22,6 @@ from swift.models.autoencoder import LOSSES
 from swift.models.heads import TargetModel
 from swift.models.init import Init
 from swift.train.base import Batch, TrainingModule
-from swift.train.pretrain import PretrainModule
 from swift.train.scan_maps import ScanMaps
 from swift.utils.errors import UserError
 
@@ -134,7 +133,10 @@ class FinetuneModule(TrainingModule):
         """Figures over all subjects of all ranks, the choice of the best, and the end of patience."""
         rows, self._rows = gathered(self._rows), []
         assert self.figures is not None
-        found = self.figures(rows)
+        self.choose(self.figures(rows))
+
+    def choose(self, found: dict[str, float]) -> None:
+        """Log the figures of a validation, count its patience, and say by which number it is compared."""
         for name, value in found.items():
             self.log(f"val/{name}", value)
         select = self.cfg.task.select
@@ -170,8 +172,3 @@ class FinetuneModule(TrainingModule):
         if self.target_info and there != self.target_info:
             raise UserError(f"cannot go on exactly: the run had labels with {there}, now {self.target_info}")
         self._best, self._waited = checkpoint["patience"]["best"], checkpoint["patience"]["waited"]
-
-
-def make_module(cfg: Config, empty: bool = False) -> TrainingModule:
-    """The module of a run: pre-training, or a task with a target."""
-    return PretrainModule(cfg, empty) if cfg.task.target is None else FinetuneModule(cfg, empty)

@@ -14,8 +14,14 @@ import numpy as np
 import torch
 
 from swift.config.compose import CHECKPOINTS
+from swift.config.schema import Config
+from swift.data.task_maps.module import MapDataModule
+from swift.data.task_module import TargetDataModule
 from swift.evaluate.judge import gathered, predictions_of
 from swift.evaluate.linear_baselines import fit_linear
+from swift.evaluate.map_judge import SubjectMeans, in_units, leave
+from swift.evaluate.map_judge import predictions_of as map_predictions_of
+from swift.evaluate.map_scores import judge as judge_maps
 from swift.evaluate.reconstruction import compare
 from swift.evaluate.scores import judge as judge_predictions
 from swift.parallel.checkpoint import files as checkpoint
@@ -88,15 +94,14 @@ def _judge_target(trainer: Any) -> dict[str, Any]:
         found: dict[str, np.ndarray] = strategy.call("predict", dense(packed))
         return found
 
+    judged: Callable[[], dict[str, Any]]
     with trainer.precision_plugin.val_step_context():
-        val, test = (
-            predictions_of(gathered([predict(packed) for packed in loader]), data)
-            for loader in (data.val_dataloader(), data.test_dataloader())
-        )
+        if isinstance(data, MapDataModule):
+            judged = _predicted_maps(strategy, data, predict, cfg, run_dir)
+        else:
+            judged = _predicted(data, predict, cfg, run_dir)
     if not trainer.is_global_zero:
         return {}
-    for name, predictions in (("val", val), ("test", test)):
-        predictions.save(run_dir / "predictions" / f"{name}.csv")
     used = {
         "task": cfg.task.name,
         "adapt": cfg.task.adapt,
@@ -111,7 +116,47 @@ def _judge_target(trainer: Any) -> dict[str, Any]:
         "n": {part: len(data.subjects_of(part)) for part in data.parts},
         "scaling": {"mean": data.scaling.mean, "std": data.scaling.std},
     }
-    return used | judge_predictions(val, test, cfg.seed)
+    return used | judged()
+
+
+Predict = Callable[[Any], dict[str, np.ndarray]]
+
+
+def _predicted(data: TargetDataModule, predict: Predict, cfg: Config, run_dir: Path) -> Callable[[], dict[str, Any]]:
+    """Predict validation and test on all ranks; what the first rank then does with it."""
+    val, test = (
+        predictions_of(gathered([predict(packed) for packed in loader]), data)
+        for loader in (data.val_dataloader(), data.test_dataloader())
+    )
+
+    def judged() -> dict[str, Any]:
+        for name, predictions in (("val", val), ("test", test)):
+            predictions.save(run_dir / "predictions" / f"{name}.csv")
+        return judge_predictions(val, test, cfg.seed)
+
+    return judged
+
+
+def _predicted_maps(
+    strategy: Any, data: MapDataModule, predict: Predict, cfg: Config, run_dir: Path
+) -> Callable[[], dict[str, Any]]:
+    """The same of maps: RUN/predictions/maps and RUN/figures/maps.npz of the test part."""
+    made = []
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        means = SubjectMeans()
+        for packed in loader:
+            means.add(predict(packed))
+        subjects, values = means.gathered()
+        made.append((subjects, strategy.call("maps_of", values)))
+
+    def judged() -> dict[str, Any]:
+        names = [[data.people[place] for place in subjects.tolist()] for subjects, _ in made]
+        predicted = [in_units(data, maps) for _, maps in made]
+        val, test = (map_predictions_of(data, *pair) for pair in zip(names, predicted, strict=True))
+        leave(data, names[1], predicted[1], test, run_dir)
+        return {"head": cfg.task.head, "loss": cfg.task.loss} | judge_maps(val, test, cfg.seed)
+
+    return judged
 
 
 def take_best(strategy: Any, folder: Path) -> int | None:

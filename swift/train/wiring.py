@@ -20,8 +20,10 @@ from swift.config.schema import Config
 from swift.data.locate import store_path
 from swift.data.module import ClipDataModule
 from swift.data.store.spaces import OWN
+from swift.data.task_maps.module import MapDataModule
 from swift.data.task_module import TargetDataModule, class_weights
 from swift.evaluate.judge import figures
+from swift.evaluate.map_judge import map_figures
 from swift.models.v1 import INPUT
 from swift.parallel.checkpoint.init_from import contract_differences
 from swift.parallel.checkpoint.read import TensorWeights
@@ -40,7 +42,8 @@ from swift.train.callbacks.progress import ClipProgress
 from swift.train.callbacks.provenance import Provenance
 from swift.train.callbacks.signals import Heartbeat, StopOnSignal
 from swift.train.callbacks.throughput import Throughput
-from swift.train.finetune import FinetuneModule, make_module
+from swift.train.finetune import FinetuneModule
+from swift.train.map_task import MapModule
 from swift.train.pretrain import PretrainModule
 from swift.train.scan_maps import ScanMaps, shared_maps
 from swift.utils import device
@@ -53,7 +56,8 @@ def build_data(cfg: Config) -> ClipDataModule:
     """The DataModule over the store of `cfg.data`; with labels, where the task has a target."""
     path = store_path(cfg.data, cfg.seed)
     if cfg.task.target is not None:
-        data: ClipDataModule = TargetDataModule(cfg.data, cfg.task, path, seed=cfg.seed)
+        kind = MapDataModule if cfg.task.target.kind == "map" else TargetDataModule
+        data: ClipDataModule = kind(cfg.data, cfg.task, path, seed=cfg.seed)
     else:
         data = ClipDataModule(cfg.data, path, seed=cfg.seed)
     if len(data.store.placements) > 1 and cfg.model.position in ("absolute", "rope_global"):
@@ -63,6 +67,13 @@ def build_data(cfg: Config) -> ClipDataModule:
             "all of them; take model.position=rope"
         )
     return data
+
+
+def make_module(cfg: Config, empty: bool = False) -> TrainingModule:
+    """The module of a run: pre-training, or a task with a target."""
+    if cfg.task.target is None:
+        return PretrainModule(cfg, empty)
+    return (MapModule if cfg.task.target.kind == "map" else FinetuneModule)(cfg, empty)
 
 
 def build_module(setup: Setup, empty: bool = False) -> TrainingModule:
@@ -75,6 +86,12 @@ def build_module(setup: Setup, empty: bool = False) -> TrainingModule:
     Raises:
         UserError: the architecture does not fit the grid, or its states do not fit this machine's memory.
     """
+    clips = setup.place.world * setup.cfg.data.batch_size
+    if setup.cfg.task.loss == "contrastive" and clips < 2:
+        raise UserError(
+            f"task.loss=contrastive: data.batch_size={setup.cfg.data.batch_size} on {setup.place.world} rank is one "
+            "clip at a time, with nobody to tell it from; at least 2 are needed in all"
+        )
     pl.seed_everything(setup.cfg.seed, verbose=False)
     try:
         module = make_module(setup.cfg, empty=True)
@@ -116,6 +133,12 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
     if data.labels.classes:
         weights = class_weights(module.cfg.task, data.class_counts())
         info = {"classes": data.labels.classes, "class_weights": weights.tolist()}
+    if isinstance(module, MapModule):
+        assert isinstance(data, MapDataModule)
+        module.target_info = data.describe()
+        module.cells = torch.from_numpy(data.space.cells)
+        module.map_figures = map_figures(data)
+        return
     module.target_info = info
     module.figures = figures(data, module.cfg.task.loss)
     if module.cfg.task.courses:

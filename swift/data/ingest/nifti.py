@@ -122,7 +122,7 @@ def plan_volume(path: str | Path) -> Volumes:
     header = _read_header(path)
     shape = _shape(header, path)
     if shape[3] != 1:
-        raise BadScan(f"{path.name}: {shape[3]} frames; a mask has one volume")
+        raise BadScan(f"{path.name}: {shape[3]} frames; a mask or a map has one volume")
     return _volumes(path, header, shape, 0.0, [])
 
 

@@ -29,10 +29,11 @@ class Labels:
     """Labels of all scans of a store.
 
     Attributes:
-        kind: binary | multiclass | regression.
+        kind: binary | multiclass | regression | map.
         per: subject | frame.
         classes: Names, [] for a regression.
-        values: One array a scan: (), or (T,) per frame; float64, the place of the class or the number, NaN: none.
+        values: One array a scan: (), or (T,) per frame; float64, the place of the class or the number, NaN: none. Of
+            maps 1 where there is one.
         failed: Of scans whose labels cannot be read: scan_id -> why.
     """
 

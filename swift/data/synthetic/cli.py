@@ -9,6 +9,7 @@ import time
 from tqdm import tqdm
 
 from swift.data.synthetic.spec import CohortSpec
+from swift.data.synthetic.task_maps import write_task_maps
 from swift.data.synthetic.write import write_bids, write_store
 
 # Options that are a field of CohortSpec by the same name: help text.
@@ -68,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="TR of each site, s (default: --tr)",
     )
+    parser.add_argument(
+        "--task-maps",
+        action="store_true",
+        help="also write maps of tasks that follow from couplings, from amplitudes and from nothing: DIR/task_maps",
+    )
     for name, text in FIELDS.items():
         value = getattr(default, name)
         option = "--" + name.replace("_", "-")
@@ -94,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with tqdm(total=spec.n_subjects * spec.runs, unit="scan", disable=True if args.quiet else None) as bar:
         folder = write(spec, args.out, progress=lambda _: bar.update())
+    if args.task_maps:
+        write_task_maps(spec, folder / "task_maps")
     seconds = time.perf_counter() - start
     scans = spec.n_subjects * spec.runs
     if args.json:

@@ -43,6 +43,9 @@ STREAMS = {
             "drift",
             "motion",
             "sites_order",
+            "task_map",
+            "task_map_null",
+            "task_map_noise",
         ]
     )
 }

@@ -135,6 +135,22 @@ class AxialPosition(nn.Module):
         return x + (tx[:, None, None, None] + ty[:, None, None] + tz[:, None] + tt)
 
 
+class _AddScaled(torch.autograd.Function):
+    """x + y * gamma. The gradients of torch.addcmul are the same to the last bit, but pass over y once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gamma)
+        return torch.addcmul(x, y, gamma)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, (y, gamma) = grads[0], ctx.saved_tensors
+        of_y = grad * gamma if ctx.needs_input_grad[1] else None
+        of_gamma = (grad * y).sum_to_size(gamma.shape) if ctx.needs_input_grad[2] else None
+        return grad, of_y, of_gamma
+
+
 class Residual(nn.Module):
     """Pre-norm branch x + gamma * drop_path(fn(norm(x))), gamma an optional LayerScale (Touvron et al. 2021)."""
 
@@ -153,4 +169,4 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same; `context` is what `fn` takes beside it."""
         y = self.drop_path(self.fn(self.norm(x), *context))
-        return x + y if self.gamma is None else torch.addcmul(x, y, self.gamma)
+        return x + y if self.gamma is None else _AddScaled.apply(x, y, self.gamma)

@@ -56,7 +56,7 @@ def branch_bytes(branch: Branch, widths: Widths) -> int:
     """Everything a residual branch keeps, its input included."""
     elements = branch.tokens * branch.width
     total = norm_bytes(branch.tokens, branch.width, widths)
-    total += elements * widths.stream if branch.scaled else 0
+    total += elements * widths.product if branch.scaled else 0
     if not branch.is_attention:
         return total + (elements + 2 * branch.tokens * branch.hidden) * widths.product
     # Input and result of the map to queries, keys and values, and attention's output.

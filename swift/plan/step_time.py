@@ -74,8 +74,8 @@ def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
 def elementwise_bytes(geometry: Geometry, widths: Widths) -> float:
     """Memory traffic of one clip's forward pass outside matrix products.
 
-    An attention branch reads or writes its stream about 14 times (norm, reorder and back, rotation, residual), an MLP 6
-    times and its hidden layer twice.
+    With the attention kernel a branch reads or writes its stream 9 times (norm 2, kernel 4, residual 3), else about 14
+    times (reorder and back, rotation); an MLP 5 times, and its hidden layer twice.
     """
     total = 0.0
     for stage in geometry.stages:
@@ -83,11 +83,13 @@ def elementwise_bytes(geometry: Geometry, widths: Widths) -> float:
             for branch in block.branches:
                 elements = branch.tokens * branch.width
                 if branch.is_attention:
-                    total += elements * (14 if branch.rotary else 10) * widths.stream
+                    times = 9 if widths.kernel and branch.fits_kernel else 14 if branch.rotary else 10
+                    total += elements * times * widths.stream
                 else:
-                    total += elements * 6 * widths.stream + 2 * branch.tokens * branch.hidden * widths.product
+                    total += elements * 5 * widths.stream + 2 * branch.tokens * branch.hidden * widths.product
         total += 4 * stage.merged_rows * 8 * stage.width * widths.stream
-    return total + 12 * predicted_voxels(geometry) * 4
+    # Cutting into patches and back, the mask, and the loss.
+    return total + 24 * predicted_voxels(geometry) * 4
 
 
 def recomputed_flops(geometry: Geometry, checkpointing: str) -> float:

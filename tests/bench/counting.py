@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift.config.compose import composed
 from swift.config.schema import Config
+from swift.models.attention import METHODS, WindowAttention
 from swift.models.autoencoder import reconstruction_loss
 from swift.parallel.recompute import prepare_blocks
 from swift.train import optim
@@ -302,8 +303,10 @@ def main() -> None:
     parser.add_argument("--model", default="806m")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--top", type=int, default=12, help="operators shown of each phase")
+    parser.add_argument("--method", choices=METHODS, default="kernel", help="of attention; on a GPU the kernel")
     parser.add_argument("overrides", nargs="*", help="settings, as of swift.train")
     options = parser.parse_args()
+    WindowAttention.method = options.method
     base = [f"model={options.model}", "data=store", "data.path=none", "parallel=zero1"]
     cfg = composed([*base, *options.overrides])[0]
     phases = count_step(cfg, options.clips)

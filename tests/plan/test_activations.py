@@ -66,6 +66,7 @@ def test_autocast_of_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert predicted == pytest.approx(kept_by_gpu_autocast(cfg, VOLUME), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
 @pytest.mark.parametrize("model", ["tiny", "14b5"])
 def test_peak_of_a_step(model: str, checkpointing: str) -> None:

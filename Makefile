@@ -60,8 +60,9 @@ studies: setup ## Run the report's studies at laptop size and draw them (goes on
 	$(BIN)/python -m swift.report html runs/pretraining runs/mu_transfer $(STUDIES:%=runs/figures/%) \
 		--title "swift: the report's studies at laptop size" --out runs/studies.html
 
-bench: setup ## Time the encoder against the slow reference: CPU-seconds and peak memory
+bench: setup ## Time the encoder against the slow reference, and a step on brain tokens against one on the box
 	$(BIN)/python -m tests.bench.encoder
+	$(BIN)/python -m tests.bench.tokens
 
 bench-data: setup ## Time reading clips: raw reads, the store, per-frame files, gzip HDF5
 	$(BIN)/python -m tests.bench.data

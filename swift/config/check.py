@@ -29,6 +29,7 @@ CHOICES = {
     "model.mlp": ("shared", "each"),
     "model.decoder": ("local", "linear"),
     "model.maps_of": ("shared", "scan"),
+    "model.tokens": ("box", "brain"),
     "data.name": ("sample", "synthetic", "store"),
     "data.layout": ("swift", "swift_v1"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
@@ -87,6 +88,8 @@ def check_model(cfg: ModelConfig) -> None:
     legal = f"must be a number that leaves a hidden layer of model.embed_dim={cfg.embed_dim} at least one channel"
     require(wide_enough, "model.mlp_ratio", cfg.mlp_ratio, legal)
     require(cfg.maps >= 0, "model.maps", cfg.maps, "must be a number of maps, or 0 for none")
+    legal = "model=v1 is as it was published: take model.tokens=box, or a size with model/variant=joint or factorized"
+    require(cfg.tokens == "box" or cfg.variant != "v1", "model.tokens", cfg.tokens, legal)
     require(cfg.rope_base > 0 and math.isfinite(cfg.rope_base), "model.rope_base", cfg.rope_base, "must be above 0")
     scale = cfg.layer_scale
     require(scale is None or math.isfinite(scale), "model.layer_scale", scale, "must be a finite number or null")
@@ -201,6 +204,19 @@ def _check_drop(task: TaskConfig, model: ModelConfig, data: DataConfig, unit: li
     legal = f"has no cells to leave out {what}, which has a decoder of its own: leave it at local"
     require(model.decoder == "local", "model.decoder", model.decoder, legal)
     require(model.maps == 0, "model.maps", model.maps, f"is not built {what}: take model.maps=0")
+
+
+def check_tokens(cfg: Config) -> None:
+    """Raise UserError for what a model on brain tokens cannot do."""
+    if cfg.model.tokens == "box":
+        return
+    legal = "model.tokens=brain has no tokens outside the brain: take false, or model.tokens=box"
+    require(not cfg.task.loss_background, "task.loss_background", True, legal)
+    dropped = cfg.task.target is None and cfg.task.hidden == "drop"
+    legal = "task.hidden=drop shows units of the brain only, and computes all of their tokens: take model.tokens=box"
+    require(not dropped, "model.tokens", "brain", legal)
+    legal = "brains differ in their tokens, and each would be a graph of its own: take false, or model.tokens=box"
+    require(not cfg.parallel.compile, "parallel.compile", True, legal)
 
 
 def class_names(target: TargetConfig) -> list[str]:
@@ -456,6 +472,7 @@ def check(cfg: Config, model: bool = True) -> None:
     check_maps_data(cfg.task, cfg.data)
     if model:
         check_courses(cfg)
+        check_tokens(cfg)
     check_optimizer(cfg.optimizer)
     if model:
         check_mup(cfg)

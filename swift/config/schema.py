@@ -69,6 +69,9 @@ class ModelConfig:
     maps_of: str = "scan"
     """shared: one set on the common grid, trained, for stores in one template space | scan: each scan's own, from its
     training frames, not trained | null: shared with data.split, else scan."""
+    tokens: str = "box"
+    """box: every cell of the grid is a token | brain: only those with a brain voxel are computed, attended to and
+    merged; not of model=v1."""
     attention_base_width: Optional[int] = None
     """muP: embed_dim at which attention scores are divided by sqrt(head_dim) as usual; the divisor then grows like
     head_dim. Follows optimizer.base_width; null: sqrt(head_dim) at every width."""

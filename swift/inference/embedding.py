@@ -89,7 +89,7 @@ def embed_batch(encoder: Any, bold: Tensor, brain: Tensor, stages: Sequence[int]
     Returns:
         One (B, t, E) float32 for each of `stages`.
     """
-    features = encoder(bold)
+    features = encoder(bold, brain)
     patch = encoder.cfg.patch_size
     return [pool(features[stage].float(), brain_tokens(brain, patch, stage)) for stage in stages]
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swift.models import packed
 from swift.models.cells import Cells, scattered_window
 from swift.models.rope import WindowRotary
+from swift.models.token_sets import TokenSet
 from swift.models.window_layout import Tiles, largest_window, merge, pack, partition, plan_groups, slabs
 
 METHODS = ("groups", "tiles", "kernel")
@@ -87,6 +89,8 @@ class WindowAttention(nn.Module):
 
     method: ClassVar[str | None] = None
     """One of METHODS for every layer, in tests and benchmarks; None: what suits the device."""
+    multiple: ClassVar[int | None] = None
+    """On a TokenSet: windows get empty slots up to a multiple of so many places; None: what suits the device."""
 
     def __init__(
         self,
@@ -136,13 +140,14 @@ class WindowAttention(nn.Module):
         return tuple(part.transpose(1, 2) for part in (q, k, v))
 
     @property
-    def _drop(self) -> float:
+    def drop_rate(self) -> float:
+        """Of attention weights, now."""
         return self.attention_dropout if self.training else 0.0
 
     def _attend(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None = None) -> Tensor:
         """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens."""
         q, k, v = self.split_heads(qkv, shape, cells)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self._drop, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop_rate, scale=self.scale)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
 
     def _by_groups(self, x: Tensor, window: tuple[int, ...], cells: Cells | None = None) -> Tensor:
@@ -176,7 +181,7 @@ class WindowAttention(nn.Module):
         for start in range(0, tiles, rows):
             cut = slice(start, start + rows)
             mask = None if seen is None else seen[cut]
-            part = F.scaled_dot_product_attention(q[cut], k[cut], v[cut], mask, self._drop, scale=self.scale)
+            part = F.scaled_dot_product_attention(q[cut], k[cut], v[cut], mask, self.drop_rate, scale=self.scale)
             parts.append(part[..., :dim])
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.unflatten(1, (batch, self.heads)).permute(1, 0, 3, 2, 4)
@@ -190,18 +195,22 @@ class WindowAttention(nn.Module):
         out = window_attention(qkv, rotations, grid, list(window), self.shifted, slots, self.heads, self.scale)
         return self.proj(out).view(x.shape)
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: Cells | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same.
 
         Args:
             x: Tokens.
-            cells: Which places of the grid (B, N, 1, 1, T, C) tokens have: all N of a frame then see each other.
+            where: Which places of the grid (B, N, 1, 1, T, C) tokens have: all N of a frame then see each other. Or the
+                places of (P, T, C) tokens: windows are those of the grid.
         """
+        if isinstance(where, TokenSet):
+            return packed.attention(self, x, where)
+        cells = where
         grid = tuple(x.shape[1:5])
         if cells is not None and self.window[:3] != (1, 1, 1):
             return self.dropout(self._by_groups(x, scattered_window(self.window, grid), cells))
         window = self.window_on(grid)
         tokens = largest_window(grid, window)
-        method = self.method or method_for(x.device, x.dtype, tokens, self._drop, torch.compiler.is_compiling())
+        method = self.method or method_for(x.device, x.dtype, tokens, self.drop_rate, torch.compiler.is_compiling())
         by = {"groups": self._by_groups, "tiles": self._by_tiles, "kernel": self._by_kernel}[method]
         return self.dropout(by(x, window))

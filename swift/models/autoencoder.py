@@ -17,6 +17,7 @@ from swift.models.decoders import LinearDecoder, LocalDecoder, build_decoder
 from swift.models.encoder import SwinEncoder
 from swift.models.init import FIRST_WEIGHT, NORMAL, STD, ZERO, Init
 from swift.models.maps import LinearPart, Maps
+from swift.models.packed import to_places
 
 
 class MaskedAutoencoder(nn.Module):
@@ -50,20 +51,22 @@ class MaskedAutoencoder(nn.Module):
         Args:
             x: (B, 1, X, Y, Z, T) voxels.
             mask: bool (B, x, y, z, t), True = the patch is hidden.
-            brain: bool (B, X, Y, Z), where a model with maps reads them; None: everywhere.
+            brain: bool (B, X, Y, Z), where a model with maps reads them and tokens=brain has tokens; None: everywhere.
             maps: Of each clip's scan, for a model with model.maps_of=scan.
 
         Returns:
-            (B, 1, X, Y, Z, T) prediction for every voxel, visible ones included.
+            (B, 1, X, Y, Z, T) prediction for every voxel, visible ones included; 0 where tokens=brain has none.
 
         Raises:
             ValueError: a clip of another size than the decoder was built for; no maps where each scan has its own.
         """
         if tuple(x.shape[2:]) != self.volume:
             raise ValueError(f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.volume}")
-        tokens = self.encoder.embed(x)
-        tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        rest = self.decoder(self.encoder.encode(tokens))
+        where = self.encoder.token_sets(brain, x)
+        tokens = self.encoder.embed(x, where)
+        hidden = mask if where is None else to_places(mask, where[0])
+        tokens = torch.where(hidden.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        rest = self.decoder(self.encoder.encode(tokens, where), where)
         if self.linear is None:
             return rest
         if brain is None:

@@ -16,6 +16,8 @@ from swift.config.schema import ModelConfig
 from swift.models.encoder import stage_grids
 from swift.models.init import ZERO, Init, draw
 from swift.models.layers import unpatchify
+from swift.models.packed import from_parents, to_grid
+from swift.models.token_sets import TokenSet
 
 
 class LocalDecoder(nn.Module):
@@ -36,19 +38,25 @@ class LocalDecoder(nn.Module):
         self.head = nn.Linear(cfg.decoder_dim, px * py * pz * pt)
         draw(self)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """Features (B, Xs, Ys, Zs, t, C_s) of every stage -> voxels (B, 1, X, Y, Z, T)."""
+    def forward(self, features: list[Tensor], where: Sequence[TokenSet] | None = None) -> Tensor:
+        """Features (B, Xs, Ys, Zs, t, C_s) of every stage -> voxels (B, 1, X, Y, Z, T).
+
+        The same from features (P_s, t, C_s) of the places `where`; voxels of patches that do not exist are 0.
+        """
         # From coarse to fine, doubling each time, so that no stage is repeated to the full grid by itself.
         hidden: Tensor | None = None
-        for feature, norm, lateral in zip(reversed(features), reversed(self.norms), reversed(self.laterals)):
-            here = lateral(norm(feature))
-            if hidden is not None:
+        for stage in reversed(range(len(features))):
+            here = self.laterals[stage](self.norms[stage](features[stage]))
+            if hidden is not None and where is not None:
+                here = here + from_parents(hidden, where[stage])
+            elif hidden is not None:
                 x, y, z = here.shape[1:4]
                 doubled = hidden.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
                 here = here + doubled[:, :x, :y, :z]
             hidden = here
         assert hidden is not None
-        return unpatchify(self.head(F.gelu(self.norm(hidden))), self.patch, self.volume)
+        values = self.head(F.gelu(self.norm(hidden)))
+        return unpatchify(values if where is None else to_grid(values, where[0]), self.patch, self.volume)
 
 
 class LinearDecoder(nn.Module):
@@ -73,12 +81,18 @@ class LinearDecoder(nn.Module):
         """How the time table begins."""
         return {"time_embed": ZERO}
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """Features of every stage, of which the last (B, x, y, z, t, C) is used -> voxels (B, 1, X, Y, Z, T)."""
+    def forward(self, features: list[Tensor], where: Sequence[TokenSet] | None = None) -> Tensor:
+        """Features of every stage, of which the last (B, x, y, z, t, C) is used -> voxels (B, 1, X, Y, Z, T).
+
+        The same from features (P, t, C) of the places `where`; voxels of cells that do not exist are 0.
+        """
         x = self.expand(features[-1]).unflatten(-1, (self.patch_frames, -1)) + self.time_embed
         cx, cy, cz = self.cell
         pattern = "b x y z t pt (cx cy cz) -> b 1 (x cx) (y cy) (z cz) (t pt)"
-        voxels = rearrange(self.head(x), pattern, cx=cx, cy=cy, cz=cz)
+        values = self.head(x)
+        if where is not None:
+            values = to_grid(values, where[-1])
+        voxels = rearrange(values, pattern, cx=cx, cy=cy, cz=cz)
         nx, ny, nz, nt = self.volume
         return voxels[:, :, :nx, :ny, :nz, :nt]
 

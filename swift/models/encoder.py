@@ -18,7 +18,9 @@ from swift.models.attention import WindowAttention
 from swift.models.cells import Cells
 from swift.models.init import draw
 from swift.models.layers import AbsolutePosition, AxialPosition, PatchEmbed, PatchMerging, Residual, token_grid
+from swift.models.packed import to_grid
 from swift.models.rope import WindowRotary
+from swift.models.token_sets import TokenSet, token_sets
 
 SPACE, TIME, JOINT = (0, 1, 2), (3,), (0, 1, 2, 3)
 
@@ -54,6 +56,18 @@ def _branch_axes(name: str) -> tuple[int, ...]:
     return {"attn": JOINT, "space": SPACE, "time": TIME}[name]
 
 
+def _place(position: nn.Module, x: Tensor, where: TokenSet | None) -> Tensor:
+    """Positions, on the whole grid or on a TokenSet."""
+    found: Tensor = position(x) if where is None or isinstance(position, nn.Identity) else position(x, where.take)
+    return found
+
+
+def _call(module: nn.Module, x: Tensor, where: TokenSet | None) -> Tensor:
+    """A part that may be missing, on the whole grid or on a TokenSet."""
+    found: Tensor = module(x) if where is None or isinstance(module, nn.Identity) else module(x, where)
+    return found
+
+
 class SwinBlock(nn.Module):
     """Residual branches in sequence: one attention and an MLP, or attention over space, over time and an MLP."""
 
@@ -68,11 +82,11 @@ class SwinBlock(nn.Module):
                 fn = _attention(cfg, stage, grid, shifted, _branch_axes(name))
             self.add_module(name, Residual(dim, fn, cfg.layer_scale, drop_path))
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """(B, X, Y, Z, T, C) -> the same; `cells`: as of `WindowAttention`."""
+    def forward(self, x: Tensor, where: Cells | TokenSet | None = None) -> Tensor:
+        """(B, X, Y, Z, T, C), or (P, T, C) of a TokenSet -> the same; `where`: as of `WindowAttention`."""
         for name in self.order:
             branch = self.get_submodule(name)
-            x = branch(x) if cells is None or name.startswith("mlp") else branch(x, cells)
+            x = branch(x) if where is None else branch(x, where)
         return x
 
 
@@ -109,12 +123,15 @@ class Stage(nn.Module):
         )
         self.downsample = PatchMerging(dim) if stage < len(cfg.depths) - 1 else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, X, Y, Z, T, C) -> the features of this stage, the same shape, and the tokens of the next one."""
-        x = self.position(x)
+    def forward(self, x: Tensor, where: TokenSet | None = None) -> tuple[Tensor, Tensor]:
+        """(B, X, Y, Z, T, C) -> the features of this stage, the same shape, and the tokens of the next one.
+
+        The same with (P, T, C), on the places of a TokenSet.
+        """
+        x = _place(self.position, x, where)
         for block in self.blocks:
-            x = block(x)
-        return x, self.downsample(x)
+            x = _call(block, x, where)
+        return x, _call(self.downsample, x, where)
 
 
 class SwinEncoder(nn.Module):
@@ -150,21 +167,52 @@ class SwinEncoder(nn.Module):
         """The parts that repeat, in the order they run."""
         return [block for stage in self.stages for block in stage.get_submodule("blocks").children()]
 
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, E) patch tokens, before positions."""
-        return self.patch_embed(x)
+    def token_sets(self, brain: Tensor | None, x: Tensor) -> tuple[TokenSet, ...] | None:
+        """With tokens=brain: which tokens exist at every stage, of clips like x.
 
-    def encode(self, tokens: Tensor) -> list[Tensor]:
-        """(B, x, y, z, t, E) patch tokens -> the features of every stage, each (B, Xs, Ys, Zs, t, E * 2^s)."""
-        x = self.dropout(self.position(tokens))
+        Args:
+            brain: bool (B, X, Y, Z); None: everywhere.
+            x: (B, C_in, X, Y, Z, T).
+        """
+        if self.cfg.tokens == "box":
+            return None
+        if brain is None:
+            brain = torch.ones(len(x), *x.shape[2:5], dtype=torch.bool, device=x.device)
+        return token_sets(brain, self.cfg.patch_size, len(self.stages))
+
+    def embed(self, x: Tensor, where: Sequence[TokenSet] | None = None) -> Tensor:
+        """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, E) patch tokens, before positions; (P, t, E) of `where`."""
+        return self.patch_embed(x) if where is None else self.patch_embed(x, where[0])
+
+    def encode(self, tokens: Tensor, where: Sequence[TokenSet] | None = None) -> list[Tensor]:
+        """Patch tokens -> the features of every stage.
+
+        Args:
+            tokens: (B, x, y, z, t, E), or (P, t, E).
+            where: The places of every stage; None: the whole grids.
+
+        Returns:
+            Each (B, Xs, Ys, Zs, t, E * 2^s), or (P_s, t, E * 2^s).
+        """
+        x = self.dropout(_place(self.position, tokens, None if where is None else where[0]))
         features = []
-        for stage in self.stages:
-            feature, x = stage(x)
+        for index, stage in enumerate(self.stages):
+            feature, x = stage(x) if where is None else stage(x, where[index])
             features.append(feature)
         if self.cfg.final_norm:
             features[-1] = self.norm(features[-1])
         return features
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, C_in, X, Y, Z, T) voxels -> the features of every stage, the last one after the final norm if used."""
-        return self.encode(self.embed(x))
+    def forward(self, x: Tensor, brain: Tensor | None = None) -> list[Tensor]:
+        """Features of every stage, the last one after the final norm if used.
+
+        Args:
+            x: (B, C_in, X, Y, Z, T) voxels.
+            brain: bool (B, X, Y, Z), where tokens=brain reads it; None: everywhere.
+
+        Returns:
+            Each (B, Xs, Ys, Zs, t, E * 2^s); zeros where a token does not exist.
+        """
+        where = self.token_sets(brain, x)
+        features = self.encode(self.embed(x, where), where)
+        return features if where is None else [to_grid(feature, one) for feature, one in zip(features, where)]

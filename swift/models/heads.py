@@ -180,7 +180,7 @@ class TargetModel(nn.Module):
         if isinstance(self.head, MapHead):
             return self.head(self.encoder(x), x, brain)
         courses = None if self.linear is None else self.linear.courses_of_all(x, brain, maps)
-        return self.head(self.encoder(x)[-1], brain, x.shape[-1], courses)
+        return self.head(self.encoder(x, brain)[-1], brain, x.shape[-1], courses)
 
 
 def build_model(

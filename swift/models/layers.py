@@ -11,10 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from swift.models import packed
+from swift.models.cells import Cells
 from swift.models.init import NORMAL, Init
+from swift.models.token_sets import TokenSet
 
 
 def tokens_along(length: int, patch: int) -> int:
@@ -58,10 +61,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(in_channels * patch[0] * patch[1] * patch[2] * patch[3], dim)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, C) tokens."""
+    def forward(self, x: Tensor, where: TokenSet | None = None) -> Tensor:
+        """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, C) tokens, or of the places of a TokenSet (P, t, C)."""
+        cut = patchify(x, self.patch) if where is None else packed.patches(x, self.patch, where)
         # Voxels come in float32, the weights may be narrower; autocast does as it likes.
-        return self.norm(self.proj(patchify(x, self.patch).to(self.proj.weight.dtype)))
+        return self.norm(self.proj(cut.to(self.proj.weight.dtype)))
 
 
 class PatchMerging(nn.Module):
@@ -72,8 +76,13 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(8 * dim)
         self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, X, Y, Z, T, C) -> (B, ceil(X/2), ceil(Y/2), ceil(Z/2), T, 2C); a missing neighbour counts as zeros."""
+    def forward(self, x: Tensor, where: TokenSet | None = None) -> Tensor:
+        """(B, X, Y, Z, T, C) -> (B, ceil(X/2), ceil(Y/2), ceil(Z/2), T, 2C); a missing neighbour counts as zeros.
+
+        Of the places of a TokenSet (P, T, C) -> (P', T, 2C) of those of the next stage.
+        """
+        if where is not None:
+            return self.reduction(self.norm(packed.eight_neighbours(x, where)))
         pads = [n % 2 for n in x.shape[1:4]]
         if any(pads):
             x = F.pad(x, (0, 0, 0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
@@ -101,7 +110,7 @@ class AbsolutePosition(nn.Module):
             at: Takes the entries of the tokens that x has, (X, Y, Z, C) -> the shape of x without T; None: it has all.
         """
         if at is not None:
-            return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[4]]
+            return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[-2]]
         if x.shape[1:4] != self.space.shape[:3] or x.shape[4] > self.time.shape[0]:
             raise ValueError(
                 f"token grid {tuple(x.shape[1:5])} does not fit the learned positions of "
@@ -127,7 +136,7 @@ class AxialPosition(nn.Module):
         tables = [getattr(self, axis) for axis in "xyzt"]
         if at is not None:
             space = tables[0][:, None, None] + tables[1][:, None] + tables[2]
-            return x + at(space).unsqueeze(-2) + tables[3][: x.shape[4]]
+            return x + at(space).unsqueeze(-2) + tables[3][: x.shape[-2]]
         for axis, length, table in zip("xyzt", x.shape[1:5], tables):
             if length > table.shape[0]:
                 raise ValueError(f"{length} tokens along {axis}, but the position table has {table.shape[0]}")
@@ -166,7 +175,9 @@ class Residual(nn.Module):
         """How LayerScale begins."""
         return {} if self.layer_scale is None else {"gamma": Init(False, float(self.layer_scale))}
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """(B, X, Y, Z, T, C) -> the same; `context` is what `fn` takes beside it."""
-        y = self.drop_path(self.fn(self.norm(x), *context))
+    def forward(self, x: Tensor, where: Cells | TokenSet | None = None) -> Tensor:
+        """(B, X, Y, Z, T, C), or (P, T, C) of a TokenSet -> the same; `where`: as of `WindowAttention`."""
+        y = self.norm(x)
+        y = self.fn(y) if where is None or isinstance(self.fn, Mlp) else self.fn(y, where)
+        y = packed.drop_clips(self.drop_path, y, where) if isinstance(where, TokenSet) else self.drop_path(y)
         return x + y if self.gamma is None else _AddScaled.apply(x, y, self.gamma)

@@ -94,7 +94,8 @@ def merging_bytes(stage: Stage, widths: Widths) -> int:
 def embedding_bytes(geometry: Geometry, widths: Widths) -> int:
     """Patches, the norm of the patch embedding, and the mask."""
     # With task.hidden=drop there is no mask: hidden patches are left out.
-    total = geometry.padded_voxels * widths.product + (geometry.tokens if geometry.cells is None else 0)
+    total = geometry.tokens * geometry.patch_voxels * widths.product
+    total += geometry.tokens if geometry.cells is None else 0
     return total + (norm_bytes(geometry.tokens, geometry.stages[0].width, widths) if geometry.patch_norm else 0)
 
 

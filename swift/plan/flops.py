@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from swift.config.schema import TaskConfig
-from swift.plan.geometry import Block, Branch, Geometry, Stage
+from swift.models.pooling import brain_tokens
+from swift.plan.geometry import Block, Branch, Geometry, Stage, on_brain
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,19 @@ def tuning_flops(geometry: Geometry, task: TaskConfig) -> Flops:
 def step_flops(geometry: Geometry, task: TaskConfig) -> Flops:
     """Of one clip of a run: pre-training, or a task with a target."""
     return model_flops(geometry) if task.target is None else tuning_flops(geometry, task)
+
+
+class BrainCosts:
+    """FLOPs and patch tokens of a clip with tokens=brain, from its mask; worked out once for each set of patches."""
+
+    def __init__(self, geometry: Geometry, task: TaskConfig) -> None:
+        self._geometry, self._task = geometry, task
+        self._known: dict[bytes, tuple[float, int]] = {}
+
+    def __call__(self, brain: Tensor) -> tuple[float, int]:
+        """Of a mask bool (X, Y, Z) on the CPU."""
+        key = brain_tokens(brain[None], self._geometry.patch, 0).numpy().tobytes()
+        if key not in self._known:
+            found = on_brain(self._geometry, brain[None])
+            self._known[key] = step_flops(found, self._task).total, found.tokens
+        return self._known[key]

@@ -26,12 +26,23 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"model {cfg.model.name} ({cfg.model.variant}), clip {x}x{y}x{z} voxels x {t} frames, "
         f"patch {patch}: {geometry.tokens:,} tokens"
-        + ("" if geometry.cells is None else " of visible units (task.hidden=drop)"),
+        + ("" if geometry.cells is None else " of visible units (task.hidden=drop)")
+        + _shares(plan),
         f"parallel={sharding.strategy}, {precision}, activation checkpointing {sharding.checkpointing}, "
         f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''} of {plan.site.name} "
         f"({plan.site.device_name}): {sharding.ranks:,} rank{'s' if sharding.ranks > 1 else ''}",
         f"micro-batch {plan.micro_batch}, {sharding.accumulate} accumulated: {plan.global_batch:,} clips a step",
     ]
+
+
+def _shares(plan: Plan) -> str:
+    """With tokens=brain, how much of the grid is computed."""
+    if plan.cfg.model.tokens == "box" or plan.geometry.cells is not None:
+        return ""
+    shares = ", ".join(f"{100 * stage.share:.0f} %" for stage in plan.geometry.stages)
+    return (
+        f" (brain tokens of an ellipsoid like a brain; of the cells of stages 1-{len(plan.geometry.stages)}: {shares})"
+    )
 
 
 def _parts(plan: Plan) -> list[str]:

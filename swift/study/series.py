@@ -61,7 +61,7 @@ def scan_series(
     chosen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     with torch.inference_mode():
         for clip in clips:
-            for stage, feature in enumerate(trained.encoder(clip[None].to(device))):
+            for stage, feature in enumerate(trained.encoder(clip[None].to(device), brain.to(device))):
                 name = f"stage{stage + 1}"
                 tokens = feature[0][brain_tokens(brain, patch, stage)[0].to(device)].float().cpu().numpy()
                 if name not in chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from swift.models.init import Init, initial_values, initialize
 from swift.train.optim import build_optimizer, build_schedule
 
 Batch = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 class TrainingModule(pl.LightningModule):
@@ -48,6 +50,8 @@ class TrainingModule(pl.LightningModule):
         """Subjects that the weights of init= were trained on; None: not recorded."""
         self._step_loss: Tensor | None = None
         self._rate = 0.0
+        self.brainless: set[int] = set()
+        """Clips (sample_id) of this rank in which no brain voxel was left, so that they had no token."""
 
     @abstractmethod
     def build_model(self, cfg: ModelConfig) -> nn.Module:
@@ -88,6 +92,25 @@ class TrainingModule(pl.LightningModule):
         """At the start of a training step: note the rate, seed what is dropped."""
         self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.seed_dropout(batch_idx)
+
+    def has_brain(self, batch: Batch) -> Tensor:
+        """Which clips have tokens, bool (B,); with model.tokens=brain those that have none are named and counted.
+
+        Ingestion lets no scan without brain in; an augmentation may still push a small one out of the grid.
+        """
+        found = batch["brain"].flatten(1).any(1)
+        if self.cfg.model.tokens == "box":
+            return torch.ones_like(found)
+        for row in (batch["valid"] & ~found).nonzero()[:, 0].tolist():
+            self.brainless.add(int(batch["sample_id"][row]))
+            log.warning(
+                "step %d: clip %d (scan %d, from frame %d) has no brain voxel and so no token: left out of the loss "
+                "(%d such clips so far)",
+                self.global_step,
+                *(int(batch[name][row]) for name in ("sample_id", "scan", "start")),
+                len(self.brainless),
+            )
+        return found
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log loss, rate and gradient norm (before clipping) of an optimizer step, over its micro-batches and ranks."""

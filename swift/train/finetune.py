@@ -108,7 +108,9 @@ class FinetuneModule(TrainingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_step(batch_idx)
-        return self.loss(self.outputs(batch), batch["target"])
+        target = batch["target"]
+        kept = self.has_brain(batch).view(-1, *[1] * (target.ndim - 1))
+        return self.loss(self.outputs(batch), torch.where(kept, target, torch.nan))
 
     def outputs(self, batch: Batch) -> Tensor:
         """What the model says of a batch: (B, K) or (B, T, K)."""
@@ -124,7 +126,8 @@ class FinetuneModule(TrainingModule):
         scores = out * self.target_info["std"] + self.target_info["mean"] if self.regression else out.softmax(-1)
         rows = {"clip": batch["sample_id"], "scan": batch["scan"], "start": batch["start"]}
         rows |= {"scores": scores, "target": batch["target"].double()}
-        return {name: value[batch["valid"]].cpu().numpy() for name, value in rows.items()}
+        kept = batch["valid"] & self.has_brain(batch)
+        return {name: value[kept].cpu().numpy() for name, value in rows.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._rows.append(self.predict(batch))

@@ -131,7 +131,7 @@ class PretrainModule(TrainingModule):
         """Voxels in the loss, bool (B, X, Y, Z, T): hidden, in the brain (or anywhere, by option), not padding."""
         data = self.cfg.data
         hidden = mask_voxels(mask, self.cfg.model.patch_size, (*data.grid, data.frames))
-        counted = hidden & self.usable(batch).view(-1, 1, 1, 1, 1)
+        counted = hidden & (self.usable(batch) & self.has_brain(batch)).view(-1, 1, 1, 1, 1)
         return counted if self.cfg.task.loss_background else counted & batch["brain"].unsqueeze(-1)
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -141,8 +141,6 @@ class PretrainModule(TrainingModule):
             cells = self.model(batch["bold"], shown)
             return put(cells, self.units.hidden(shown), self.units.volume), self.units.mask(shown)
         mask = self.draw_mask(batch)
-        if not self.cfg.model.maps:
-            return self.model(batch["bold"], mask), mask
         maps = self.scan_maps(batch, self.training) if self.scan_maps is not None else None
         return self.model(batch["bold"], mask, batch["brain"], maps), mask
 

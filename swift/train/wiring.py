@@ -31,7 +31,7 @@ from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.parallel.setup import Setup
 from swift.parallel.strategies import build_strategy
 from swift.plan.devices import recognise
-from swift.plan.flops import step_flops
+from swift.plan.flops import BrainCosts, step_flops
 from swift.plan.memory import gradient_bytes, host_bytes, optimizer_bytes, sharding_of, weight_bytes
 from swift.train.base import TrainingModule
 from swift.train.callbacks.guard import Guard
@@ -227,7 +227,9 @@ def build_throughput(setup: Setup) -> Throughput:
     if setup.accelerator != "cpu":
         known = recognise(device.name(), device.total_memory())
     peak = known.peak("bf16" if setup.narrow else "32") if known else None
-    return Throughput(step_flops(geometry, setup.cfg.task).total, geometry.tokens, peak, setup.cfg.trainer.log_every)
+    task, every = setup.cfg.task, setup.cfg.trainer.log_every
+    of_brain = None if setup.cfg.model.tokens == "box" else BrainCosts(geometry, task)
+    return Throughput(step_flops(geometry, task).total, geometry.tokens, peak, every, of_brain=of_brain)
 
 
 class FrozenConfig(Callback):

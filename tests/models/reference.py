@@ -144,8 +144,9 @@ def attention(
     heads: int,
     window: tuple[int, ...],
     shifted: bool,
+    exists: Tensor | None = None,
 ) -> Tensor:
-    """x (B, X, Y, Z, T, C) -> the same shape."""
+    """x (B, X, Y, Z, T, C) -> the same shape. exists: (B, X, Y, Z) bool, nobody looks at the others; None: all."""
     batch, *tokens, channels = x.shape
     head_dim = channels // heads
     qkv = linear(state, f"{name}.qkv", x.reshape(batch, -1, channels))  # (B, N, 3C)
@@ -153,7 +154,11 @@ def attention(
     if cfg.position in ("rope", "rope_global"):
         angles = rope_angles(cfg, branch, coordinates(tuple(tokens)), head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
-    allowed = same_window(tuple(tokens), window, shifted)
+    allowed = same_window(tuple(tokens), window, shifted)[None]
+    if exists is not None:
+        keys = exists[..., None].expand(batch, *tokens).reshape(batch, 1, -1)
+        # What does not exist sees itself, so that its softmax has something: nobody reads the result.
+        allowed = (allowed & keys) | torch.eye(keys.shape[2], dtype=torch.bool)
     outputs = []
     for head in range(heads):
         score = q[:, :, head] @ k[:, :, head].transpose(1, 2) / math.sqrt(head_dim)  # (B, N, N)
@@ -176,7 +181,7 @@ def branches(cfg: ModelConfig) -> list[str]:
     return [first, second, "mlp"] if cfg.mlp == "shared" else [first, "mlp1", second, "mlp2"]
 
 
-def block(cfg: ModelConfig, state: State, stage: int, number: int, x: Tensor) -> Tensor:
+def block(cfg: ModelConfig, state: State, stage: int, number: int, x: Tensor, exists: Tensor | None = None) -> Tensor:
     last = stage == len(cfg.depths) - 1
     shifted = number % 2 == 1 and not (last and cfg.last_stage == "unshifted")
     for branch in branches(cfg):
@@ -186,9 +191,18 @@ def block(cfg: ModelConfig, state: State, stage: int, number: int, x: Tensor) ->
             y = mlp(state, f"{name}.fn", y)
         else:
             window = attention_windows(cfg, branch, tuple(x.shape[1:5]), last)
-            y = attention(cfg, state, f"{name}.fn", branch, y, cfg.num_heads[stage], window, shifted)
+            y = attention(cfg, state, f"{name}.fn", branch, y, cfg.num_heads[stage], window, shifted, exists)
         x = x + (y if cfg.layer_scale is None else state[f"{name}.gamma"] * y)
     return x
+
+
+def existing(brain: Tensor, cell: list[int]) -> Tensor:
+    """(B, X, Y, Z) bool over voxels -> which cells of so many voxels have one that is True."""
+    out = brain
+    for axis, size in enumerate(cell, start=1):
+        out = pad_end(out, axis, size)
+        out = torch.stack([out.index_select(axis, torch.arange(k, out.shape[axis], size)) for k in range(size)]).any(0)
+    return out
 
 
 # --- encoder ------------------------------------------------------------------------------------------------------
@@ -213,9 +227,19 @@ def merge_patches(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def encode(
-    cfg: ModelConfig, grid: tuple[int, int, int], frames: int, state: State, x: Tensor, masked: Tensor | None = None
+    cfg: ModelConfig,
+    grid: tuple[int, int, int],
+    frames: int,
+    state: State,
+    x: Tensor,
+    masked: Tensor | None = None,
+    brain: Tensor | None = None,
 ) -> list[Tensor]:
-    """Features (B, Xs, Ys, Zs, Ts, Cs) of every stage. masked: (B, X', Y', Z', T') bool, patches to hide."""
+    """Features (B, Xs, Ys, Zs, Ts, Cs) of every stage. masked: (B, X', Y', Z', T') bool, patches to hide.
+
+    brain: (B, X, Y, Z) bool, tokens=brain: a cell without a brain voxel is no token. It is computed here like others,
+    but no other token looks at it, it is merged as zeros, and its features are zeros.
+    """
     assert x.shape[2:] == (*grid, frames)
     x = embed_patches(cfg, state, x)
     if masked is not None:
@@ -227,15 +251,20 @@ def encode(
         x = x + state["position.t"]
     features = []
     for stage, depth in enumerate(cfg.depths):
+        exists = None if brain is None else existing(brain, [p * 2**stage for p in cfg.patch_size[:3]])
         if cfg.position == "absolute":
             x = x + state[f"stages.{stage}.position.space"][:, :, :, None] + state[f"stages.{stage}.position.time"]
         for number in range(depth):
-            x = block(cfg, state, stage, number, x)
+            x = block(cfg, state, stage, number, x, exists)
+        if exists is not None:
+            x = torch.where(exists[..., None, None], x, 0.0)
         features.append(x)
         if stage < len(cfg.depths) - 1:
             x = merge_patches(state, f"stages.{stage}.downsample", x)
     if cfg.final_norm:
         features[-1] = layer_norm(state, "norm", features[-1])
+        if brain is not None:
+            features[-1] = torch.where(exists[..., None, None], features[-1], 0.0)
     return features
 
 

@@ -107,11 +107,11 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def kept_by(cfg: ModelConfig, volume: Volume, dtype: torch.dtype, loss: str = "l1") -> int:
+def kept_by(cfg: ModelConfig, volume: Volume, dtype: torch.dtype, loss: str = "l1", brain: Tensor | None = None) -> int:
     """What a real forward pass on this CPU keeps."""
     model = fill(on_meta(cfg, volume), "cpu", dtype)
     x, mask, counted = inputs(model, volume, "cpu", dtype)
-    return saved_bytes(lambda: reconstruction_loss(model(x, mask), x, counted, loss), model)
+    return saved_bytes(lambda: reconstruction_loss(model(x, mask, brain), x, counted, loss), model)
 
 
 def kept_by_visible(model: VisibleAutoencoder, loss: str = "l1") -> int:

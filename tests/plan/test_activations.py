@@ -9,7 +9,7 @@ from swift.models.attention import WindowAttention
 from swift.models.visible import Units, VisibleAutoencoder
 from swift.plan.__main__ import composed
 from swift.plan.activations import Widths, kept_bytes, moments
-from swift.plan.geometry import build_geometry
+from swift.plan.geometry import build_geometry, usual_brain
 from tests.models.cases import SHAPES, VARIANTS, Shape, config
 from tests.plan.measure import kept_by, kept_by_gpu_autocast, kept_by_visible, peak_of_step
 
@@ -26,6 +26,15 @@ def test_kept_by_a_real_forward_pass(variant: str, mode: str) -> None:
     cfg = config(variant, SHAPE)
     predicted = kept_bytes(build_geometry(cfg, VOLUME), Widths(mode), "none", "l1")
     assert predicted == pytest.approx(kept_by(cfg, VOLUME, DTYPES[mode]), rel=0.03 if mode == "bf16" else 0.01)
+
+
+@pytest.mark.parametrize("variant", ["joint", "joint-rope", "factorized"])
+def test_brain_tokens(variant: str) -> None:
+    """Within 5 %: the tables of places, kept with the masks and the same for all blocks, are left out."""
+    cfg, brain = config(variant, SHAPE, tokens="brain"), usual_brain(VOLUME[:3])
+    predicted = kept_bytes(build_geometry(cfg, VOLUME, brain=brain), Widths("fp32"), "none", "l1")
+    assert predicted == pytest.approx(kept_by(cfg, VOLUME, torch.float32, brain=brain), rel=0.05)
+    assert predicted < 0.7 * kept_bytes(build_geometry(config(variant, SHAPE), VOLUME), Widths("fp32"), "none", "l1")
 
 
 @pytest.mark.parametrize("decoder", ["local", "linear"])

@@ -100,9 +100,16 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "background"), [("l1", False), ("smooth_l1", False), ("l2", True)])
-def test_validation_equals_brute_force_however_the_clips_are_batched(kind: str, background: bool) -> None:
-    cfg = settings(f"task.loss={kind}", f"task.loss_background={str(background).lower()}")
+BRAIN = ["model.tokens=brain", "model.patch_size=[2,2,2,2]"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "background", "own"), [("l1", False, []), ("smooth_l1", False, []), ("l2", True, []), ("l1", False, BRAIN)]
+)
+def test_validation_equals_brute_force_however_the_clips_are_batched(
+    kind: str, background: bool, own: list[str]
+) -> None:
+    cfg = settings(f"task.loss={kind}", f"task.loss_background={str(background).lower()}", *own)
     for name, cut in CUTS.items():
         module, found = validate(cfg, [make_batch(samples) for samples in cut])
         loss, l1 = brute_force(module, SAMPLES, kind, background)
@@ -124,6 +131,19 @@ def test_a_nan_in_one_clip_is_not_left_out_of_the_mean() -> None:
 def test_padding_alone_gives_nan_not_zero() -> None:
     _, found = validate(settings(), [make_batch([-1, -2])])
     assert math.isnan(found["val/l1"])
+
+
+def test_a_clip_without_brain_is_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """With tokens=brain it would have no token."""
+    batch = make_batch([3, 11, 4])
+    batch["brain"][1] = False
+    _, found = validate(settings(*BRAIN), [batch])
+    assert [record.getMessage() for record in caplog.records if "no brain voxel" in record.getMessage()] == [
+        "step 0: clip 11 (scan 11, from frame 11) has no brain voxel and so no token: left out of the loss "
+        "(1 such clips so far)"
+    ]
+    _, others = validate(settings(*BRAIN), [make_batch([3, 4])])
+    assert found["val/loss"] == pytest.approx(others["val/loss"], rel=1e-5)
 
 
 # --- masks --------------------------------------------------------------------------------------------------------

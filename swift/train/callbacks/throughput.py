@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
 
 from swift.utils import device
 
@@ -59,6 +60,8 @@ class Throughput(pl.Callback):
         peak: FLOP/s of one device, None where it is not known.
         every: Optimizer steps between logged points.
         clock: Gives monotonic seconds.
+        of_brain: FLOPs and tokens of one clip from its mask, bool (X, Y, Z), where they depend on it: all ranks are
+            then taken to do what this one does. None: `flops` and `tokens` for all.
     """
 
     def __init__(
@@ -68,7 +71,10 @@ class Throughput(pl.Callback):
         peak: float | None,
         every: int,
         clock: Callable[[], float] = time.perf_counter,
+        of_brain: Callable[[Tensor], tuple[float, int]] | None = None,
     ) -> None:
+        self._of_brain, self._seen = of_brain, 0
+        self._work = [0.0, 0]
         self.flops, self.tokens, self.peak, self.every = flops, tokens, peak, every
         self._clock = clock
         self.timer: FetchTimer | None = None
@@ -90,6 +96,7 @@ class Throughput(pl.Callback):
 
     def _begin(self, trainer: pl.Trainer) -> None:
         self._began, self._left_out, self._clips, self._first = self._now(trainer), 0.0, 0, trainer.global_step
+        self._work, self._seen = [0.0, 0], 0
         if self.timer is not None:
             self.timer.seconds = 0.0
 
@@ -121,11 +128,21 @@ class Throughput(pl.Callback):
     ) -> None:
         """Count a micro-batch; log what is due."""
         self._clips += int(batch["sample_id"].shape[0]) * trainer.world_size
+        if self._of_brain is not None:
+            self._add(self._of_brain, batch["brain"].cpu())
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         if self._step % self.every == 0 and not self._paused:
             self._log(trainer)
+
+    def _add(self, of_brain: Callable[[Tensor], tuple[float, int]], brains: Tensor) -> None:
+        """The mean of the clips since `_begin` is what a clip costs."""
+        for brain in brains:
+            flops, tokens = of_brain(brain)
+            self._work = [self._work[0] + flops, self._work[1] + tokens]
+            self._seen += 1
+        self.flops, self.tokens = self._work[0] / self._seen, round(self._work[1] / self._seen)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the rest."""

@@ -178,7 +178,7 @@ class TargetModel(nn.Module):
             (B, K) or (B, T, K), float32; of maps (B, K, cx, cy, cz), see `swift.models.map_heads`.
         """
         if isinstance(self.head, MapHead):
-            return self.head(self.encoder(x), x, brain)
+            return self.head(self.encoder(x, brain), x, brain)
         courses = None if self.linear is None else self.linear.courses_of_all(x, brain, maps)
         return self.head(self.encoder(x, brain)[-1], brain, x.shape[-1], courses)
 

@@ -37,13 +37,13 @@ KINDS = (
     (r"encoder\..*\.((qkv|proj)(\.base_layer)?|fc1|fc2|reduction)\.weight", "hidden"),
     (r".*(bias|norm\.weight|norms\.\d\.weight|gamma)", "vector"),
 )
-# kind -> factor on initial values, on the rate, on the weight decay.
+# kind -> factor on initial values, on the rate, on the weight decay, on eps.
 FACTORS = {
-    "input": (1.0, 1.0, 1.0),
-    "vector": (1.0, 1.0, 1.0),
-    "finite": (1.0, 1.0, 1.0),
-    "hidden": (M**-0.5, 1 / M, M),
-    "output": (1 / M, 1 / M, M),
+    "input": (1.0, 1.0, 1.0, 1 / M),
+    "vector": (1.0, 1.0, 1.0, 1 / M),
+    "finite": (1.0, 1.0, 1.0, 1.0),
+    "hidden": (M**-0.5, 1 / M, M, 1 / M),
+    "output": (1 / M, 1 / M, M, 1.0),
 }
 DECAYED = ("input", "hidden", "output")
 
@@ -60,8 +60,8 @@ def module_of(adapt: str, optimizer: str, *overrides: str) -> FinetuneModule:
     return module
 
 
-def factors(name: str, optimizer: str) -> tuple[float, float, float]:
-    return FACTORS[kind_by_hand(name)] if optimizer == "mup" else (1.0, 1.0, 1.0)
+def factors(name: str, optimizer: str) -> tuple[float, float, float, float]:
+    return FACTORS[kind_by_hand(name)] if optimizer == "mup" else (1.0, 1.0, 1.0, 1.0)
 
 
 def build(module: FinetuneModule) -> torch.optim.Optimizer:
@@ -75,7 +75,7 @@ def test_every_parameter_has_its_kind_and_its_factors(adapt: str) -> None:
     assert list(module.widths) == [name for name, _ in module.model.named_parameters()]
     for name, scale in module.widths.items():
         assert scale.kind == kind_by_hand(name), name
-        assert (scale.init, scale.lr, scale.decay) == pytest.approx(FACTORS[scale.kind]), name
+        assert (scale.init, scale.lr, scale.decay, scale.eps) == pytest.approx(FACTORS[scale.kind]), name
 
 
 def std_by_hand(name: str, fan_in: int) -> Init:
@@ -135,10 +135,10 @@ def test_a_step_moves_what_trains_at_its_own_rate_and_nothing_else(adapt: str, o
             assert torch.equal(named[name], old), name
             continue
         assert not torch.equal(named[name], after[name]), name
-        _, rate, decay = factors(name, optimizer)
+        _, rate, decay, eps = factors(name, optimizer)
         decay = DECAY * decay if kind_by_hand(name) in DECAYED else 0.0
         gradient = gradients[name]
-        wanted = old * (1 - LR * rate * decay) - LR * rate * gradient / (gradient.abs() + 1e-8)
+        wanted = old * (1 - LR * rate * decay) - LR * rate * gradient / (gradient.abs() + 1e-8 * eps)
         torch.testing.assert_close(after[name], wanted, rtol=1e-5, atol=1e-6, msg=name)
 
 

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-slurm check format demo sizes studies bench bench-data bench-gpu test-gpu clean
+.PHONY: help setup test test-slow test-slurm check docs clean-docs format demo sizes studies bench bench-data bench-gpu test-gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,7 +20,8 @@ $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "could not make $(VENV): install Python's venv module (Debian: python3-venv)" >&2; exit 2; }
 	@echo "installing swift and what it needs into $(VENV) (about 6 GB with torch's CUDA libraries; minutes)"
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
+	@# editable_mode: by a path, so that Python finds swift also beside a clone that is called swift.
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev,docs]'
 	@touch $@
 
 test: setup ## Run the CPU test suite, two files at a time
@@ -41,6 +42,14 @@ check: setup ## Format, lint, types, import contract
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" lint-imports
+
+# Warnings are errors. The gallery's examples run when they have changed; make clean-docs runs all of them again.
+docs: setup ## Build the documentation site in site/ (a few minutes: it runs the gallery's examples)
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+	@echo "the site: site/index.html"
+
+clean-docs: ## Remove the site and what was made for it
+	rm -rf site docs/made docs/examples runs/gallery
 
 format: setup ## Format the code in place
 	$(BIN)/ruff format .

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swift.config.compose import composed
 from swift.data.clips.chosen import say_unmeant
-from swift.evaluate.baselines import PER_FRAME, PER_SUBJECT, run_baselines, table
+from swift.evaluate.baselines import MAP_BASELINES, PER_FRAME, PER_SUBJECT, run_baselines, table
 from swift.utils.entry import reported, set_up_logging
 
 log = logging.getLogger("swift.baselines")
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         "data.split=FILE run_dir=DIR ... The encoder with random weights: swift.train task.adapt=linear without init=.",
     )
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
-    every = ", ".join(dict.fromkeys(PER_SUBJECT + PER_FRAME))
+    every = ", ".join(dict.fromkeys(PER_SUBJECT + PER_FRAME + MAP_BASELINES))
     parser.add_argument("--only", metavar="NAME[,NAME]", help=f"of {every} (default: all that fit the task)")
     parser.add_argument(
         "--config-dir", type=Path, metavar="FOLDER", help="more YAML files, such as FOLDER/task/NAME.yaml"

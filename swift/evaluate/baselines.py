@@ -28,6 +28,7 @@ log = logging.getLogger("swift.baselines")
 
 PER_SUBJECT = ("constant", "nuisance", "fc", "fc_tangent", "amplitude")
 PER_FRAME = ("constant", "nuisance", "volume")
+MAP_BASELINES = ("mean_map", "mean_amplitude", "connectivity", "fc_components", "nearest")
 SAID = {
     "constant": "majority / mean",
     "nuisance": "motion and site",
@@ -35,6 +36,11 @@ SAID = {
     "fc_tangent": "connectome (tangent)",
     "amplitude": "fluctuation of parcels",
     "volume": "volumes",
+    "mean_map": "training mean map",
+    "mean_amplitude": "mean map, fitted amplitude",
+    "connectivity": "connectivity maps, linear",
+    "fc_components": "connectome to map components",
+    "nearest": "nearest by connectome",
 }
 """Baseline -> what tables call it."""
 
@@ -77,6 +83,8 @@ class Baselines:
         self.units = {part: units_of(data, part) for part in ("train", "val", "test")}
         self._signals: list[np.ndarray] | None = None
         self._kept: dict[str, dict[str, np.ndarray]] = {}
+        self.parcels: models.Parcels | None = None
+        self.maps: Any = None
 
     def relabel(self, labels: Any) -> None:
         """Go on with other labels of the same scans; features, which no label has touched, are kept.
@@ -95,6 +103,8 @@ class Baselines:
     @property
     def names(self) -> tuple[str, ...]:
         """Those that fit the task."""
+        if self.kind == "map":
+            return MAP_BASELINES
         return PER_FRAME if self.data.labels.per == "frame" else PER_SUBJECT
 
     def predict(self, name: str) -> dict[str, Predictions]:
@@ -158,12 +168,18 @@ class Baselines:
         used = {int(scan) for units in self.units.values() for scan in units.scan.tolist()}
         self.data.store.check_one_space(used, what)
 
+    def cleaned(self) -> tuple[models.Parcels, list[np.ndarray]]:
+        """Parcels of the training scans, and (T, P) of every unit: train, then val, then test."""
+        signals = self._cleaned()
+        assert self.parcels is not None
+        return self.parcels, signals
+
     def _cleaned(self) -> list[np.ndarray]:
         """(T, P) of every unit: train, then val, then test. Parcels are those of the training scans."""
         if self._signals is None:
             self._check_one_space("a baseline on parcels")
             train = sorted(set(self.units["train"].scan.tolist()))
-            parcels = models.Parcels(self.data.store, train)
+            parcels = self.parcels = models.Parcels(self.data.store, train)
             self._signals = []
             for units in self.units.values():
                 for scan, first, length in zip(units.scan.tolist(), units.first.tolist(), units.length.tolist()):
@@ -173,8 +189,13 @@ class Baselines:
 
 def summary_of(cfg: Config, data: Any, name: str, made: dict[str, Predictions], seconds: float) -> dict[str, Any]:
     """Content of summary.json, in the form of a fine-tuned run."""
-    train = len(data.subjects_of("train"))
     judged = judge(made["val"], made["test"], cfg.seed)
+    used = _used(cfg, data, name, judged["subjects"])
+    return {**used, **judged, **told(data.left_out), "seconds": round(seconds, 2)}
+
+
+def _used(cfg: Config, data: Any, name: str, subjects: dict[str, int]) -> dict[str, Any]:
+    """What a summary says of the settings."""
     return {
         "task": cfg.task.name,
         "method": SAID[name],
@@ -184,10 +205,7 @@ def summary_of(cfg: Config, data: Any, name: str, made: dict[str, Predictions], 
         "seed": cfg.seed,
         "split": cfg.data.split,
         "split_hash": data.split_hash,
-        "n": {"train": train, **judged["subjects"]},
-        **judged,
-        **told(data.left_out),
-        "seconds": round(seconds, 2),
+        "n": {"train": len(data.subjects_of("train")), **subjects},
     }
 
 
@@ -207,9 +225,11 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
     if cfg.task.target is None:
         raise UserError(f"task={cfg.task.name}: has no target; baselines are for tasks that predict something")
     from swift.data.locate import store_path
+    from swift.data.task_maps.module import MapDataModule
     from swift.data.task_module import TargetDataModule
 
-    data = TargetDataModule(cfg.data, cfg.task, store_path(cfg.data, cfg.seed), cfg.seed)
+    kind = MapDataModule if cfg.task.target.kind == "map" else TargetDataModule
+    data = kind(cfg.data, cfg.task, store_path(cfg.data, cfg.seed), cfg.seed)
     all_ = Baselines(data, cfg.task.balance)
     wrong = [name for name in names or () if name not in all_.names]
     if wrong:
@@ -218,6 +238,9 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
     for name in names or all_.names:
         begin = time.perf_counter()
         try:
+            if isinstance(data, MapDataModule):
+                found[name] = _judge_maps(cfg, data, all_, name, begin)
+                continue
             made = all_.predict(name)
         except UserError as error:
             log.warning("%s left out: %s", SAID[name], error)
@@ -226,6 +249,25 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
         leave(Path(cfg.run_dir) / name, made, summary)
         found[name] = summary
     return found
+
+
+def _judge_maps(cfg: Config, data: Any, all_: Baselines, name: str, begin: float) -> dict[str, Any]:
+    """Predict, judge and write one baseline of maps."""
+    from swift.evaluate import map_judge
+    from swift.evaluate.map_baselines import MapBaselines
+    from swift.evaluate.map_scores import judge as judge_maps
+
+    if all_.maps is None:
+        all_.maps = MapBaselines(data, all_.units, *all_.cleaned())
+    folder = Path(cfg.run_dir) / name
+    made = {part: all_.maps.predict(name, data.subjects_of(part)) for part in ("val", "test")}
+    val, test = (map_judge.predictions_of(data, data.subjects_of(part), made[part]) for part in made)
+    map_judge.leave(data, data.subjects_of("test"), made["test"], test, folder)
+    judged = judge_maps(val, test, cfg.seed)
+    summary = _used(cfg, data, name, judged["subjects"]) | judged | told(data.left_out)
+    summary["seconds"] = round(time.perf_counter() - begin, 2)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return summary
 
 
 def leave(folder: Path, made: dict[str, Predictions], summary: dict[str, Any]) -> None:

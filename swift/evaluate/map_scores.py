@@ -228,6 +228,16 @@ def table_of(maps: MapPredictions, one: Judged) -> Predictions:
     return Predictions("map", columns, np.array(maps.subjects), blank, frame, np.ones(len(frame)), scores)
 
 
+def _contrast(one: Judged, seed: int, draws: int) -> dict[str, Any]:
+    """Scores of one contrast in the test part, their intervals, and p of residual r and identification."""
+    ranges = intervals_of(one, seed, draws)
+    return {
+        "scores": {name: finite(value) for name, value in scores_of(one).items()},
+        "intervals": {name: [finite(low), finite(high)] for name, (low, high) in ranges.items()},
+        "p": {"residual_r": permuted(one.residual, seed), "identification": permuted(one.hits, seed)},
+    }
+
+
 def judge(val: MapPredictions, test: MapPredictions, seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
     """What summary.json says of predicted maps, in the form of `swift.evaluate.scores.judge`."""
     of_val, _ = judged(val)
@@ -250,9 +260,7 @@ def judge(val: MapPredictions, test: MapPredictions, seed: int = 0, draws: int =
             "identification": permuted(of_test.hits, seed),
             "permutations": PERMUTATIONS,
         },
-        "contrasts": {
-            name: {key: finite(value) for key, value in scores_of(one).items()} for name, one in each.items()
-        },
+        "contrasts": {name: _contrast(one, seed, draws) for name, one in each.items()},
         "dice": {f"{share:.2f}": float(row.mean()) for share, row in zip(TOPS, of_test.dice, strict=True)},
         "voxels": {"val": val.mean.shape[1], "test": test.mean.shape[1]},
         "bootstrap": {

@@ -139,6 +139,7 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
 def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     """Write the summary and the figures of a run, print its table."""
     from swift.report.figures.loss import loss_curve
+    from swift.report.figures.maps import maps_figure
     from swift.report.figures.reconstruction import reconstruction
 
     if cfg.task.target is None:
@@ -148,6 +149,8 @@ def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     if cfg.trainer.figures:
         if summary["steps"] >= min(cfg.trainer.log_every, cfg.trainer.val_every):  # else no loss was written
             loss_curve([run_dir], run_dir / "figures" / "loss.png")
+        if cfg.task.target is not None and cfg.task.target.kind == "map":
+            maps_figure(run_dir / "figures" / "maps.npz", run_dir / "figures" / "maps.png")
         if cfg.task.target is None:
             reconstruction(run_dir / "figures" / "reconstruction.npz", run_dir / "figures" / "reconstruction.png")
     if cfg.task.target is None:

@@ -4,7 +4,7 @@ Map of a subject = group map + planted part + own measurement noise. The planted
   coupling   follows the couplings (Fisher z) of the two planted pairs of networks: two patterns times two numbers,
              which the connectome holds, so that a linear model on connectomes is the best there can be;
   amplitude  follows the logarithm of the two planted amplitudes in the same way;
-  null       has the same form with numbers that nothing in the scans knows: identification must stay at chance.
+  unrelated  has the same form with numbers that nothing in the scans knows: identification must stay at chance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from swift.data.synthetic.labels import Person, person
 from swift.data.synthetic.spec import CohortSpec, stream
 from swift.utils.errors import UserError
 
-CONTRASTS = ("coupling", "amplitude", "null")
+CONTRASTS = ("coupling", "amplitude", "unrelated")
 PLANTED = 0.7
 """Standard deviation of each planted pattern over subjects, that of the group map being 1."""
 NOISE = 0.5
@@ -31,7 +31,7 @@ SMOOTH = 0.15
 
 def numbers(spec: CohortSpec, who: Person, contrast: str) -> np.ndarray:
     """(2,) standardized numbers that a subject's map follows."""
-    if contrast == "null":
+    if contrast == "unrelated":
         return stream(spec.seed, "task_map_null", who.index).standard_normal(2)
     return np.array([who.latent_binary, who.latent_continuous])
 
@@ -40,7 +40,7 @@ def numbers(spec: CohortSpec, who: Person, contrast: str) -> np.ndarray:
 def patterns(spec: CohortSpec, contrast: str) -> np.ndarray:
     """(3, X, Y, Z) float32: the group map, and the two patterns of the planted part; unit variance in the brain.
 
-    Coupling and null: the networks of each planted pair; amplitude: the planted region and its network.
+    Coupling and unrelated: the networks of each planted pair; amplitude: the planted region and its network.
     """
     shared = space.geometry(spec)
     pairs = (space.PAIR_BINARY, space.PAIR_CONTINUOUS)

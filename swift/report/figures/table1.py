@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from swift.evaluate.downstream import CHANCE, Cell, Result, place, results, score_name
+from swift.evaluate.map_scores import SCORES as MAPPED
 from swift.evaluate.scores import CLASSIFIED, DRAWS, REGRESSED
 from swift.report.output import write_csv
 from swift.report.style import BLUE, COLOURS, GREEN, HIDDEN, ORANGE, VERMILION, WIDTH, figure
@@ -119,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write table1.{md,csv,tex,json,png} there")
     parser.add_argument(
         "--score",
-        choices=(*CLASSIFIED, *REGRESSED),
+        choices=(*CLASSIFIED, *REGRESSED, *MAPPED),
         help="show this score where the task has it, instead of AUROC or r",
     )
     parser.add_argument("--draws", type=int, default=DRAWS, help=f"bootstrap draws (default: {DRAWS})")
@@ -143,7 +144,7 @@ def _write(columns: Columns, found: Sequence[Result], out: Path, args: argparse.
         (out / "table1.json").write_text(json.dumps(rows(columns), indent=2) + "\n", encoding="utf-8")
         # the CSV has every score of every task, not only the one shown
         every: list[dict[str, Any]] = []
-        for name in (*CLASSIFIED, *REGRESSED):
+        for name in (*CLASSIFIED, *REGRESSED, *MAPPED):
             fitting = [run for run in found if score_name([run], name) == name]
             every += rows(columns_of(fitting, name, args.seed, args.draws)) if fitting else []
         every.sort(key=lambda row: (row["task"], place(row["method"])))

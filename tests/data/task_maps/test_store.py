@@ -48,8 +48,8 @@ def dense(maps: MapStore, subject: str, channel: int = 0) -> np.ndarray:
 
 
 def test_a_map_on_the_stores_grid_is_not_touched(folder: Path) -> None:
-    maps = opened(folder, contrasts=["null", "coupling"])
-    assert maps.contrasts == ["null", "coupling"]
+    maps = opened(folder, contrasts=["unrelated", "coupling"])
+    assert maps.contrasts == ["unrelated", "coupling"]
     assert len(maps.subjects) == SPEC.n_subjects
     brain = Stores([folder / "store"]).mask(2)
     for channel, contrast in enumerate(maps.contrasts):
@@ -134,11 +134,11 @@ def test_maps_of_another_space_are_refused(folder: Path) -> None:
 
 
 def test_missing_contrasts_and_subjects_are_left_out_and_twins_refused(folder: Path) -> None:
-    map_file(folder, 4, "null").unlink()
+    map_file(folder, 4, "unrelated").unlink()
     for path in (folder / "maps").glob("sub-0005*"):
         path.unlink()
-    maps = opened(folder, contrasts=["coupling", "null"])
-    assert maps.failed == {"sub-0004": "subject sub-0004 has no map of null"}
+    maps = opened(folder, contrasts=["coupling", "unrelated"])
+    assert maps.failed == {"sub-0004": "subject sub-0004 has no map of unrelated"}
     assert not {"sub-0004", "sub-0005"} & set(maps.subjects)
     shutil.copy(map_file(folder, 6), folder / "maps" / "sub-0006_run-2_contrast-coupling_map.nii.gz")
     with pytest.raises(UserError, match="subject sub-0006 has two maps of coupling"):

@@ -1,0 +1,63 @@
+"""Predicted maps of three subjects beside the true ones, and who is like whom.
+
+Reads RUN/figures/maps.npz, which a task of maps leaves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swift.report.style import WIDTH, figure
+
+ROWS = ("best", "median", "worst")
+
+
+def _slice(volume: np.ndarray) -> np.ndarray:
+    """The axial slice in the middle of what has values, left at the left."""
+    places = np.flatnonzero(np.isfinite(volume).any((0, 1)))
+    return np.asarray(volume[:, :, int(places[len(places) // 2])].T)
+
+
+def maps_figure(data: str | Path, out: str | Path) -> None:
+    """Truth, prediction and both without the training mean, of the best, median and worst subject by residual r; below
+    them C, of maps and of residuals.
+
+    Args:
+        data: maps.npz.
+        out: PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with np.load(data, allow_pickle=False) as file:
+        arrays: dict[str, Any] = dict(file)
+    truth, said, mean = arrays["truth"], arrays["predicted"], arrays["mean"]
+    wide = float(np.nanpercentile(np.abs(truth), 99))
+    rest = float(np.nanpercentile(np.abs(truth - mean), 99))
+    with figure(1.35 * WIDTH, out) as fig:
+        grid = fig.add_gridspec(5, 4)
+        for row, name in enumerate(ROWS):
+            shown = (truth[row], said[row], truth[row] - mean, said[row] - mean)
+            titles = ("true map", "predicted map", "true residual", "predicted residual")
+            for place, (volume, title) in enumerate(zip(shown, titles, strict=True)):
+                axis = fig.add_subplot(grid[row, place])
+                limit = wide if place < 2 else rest
+                picture = axis.imshow(_slice(volume), origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
+                axis.set_xticks([])
+                axis.set_yticks([])
+                if row == 0:
+                    axis.set_title(title)
+                if place == 0:
+                    axis.set_ylabel(f"{name}\nresidual r {float(arrays['residual_r'][row]):.2f}")
+                if row == 2 and place in (1, 3):
+                    fig.colorbar(picture, ax=axis, shrink=0.7)
+        for place, (key, title) in enumerate((("raw", "r of maps"), ("residual", "r of residuals"))):
+            axis = fig.add_subplot(grid[3:, 2 * place : 2 * place + 2])
+            picture = axis.imshow(arrays[key], cmap="viridis")
+            axis.set_title(f"{title}, {arrays[key].shape[0]} test subjects")
+            axis.set_xlabel("predicted map of subject")
+            axis.set_ylabel("true map of subject")
+            fig.colorbar(picture, ax=axis, shrink=0.8)

@@ -24,14 +24,14 @@ MODEL = [
     "model.embed_dim=24",
     "model.depths=[2,2]",
     "model.num_heads=[4,8]",
-    "model.patch_size=[4,4,4,2]",
+    "model.patch_size=[4,4,4,4]",
     "model.window=[3,3,3,5]",
     "model.decoder_dim=32",
 ]
 TRAINED = {
     "map_unet, scratch": ["task.head=map_unet"],
-    "map_local, scratch": ["task.head=map_local"],
     "map_unet, random encoder": ["task.head=map_unet", "task.adapt=linear"],
+    "map_local, scratch": ["task.head=map_local"],
 }
 SHOWN = ("residual_r", "identification", "r")
 
@@ -45,7 +45,7 @@ def main() -> None:
     """Run what is not there yet, then write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/task_maps"), help="cohort and runs")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--subjects", type=int, default=80)
     options = parser.parse_args()
     work: Path = options.work
@@ -64,8 +64,10 @@ def main() -> None:
         "data=store",
         f"data.path={work / 'cohort'}",
         f"data.split={work / 'split.json'}",
-        "data.frames=40",
-        "data.clip_stride=20",
+        "data.frames=20",
+        "data.frame_stride=3",
+        "data.clip_stride=10",
+        "task.eval_stride=50",
         "data.workers=0",
     ]
     baselines = ["mean_map", "mean_amplitude", "connectivity", "fc_components", "nearest"]
@@ -73,10 +75,10 @@ def main() -> None:
         command("swift.baselines", *task, f"run_dir={work / 'baselines'}")
     steps = [
         f"trainer.max_steps={options.steps}",
-        f"trainer.val_every={max(options.steps // 4, 1)}",
+        f"trainer.val_every={max(options.steps // 2, 1)}",
         "trainer.figures=true",
         "trainer.threads=1",
-        "optimizer.lr=1e-3",
+        "optimizer.lr=2e-3",
         "optimizer.warmup_steps=20",
         "data.batch_size=4",
         "task.select=residual_r",

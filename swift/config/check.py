@@ -42,7 +42,7 @@ CHOICES = {
     "task.average": ("predictions", "features"),
     "task.select": ("loss", "auroc", "balanced_accuracy", "mae", "r", "residual_r"),
     "optimizer.name": ("adamw", "adamw_mup"),
-    "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"),
+    "parallel.name": ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp", "hsdp"),
     "parallel.activation_checkpointing": ("none", "selective", "block"),
     "guard.action": ("off", "skip", "stop", "rollback"),
     "trainer.precision": ("auto", "32", "bf16"),
@@ -430,6 +430,9 @@ def check_parallel(cfg: ParallelConfig) -> None:
     stage = ZERO_STAGES.get(cfg.name, 0)
     require(cfg.zero_stage == stage, "parallel.zero_stage", cfg.zero_stage, f"parallel={cfg.name} means {stage}")
     require(cfg.devices >= 0, "parallel.devices", cfg.devices, "must not be negative (0: all that are there)")
+    require(cfg.group >= 0, "parallel.group", cfg.group, "must not be negative (0: the ranks of a node)")
+    legal = "only parallel=hsdp shards in groups"
+    require(cfg.group == 0 or cfg.name == "hsdp", "parallel.group", cfg.group, legal)
     require(cfg.nodes >= 1, "parallel.nodes", cfg.nodes, "must be at least 1")
     if cfg.name == "single":
         for name in ("devices", "nodes"):
@@ -445,7 +448,9 @@ def check_parallel(cfg: ParallelConfig) -> None:
     legal = "selective checkpointing cannot look into a compiled block; use block or none, or parallel.compile=false"
     selective = cfg.activation_checkpointing == "selective"
     require(not (cfg.compile and selective), "parallel.activation_checkpointing", "selective", legal)
-    for name in ("reduce_bucket_mb", "gather_bucket_mb", "timeout_minutes"):
+    legal = "only parallel=fsdp and hsdp gather by unit"
+    require(cfg.unit_mb is None or cfg.name in ("fsdp", "hsdp"), "parallel.unit_mb", cfg.unit_mb, legal)
+    for name in ("reduce_bucket_mb", "gather_bucket_mb", "unit_mb", "timeout_minutes"):
         value = getattr(cfg, name)
         require(value is None or value > 0, f"parallel.{name}", value, "must be above 0")
 

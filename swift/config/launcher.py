@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from swift.config.schema import Config, LauncherConfig
+from swift.config.schema import Config, LauncherConfig, ParallelConfig
 from swift.utils.errors import UserError, require
 
 _TIME = re.compile(r"(\d{1,3}):([0-5]\d):([0-5]\d)")
@@ -113,6 +113,25 @@ def frozen_device(cfg: Config) -> str:
     return wanted
 
 
+def shard_group(cfg: ParallelConfig, ranks: int, ranks_per_node: int) -> int:
+    """Ranks that share one copy of weights and optimizer under parallel=hsdp.
+
+    Args:
+        cfg: `parallel=`.
+        ranks: Of the run.
+        ranks_per_node: Of these, on a node.
+
+    Raises:
+        UserError: the groups do not divide the ranks.
+    """
+    group = cfg.group or min(ranks_per_node, ranks)
+    legal = f"the run has {ranks} ranks; a group can be no larger"
+    require(group <= ranks, "parallel.group", group, legal)
+    legal = f"must divide the {ranks} ranks of the run"
+    require(ranks % group == 0, "parallel.group", group, legal)
+    return group
+
+
 def check_ranks(cfg: Config) -> None:
     """Raise UserError where `parallel=` cannot have the ranks that the launcher starts."""
     assert cfg.launcher is not None
@@ -123,6 +142,8 @@ def check_ranks(cfg: Config) -> None:
         if nodes * ranks > 1:
             raise UserError(f"parallel=single: one rank, but {given}; choose parallel=ddp, zero1 or another")
         return
+    if cfg.parallel.name == "hsdp":
+        shard_group(cfg.parallel, nodes * ranks, ranks)
     if cfg.parallel.nodes not in (1, nodes):
         raise UserError(f"parallel.nodes={cfg.parallel.nodes}: does not match {given}; leave it out and it follows")
     if cfg.parallel.devices not in (0, ranks):

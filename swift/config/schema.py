@@ -218,7 +218,7 @@ class ParallelConfig:
     """How one training is spread over devices. Nothing here changes what is computed, only where and in what order."""
 
     name: str
-    """single | ddp | zero1 | zero2 | zero3 | zero3_offload | fsdp."""
+    """single | ddp | zero1 | zero2 | zero3 | zero3_offload | fsdp | hsdp."""
     devices: int
     """Ranks on each node; 0: one for every GPU that is seen (one on a CPU), or as many as a launcher has started."""
     nodes: int
@@ -245,6 +245,10 @@ class ParallelConfig:
     """Reduce gradients while the backward pass goes on."""
     timeout_minutes: float
     """A rank that waits longer for the others ends the run."""
+    group: int = 0
+    """hsdp: ranks, in their order, that hold one copy of weights and optimizer among them; 0: those of a node."""
+    unit_mb: Optional[float] = None
+    """fsdp, hsdp: a block whose gathered weights exceed this, MB, is gathered layer by layer; null: block by block."""
 
 
 @dataclass

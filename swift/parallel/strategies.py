@@ -1,4 +1,4 @@
-"""Lightning strategies behind `parallel=`: single, ddp, ZeRO 1-3 with and without offload, fsdp.
+"""Lightning strategies behind `parallel=`: single, ddp, ZeRO 1-3 with and without offload, fsdp, hsdp.
 
 What a step computes is the same under all of them; they differ in where weights, gradients and optimizer live.
 DeepSpeed runs on a CPU too (gloo), which is what the tests use; Lightning's own strategy insists on CUDA.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from swift.config.launcher import shard_group
 from swift.config.schema import Config, ParallelConfig
 from swift.parallel.base import CheckpointingStrategy
 from swift.parallel.checkpoint.files import Piece
@@ -69,25 +70,49 @@ class _Ddp(CheckpointingStrategy, DDPStrategy):
 class _Fsdp(CheckpointingStrategy, DDPStrategy):
     """Torch's fully_shard over the blocks of the model and over what is left: each rank holds rows of every weight.
 
+    Under hsdp the ranks of a group share the rows, and every group has all of them: weights are gathered inside a
+    group, gradients summed inside it and then, row by row, across the groups.
+
     Args:
+        group: Ranks of a group, neighbours in their order; all: fsdp.
         narrow: Compute in bf16; weights, gradients and optimizer stay in float32.
         kwargs: Of Lightning's DDP strategy, whose processes this uses.
     """
 
-    def __init__(self, narrow: bool, **kwargs: Any) -> None:
+    def __init__(self, group: int, narrow: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.group = group
         bf16 = torch.bfloat16 if narrow else None
         self.mixed = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32 if narrow else None)
 
     def materialize(self) -> None:
         """Shard a module on the meta device, then give each rank memory for its part."""
-        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        kind, ranks = self.root_device.type, self.world_size
+        mesh = init_device_mesh(kind, (ranks,))
+        if self.group < ranks:
+            mesh = init_device_mesh(kind, (ranks // self.group, self.group), mesh_dim_names=("copies", "shard"))
         model = self.lightning_module.model
         # A reconstruction is a view; nobody writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        for part in (*model.blocks(), model):
+        for part in (*self.layers(model), *model.blocks(), model):
             fully_shard(part, mesh=mesh, mp_policy=self.mixed)
         super().materialize()
+
+    def layers(self, model: Any) -> Iterator[torch.nn.Module]:
+        """Linear layers that are gathered by themselves: those of blocks over parallel.unit_mb, or that are over it."""
+        limit = self.parallel.unit_mb
+        if limit is None:
+            return
+        width = 4 if self.mixed.param_dtype is None else 2
+
+        def large(part: torch.nn.Module) -> bool:
+            return sum(parameter.numel() for parameter in part.parameters()) * width > limit * MB
+
+        inside = {layer for block in model.blocks() for layer in block.modules()}
+        inside_large = {layer for block in model.blocks() if large(block) for layer in block.modules()}
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear) and (layer in inside_large if layer in inside else large(layer)):
+                yield layer
 
     def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
         """The pieces that this rank holds; before a load, `steps` sets Adam's count."""
@@ -282,8 +307,9 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
         os.environ["DS_ACCELERATOR"] = accelerator
         config = deepspeed_config(parallel, bucket, 2 if narrow else 4)
         strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
-    elif parallel.name == "fsdp":
-        strategy = _Fsdp(narrow, precision_plugin=_Float32(), **shared)
+    elif parallel.name in ("fsdp", "hsdp"):
+        group = place.world if parallel.name == "fsdp" else shard_group(parallel, place.world, place.local_world)
+        strategy = _Fsdp(group, narrow, precision_plugin=_Float32(), **shared)
     else:
         # Buffers are tables, the same on all ranks: nothing to broadcast. Gradients live in the reduction buckets;
         # those that were dropped get their place there again in the next backward pass.

@@ -12,6 +12,7 @@ was watched on running engines (every storage of every tensor, at its peak); tes
 | zero3 | eP/N | 12P/N | eP/N | gathered weights, two reduction buckets, one of gathering |
 | zero3_offload | host | host | host | as zero3 |
 | fsdp | 4P/N | 8P/N | 4P/N | gathered weights of two blocks, their gradients |
+| hsdp | 4P/G | 8P/G | 4P/G | as fsdp; G ranks of a group |
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import bisect
 import math
 from dataclasses import dataclass, fields
 
+from swift.config.launcher import shard_group
 from swift.config.schema import Config
 from swift.plan.activations import Moment, Widths, moments
-from swift.plan.geometry import Geometry
+from swift.plan.geometry import Block, Geometry
 
 MB = 1_000_000
 BUCKET = 100 * MB
@@ -54,15 +56,29 @@ class Sharding:
     loss: str
     guarded: bool = False
     """The guard holds the batches of a step until it is over."""
+    group: int = 0
+    """hsdp: ranks of a group."""
+    unit: float = math.inf
+    """fsdp, hsdp: bytes of gathered weights above which a block is gathered layer by layer."""
     on_cpu: bool = False
     """ZeRO's step on a CPU was seen to take two temporaries of what is updated; on others one is counted."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether fully_shard spreads the weights."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    @property
+    def holders(self) -> int:
+        """Without DeepSpeed: ranks over which weights, gradients and optimizer are spread."""
+        return {"fsdp": self.ranks, "hsdp": self.group}.get(self.strategy, 1)
 
     @property
     def widths(self) -> Widths:
         """Bytes of activations. DeepSpeed and fully_shard hold bf16 weights; the others compute in autocast."""
         if not self.bf16:
             return Widths("fp32", not self.on_cpu)
-        return Widths("bf16" if self.zero_stage or self.strategy == "fsdp" else "autocast", not self.on_cpu)
+        return Widths("bf16" if self.zero_stage or self.sharded else "autocast", not self.on_cpu)
 
     @property
     def element(self) -> int:
@@ -86,8 +102,12 @@ def reduce_bucket(cfg: Config, largest: int, bf16: bool) -> float:
     return max(BUCKET, largest * (2 if bf16 else 4) if holds_largest else 0)
 
 
-def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool) -> Sharding:
-    """The part of a run's settings that `memory` needs."""
+def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool, ranks_per_node: int) -> Sharding:
+    """The part of a run's settings that `memory` needs.
+
+    Raises:
+        UserError: groups of hsdp that the ranks cannot have.
+    """
     parallel = cfg.parallel
     return Sharding(
         strategy=parallel.name,
@@ -103,6 +123,8 @@ def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool) -> Shar
         offload_parameters=parallel.offload_parameters,
         loss=cfg.task.loss,
         guarded=cfg.guard.action != "off",
+        unit=math.inf if parallel.unit_mb is None else parallel.unit_mb * MB,
+        group=shard_group(parallel, ranks, ranks_per_node) if parallel.name == "hsdp" else 0,
     )
 
 
@@ -145,6 +167,41 @@ def outside_blocks(geometry: Geometry) -> int:
     return geometry.total_parameters - sum(block.parameters for stage in geometry.stages for block in stage.blocks)
 
 
+def mergings(geometry: Geometry) -> list[int]:
+    """Parameters of the linear layer of each patch merging, from 8C to 2C without bias."""
+    return [16 * stage.width**2 for stage in geometry.stages if stage.merging_parameters]
+
+
+def linear_layers(block: Block) -> list[int]:
+    """Parameters of the linear layers of a block: qkv and projection of attention, the two of an MLP."""
+    found = []
+    for branch in block.branches:
+        width, hidden = branch.width, branch.hidden
+        if branch.is_attention:
+            found += [3 * width * (width + 1), width * (width + 1)]
+        else:
+            found += [hidden * (width + 1), width * (hidden + 1)]
+    return found
+
+
+def gathered_unit(geometry: Geometry, limit: float) -> int:
+    """Parameters of the largest unit that fully_shard gathers at once, beside what belongs to no unit.
+
+    A block over the limit is gathered layer by layer, and what is left of it (norms, scales) as long as it runs.
+
+    Args:
+        geometry: The model.
+        limit: Parameters of a block above which its layers are gathered one by one.
+    """
+    units = [size for size in mergings(geometry) if size > limit]
+    for stage in geometry.stages:
+        for block in stage.blocks:
+            layers = linear_layers(block)
+            whole = block.parameters <= limit
+            units.append(block.parameters if whole else max(layers) + block.parameters - sum(layers))
+    return max(units)
+
+
 def gathers(sharding: Sharding) -> bool:
     """ZeRO 3: whether weights are gathered; one rank without offload computes with its shard, which is all of them."""
     return sharding.ranks > 1 or sharding.offload_parameters
@@ -158,7 +215,7 @@ def weight_bytes(geometry: Geometry, sharding: Sharding) -> float:
     if sharding.zero_stage == 3:
         shard = 0.0 if sharding.offload_parameters else total * sharding.element / sharding.ranks
         return shard + small_parameters(geometry) * sharding.element * gathers(sharding)
-    return 4 * total / (sharding.ranks if sharding.strategy == "fsdp" else 1)
+    return 4 * total / sharding.holders
 
 
 def optimizer_bytes(geometry: Geometry, sharding: Sharding) -> float:
@@ -168,7 +225,7 @@ def optimizer_bytes(geometry: Geometry, sharding: Sharding) -> float:
         return 0.0
     if sharding.zero_stage:
         return 12 * total / sharding.ranks
-    return 8 * total / (sharding.ranks if sharding.strategy == "fsdp" else 1)
+    return 8 * total / sharding.holders
 
 
 def buffer_bytes(geometry: Geometry, sharding: Sharding) -> float:
@@ -178,9 +235,11 @@ def buffer_bytes(geometry: Geometry, sharding: Sharding) -> float:
         return 0.0
     if sharding.strategy == "ddp":
         return 4.0 * total
-    if sharding.strategy == "fsdp":
+    if sharding.sharded:
         width = 2 if sharding.bf16 else 4
-        block, rest = largest_block(geometry), outside_blocks(geometry)
+        block, rest = gathered_unit(geometry, sharding.unit / width), outside_blocks(geometry)
+        # A merging over the limit is a unit of its own.
+        rest -= sum(size for size in mergings(geometry) if size > sharding.unit / width)
         # The next block is gathered while one computes; its gradients are reduced in fp32.
         return (2 * block + rest) * width + block * (width + 4)
     if sharding.zero_stage < 3:
@@ -213,8 +272,8 @@ def gradient_bytes(geometry: Geometry, sharding: Sharding, made: int) -> float:
         if not sharding.overlap:
             return (made + total / ranks) * element
         return (min(made, large) * (1 - 1 / ranks) + total / ranks) * element
-    if sharding.strategy == "fsdp":
-        return 4 * (total if accumulated else made) / ranks
+    if sharding.sharded:
+        return 4 * (total if accumulated else made) / sharding.holders
     return 4.0 * (total if accumulated else made)
 
 
@@ -246,8 +305,7 @@ def step_memory(geometry: Geometry, sharding: Sharding) -> Memory:
             gradients += 4 * updated
             temporary += 4 * updated * (2 if sharding.on_cpu else 1)
     else:
-        share = share if sharding.strategy == "fsdp" else 1
-        gradients = 4 * total / share
+        gradients = 4 * total / sharding.holders
         # A fused step takes no temporaries; the gradients of ddp lie beside its reduction buckets.
         temporary = 4 * total if sharding.strategy == "ddp" else 0
     weights, optimizer = weight_bytes(geometry, sharding), optimizer_bytes(geometry, sharding)

@@ -11,7 +11,7 @@ from swift.config.schema import Config
 from swift.plan.activations import CHECKPOINTING
 from swift.plan.devices import GIB, Site
 from swift.plan.geometry import Geometry, geometry_of
-from swift.plan.memory import MB, Memory, Sharding, largest_micro_batch, memory, sharding_of
+from swift.plan.memory import MB, Memory, Sharding, largest_micro_batch, linear_layers, memory, sharding_of
 from swift.plan.step_time import StepTime, step_time
 from swift.utils.errors import UserError
 
@@ -132,13 +132,15 @@ def _candidates(geometry: Geometry, sharding: Sharding) -> Iterator[tuple[list[s
 
 def _harsher(name: str, sharding: Sharding) -> bool:
     order = ["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
-    now = "zero3" if sharding.strategy == "fsdp" else sharding.strategy
+    now = "zero3" if sharding.sharded else sharding.strategy
     return order.index(name) > order.index(now)
 
 
 def suggest(geometry: Geometry, sharding: Sharding, site: Site, nodes: int) -> list[str]:
     """Settings that would make a run fit with micro-batch 1, fewest changes first; or how many nodes would."""
-    found: list[str] = []
+    if sharding.strategy == "hsdp" and (found := _larger_groups(geometry, sharding, site)):
+        return found
+    found = []
     fewest = None
     for changes, changed in _candidates(geometry, sharding):
         if fewest is not None and len(changes) > fewest:
@@ -154,6 +156,31 @@ def suggest(geometry: Geometry, sharding: Sharding, site: Site, nodes: int) -> l
         if option(geometry, more, site, 1).fits:
             also = "" if sharding.checkpointing == "block" else " parallel.activation_checkpointing=block"
             return [f"nodes={nodes * factor}{also}"]
+    return []
+
+
+def _larger_groups(geometry: Geometry, sharding: Sharding, site: Site) -> list[str]:
+    """The smallest group of hsdp that makes a run fit with micro-batch 1; by itself, else with smaller units too."""
+    least = max(linear for stage in geometry.stages for block in stage.blocks for linear in linear_layers(block))
+    unit = math.ceil(least * (2 if sharding.bf16 else 4) / MB)
+    milder = [
+        (sharding.checkpointing, sharding.unit),
+        ("block", sharding.unit),
+        ("block", min(sharding.unit, unit * MB)),
+    ]
+    for kept, limit in dict.fromkeys(milder):
+        changed = replace(sharding, group=sharding.ranks, checkpointing=kept, unit=limit)
+        if memory(geometry, changed, 1).total > available_bytes(site):
+            continue
+        group = sharding.group
+        while group <= sharding.ranks:
+            changed = replace(changed, group=group)
+            if sharding.ranks % group == 0 and memory(geometry, changed, 1).total <= available_bytes(site):
+                changes = [f"parallel.group={group}"] if group != sharding.group else []
+                changes += [f"parallel.activation_checkpointing={kept}"] if kept != sharding.checkpointing else []
+                changes += [f"parallel.unit_mb={unit}"] if limit != sharding.unit else []
+                return [f"{' '.join(changes)} (micro-batch up to {option(geometry, changed, site, 1).largest})"]
+            group *= 2
     return []
 
 
@@ -177,7 +204,7 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
             f"nodes={nodes}: {ranks:,} ranks are more than the {geometry.total_parameters:,} parameters of "
             f"model={cfg.model.name} that parallel={cfg.parallel.name} would share out among them"
         )
-    sharding = replace(sharding_of(cfg, geometry, ranks, bf16), on_cpu=site.device_name == "CPU")
+    sharding = replace(sharding_of(cfg, geometry, ranks, bf16, ranks // nodes), on_cpu=site.device_name == "CPU")
     options = {
         kept: option(geometry, replace(sharding, checkpointing=kept), site, micro_batch) for kept in CHECKPOINTING
     }

@@ -30,16 +30,19 @@ class Traffic:
     gradients: float
     """Reduced; overlaps the backward pass where parallel.overlap says so."""
     weights: float
-    """Gathered: after the step in ZeRO 1 and 2 (nothing overlaps that), during the passes in ZeRO 3 and fsdp."""
+    """Gathered: after the step in ZeRO 1 and 2 (nothing overlaps that), during the passes in ZeRO 3, fsdp and hsdp."""
     host: float
     """Between device and host, offload only."""
     collectives: int
-    """How many collectives these are."""
+    """How many collectives these are, those across groups left out."""
+    across: float = 0.0
+    """hsdp: gradients, summed inside the groups, between them."""
+    across_collectives: int = 0
 
     @property
     def network(self) -> float:
         """Bytes over links between devices."""
-        return self.gradients + self.weights
+        return self.gradients + self.weights + self.across
 
 
 def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
@@ -47,7 +50,9 @@ def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
     ranks, total = sharding.ranks, geometry.total_parameters
     if ranks == 1 and not sharding.offload_optimizer:
         return Traffic(0.0, 0.0, 0.0, 0)
-    ring, element = (ranks - 1) / ranks, sharding.element
+    # hsdp: weights are gathered and gradients reduced inside a group, whatever the number of groups.
+    inside = sharding.group if sharding.strategy == "hsdp" else ranks
+    ring, element = (inside - 1) / inside, sharding.element
     micro = sharding.accumulate
     buckets = math.ceil(total * element / sharding.reduce_bucket)
     blocks = sum(len(stage.blocks) for stage in geometry.stages)
@@ -67,8 +72,10 @@ def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
     # Gathered for the forward and again for the backward pass, except what stays gathered in between.
     kept = min(total, LIVE_PARAMETERS) if sharding.zero_stage == 3 else 0
     gathered = micro * ring * width * (2 * total - kept)
-    count = micro * (3 * blocks if sharding.strategy == "fsdp" else 2 * blocks + buckets)
-    return Traffic(micro * ring * reduced * total, gathered, host, count)
+    count = micro * (3 * blocks if sharding.sharded else 2 * blocks + buckets)
+    groups = ranks // inside
+    across = micro * 2 * (groups - 1) / groups * reduced * total / inside
+    return Traffic(micro * ring * reduced * total, gathered, host, count, across, micro * blocks * (groups > 1))
 
 
 def elementwise_bytes(geometry: Geometry, widths: Widths) -> float:
@@ -115,6 +122,8 @@ class StepTime:
     mfu: float
     hfu: float
     """With recomputation counted as work."""
+    across: float = 0.0
+    """The part of the communication that is between groups (hsdp)."""
 
     @property
     def seconds(self) -> float:
@@ -139,6 +148,20 @@ def link_seconds(sent: float, site: Site, ranks: int, collectives: int) -> float
     return sent / (rate * site.link_fraction) + collectives * site.latency * math.log2(ranks)
 
 
+def across_seconds(sent: Traffic, sharding: Sharding, site: Site) -> float:
+    """Time of the all-reduces between groups of hsdp, of which all ranks of a group have one under way at a time.
+
+    Those of a node share its network cards; the groups of one node use the links inside it.
+    """
+    groups = sharding.ranks // max(sharding.group, 1)
+    if groups == 1 or not sent.across:
+        return 0.0
+    rate = site.link
+    if sharding.ranks > site.devices_per_node:
+        rate = min(site.link, site.node_link / min(sharding.group, site.devices_per_node))
+    return sent.across / (rate * site.link_fraction) + sent.across_collectives * site.latency * math.log2(groups)
+
+
 def step_time(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: int) -> StepTime | None:
     """Predicted time of one optimizer step, or None where the device's peak is not known.
 
@@ -161,15 +184,17 @@ def step_time(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: i
     backward = compute * (flops.backward + again) / (flops.total + again) / sharding.accumulate
     sent = traffic(geometry, sharding)
     reduce_count = max(sent.collectives, 1)
-    gradients = link_seconds(sent.gradients, site, sharding.ranks, reduce_count)
-    weights = link_seconds(sent.weights, site, sharding.ranks, 0)
+    inside = sharding.group if sharding.strategy == "hsdp" else sharding.ranks
+    gradients = link_seconds(sent.gradients, site, inside, reduce_count)
+    weights = link_seconds(sent.weights, site, inside, 0)
+    across = across_seconds(sent, sharding, site)
     host = sent.host / (site.host_link * site.link_fraction)
-    if sharding.zero_stage == 3 or sharding.strategy == "fsdp":
-        exposed = max(0.0, gradients + weights + host - compute)
+    if sharding.zero_stage == 3 or sharding.sharded:
+        exposed = max(0.0, gradients + weights + across + host - compute)
     else:
         hidden = backward * (sharding.accumulate if sharding.zero_stage == 2 else 1) if sharding.overlap else 0.0
         exposed = max(0.0, gradients - hidden) + weights
-    share = geometry.total_parameters / (1 if sharding.strategy in ("single", "ddp") else sharding.ranks)
+    share = geometry.total_parameters / (sharding.ranks if sharding.zero_stage else sharding.holders)
     optimizer = share * OPTIMIZER_TRAFFIC / bandwidth
     if sharding.offload_optimizer:
         optimizer = share * OPTIMIZER_TRAFFIC * min(sharding.ranks, site.devices_per_node) / HOST_BANDWIDTH
@@ -177,10 +202,11 @@ def step_time(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: i
     useful = clips * flops.total / seconds / peak
     return StepTime(
         compute,
-        gradients + weights + host,
+        gradients + weights + across + host,
         exposed,
         optimizer,
         clips * sharding.ranks,
         useful,
         useful * (flops.total + again) / flops.total,
+        across,
     )

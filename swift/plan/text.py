@@ -23,6 +23,7 @@ def _head(plan: Plan) -> list[str]:
     x, y, z, t = geometry.volume
     patch = ",".join(map(str, geometry.patch))
     precision = "bf16" if sharding.bf16 else "float32"
+    groups = f" in groups of {sharding.group:,}" if sharding.group else ""
     return [
         f"model {cfg.model.name} ({cfg.model.variant}), clip {x}x{y}x{z} voxels x {t} frames, "
         f"patch {patch}: {geometry.tokens:,} tokens"
@@ -30,7 +31,7 @@ def _head(plan: Plan) -> list[str]:
         + _shares(plan),
         f"parallel={sharding.strategy}, {precision}, activation checkpointing {sharding.checkpointing}, "
         f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''} of {plan.site.name} "
-        f"({plan.site.device_name}): {sharding.ranks:,} rank{'s' if sharding.ranks > 1 else ''}",
+        f"({plan.site.device_name}): {sharding.ranks:,} rank{'s' if sharding.ranks > 1 else ''}{groups}",
         f"micro-batch {plan.micro_batch}, {sharding.accumulate} accumulated: {plan.global_batch:,} clips a step",
     ]
 
@@ -83,15 +84,17 @@ def _traffic(plan: Plan) -> list[str]:
         return ["", "communication: none"]
     parts = [f"gradients {sent.gradients / GIGA:,.2f} GB"]
     parts += [f"weights {sent.weights / GIGA:,.2f} GB"] if sent.weights else []
+    parts += [f"gradients between groups {sent.across / GIGA:,.2f} GB"] if sent.across else []
     parts += [f"to and from the host {sent.host / GIGA:,.2f} GB"] if sent.host else []
     return ["", f"sent by each rank in a step: {', '.join(parts)}"]
 
 
 def _timing(plan: Plan, time: StepTime, micro_batch: int) -> list[str]:
     hours = time.node_hours(plan.clips, plan.nodes)
+    between = f", between groups {time.across:.3f}" if time.across else ""
     return [
         f"predicted step at micro-batch {micro_batch}: {time.seconds:.3f} s = compute {time.compute:.3f} + exposed "
-        f"communication {time.exposed:.3f} (of {time.communication:.3f}) + optimizer {time.optimizer:.3f}",
+        f"communication {time.exposed:.3f} (of {time.communication:.3f}{between}) + optimizer {time.optimizer:.3f}",
         f"  {time.clips_per_second:,.1f} clips/s, MFU {100 * time.mfu:.1f} % "
         f"(with recomputation {100 * time.hfu:.1f} %), {hours:,.0f} node-hours for {plan.clips:,.0f} clips",
     ]

@@ -184,7 +184,7 @@ def check_memory(setup: Setup, parameters: int, trained: int) -> None:
     cfg, place, geometry = setup.cfg, setup.place, setup.geometry
     if place.world > parameters:
         raise UserError(f"parallel={cfg.parallel.name}: {place.world} ranks, but the model has {parameters} parameters")
-    sharding = sharding_of(cfg, geometry, place.world, setup.narrow)
+    sharding = sharding_of(cfg, geometry, place.world, setup.narrow, place.local_world)
     # The plan is of pre-training, where all that there is trains; a head is smaller than a decoder.
     planned = geometry.total_parameters
     states = optimizer_bytes(geometry, sharding) + gradient_bytes(geometry, sharding, planned)

@@ -107,7 +107,7 @@ def test_a_resumed_run_may_be_spread_otherwise(run_dir: Path, name: str) -> None
         ("model=51m", "only single values"),
         ("model/variant=joint", "only single values"),
         ("optimizer=adamw", "only single values"),
-        ("parallel=zero9", "must be one of ddp, fsdp, single, zero1"),
+        ("parallel=zero9", "must be one of ddp, fsdp, hsdp, single, zero1"),
         ("+launcher=frontier", "only single values"),
         ("~task.loss", "only single values"),
         ("model.embed_dim=48", "keeps its model"),

@@ -34,5 +34,5 @@ def test_help_lists_every_setting_with_its_value() -> None:
         "init=null ",
     ):
         assert f"  {part}" in text
-    assert "model=          14b5, 1b2, 202m" in groups_text()
+    assert "model=          130b, 14b5, 1b2, 202m" in groups_text()
     assert "_common" not in groups_text()

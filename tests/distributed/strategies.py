@@ -24,6 +24,10 @@ OPTIMIZERS = {"adamw": ["optimizer=adamw"], "mup": ["optimizer=adamw_mup", "opti
 BF16 = ["trainer.precision=bf16"]
 
 
+HSDP = ["parallel=hsdp", "parallel.group=2", "parallel.unit_mb=0.001", "data.batch_size=1"]
+"""On four ranks: two groups of two, weights gathered layer by layer."""
+
+
 def spread(name: str) -> list[str]:
     """The settings of a strategy on two ranks."""
     return [f"parallel={name}", *STRATEGIES[name]]

@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed import jobs
 from tests.distributed.ranks import run
-from tests.distributed.strategies import BF16, OPTIMIZERS, STRATEGIES, WHOLE, exported, spread
+from tests.distributed.strategies import BF16, HSDP, OPTIMIZERS, STRATEGIES, WHOLE, exported, spread
 
 pytestmark = [pytest.mark.distributed]
 
@@ -31,9 +31,10 @@ def single(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest
     return seen | {"weights": exported(folder).state_dict(), "overrides": overrides}
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, "hsdp"])
 def test_twenty_steps_are_those_of_one_device(single: dict[str, Any], name: str, store: Path, tmp_path: Path) -> None:
-    seen = trained(store, tmp_path, 2, *spread(name), *single["overrides"])
+    ranks, how = (4, HSDP) if name == "hsdp" else (2, spread(name))
+    seen = trained(store, tmp_path, ranks, *how, *single["overrides"])
     assert seen["losses"] == pytest.approx(single["losses"], rel=1e-5)
     assert seen["norms"] == pytest.approx(single["norms"], rel=1e-4)
     found = exported(tmp_path).state_dict()

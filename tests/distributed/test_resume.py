@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from swift.parallel.checkpoint import files as checkpoint
 from tests.distributed import jobs
 from tests.distributed.ranks import Failed, run
-from tests.distributed.strategies import stopped
+from tests.distributed.strategies import HSDP, stopped
 
 pytestmark = [pytest.mark.distributed]
 
@@ -63,6 +64,53 @@ def test_every_kind_saves_what_the_others_read(whole: dict[str, Any], store: Pat
         seen = run(jobs.train, ranks, store, tmp_path, overrides, stop)[0]
         steps = range(stop - 1, stop + 1)
         assert seen["losses"] == pytest.approx({step: whole["losses"][step] for step in steps}, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def grouped(whole: dict[str, Any], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run under hsdp on four ranks, two groups of two, as far as step 4."""
+    folder = tmp_path_factory.mktemp("grouped")
+    seen = run(jobs.train, 4, store, folder, [*RUN, *HSDP], 4)[0]
+    assert seen["losses"] == pytest.approx({step: whole["losses"][step] for step in range(1, 5)}, rel=1e-6)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (2, ["parallel=hsdp", "parallel.group=1", "data.batch_size=2"]),
+        (4, ["parallel=hsdp", "parallel.group=1", "data.batch_size=1"]),
+        (2, ["parallel=zero1", "data.batch_size=2"]),
+        (2, ["parallel=fsdp", "data.batch_size=2"]),
+        (2, ["parallel=zero2", "data.batch_size=2"]),
+        (2, ["parallel=zero3", "data.batch_size=2"]),
+        (2, ["parallel=ddp", "data.batch_size=2"]),
+        (1, ["parallel=single", "data.batch_size=4"]),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else value[0].removeprefix("parallel="),
+)
+def test_groups_of_ranks_save_what_every_kind_reads(
+    whole: dict[str, Any], grouped: Path, ranks: int, overrides: list[str], store: Path, tmp_path: Path
+) -> None:
+    seen = run(jobs.train, ranks, store, stopped(grouped, tmp_path, 4), [*RUN, *overrides], 6)[0]
+    assert seen["losses"] == pytest.approx({step: whole["losses"][step] for step in (5, 6)}, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_copy_is_written_once(grouped: Path) -> None:
+    """Every element of every tensor lies in one file, and each group writes about half of them."""
+    manifest = checkpoint.Manifest.read(checkpoint.finished(grouped / "checkpoints")[0])
+    assert manifest.world == 4
+    for name, shape in manifest.shapes.items():
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            parts = manifest.places(checkpoint.tensor_key(kind, name))
+            bounds = [0, *(stop for _, stop, _ in parts)]
+            assert [start for start, _, _ in parts] == bounds[:-1]
+            assert bounds[-1] == math.prod(shape)
+    written = [sum(stop - start for start, stop in ranges.values()) for _, ranges in sorted(manifest.ranges.items())]
+    first, second = written[0] + written[1], written[2] + written[3]
+    assert first == pytest.approx(second, rel=0.05)
 
 
 def damage(path: Path) -> None:

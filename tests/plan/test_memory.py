@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
+from swift.models.layers import PatchMerging
 from swift.plan.geometry import build_geometry
 from swift.plan.memory import (
     Sharding,
     backward_memory,
     backward_moments,
+    buffer_bytes,
+    gathered_unit,
     gradient_bytes,
     host_bytes,
     largest_micro_batch,
     memory,
+    mergings,
     optimizer_bytes,
     step_memory,
     weight_bytes,
@@ -22,6 +28,7 @@ from swift.plan.memory import (
 from tests.distributed.ranks import run
 from tests.models.cases import config
 from tests.plan import engine_memory
+from tests.plan.measure import on_meta
 
 VOLUME = (8, 8, 8, 4)
 GEOMETRY = build_geometry(config("factorized", "divisible"), VOLUME)
@@ -52,6 +59,44 @@ def test_states_of_zero_on_four_ranks(
     assert gradient_bytes(GEOMETRY, sharding, P) == gradients * P
 
 
+def test_states_of_groups_are_those_of_one_group() -> None:
+    """Of 8 ranks in groups of 4 each holds what each of 4 ranks holds under fsdp, and gathers as much."""
+    fsdp = replace(BASE, strategy="fsdp", ranks=4)
+    hsdp = replace(BASE, strategy="hsdp", ranks=8, group=4)
+    assert weight_bytes(GEOMETRY, hsdp) == P
+    assert optimizer_bytes(GEOMETRY, hsdp) == 2 * P
+    assert gradient_bytes(GEOMETRY, hsdp, P) == P
+    for micro_batch in (1, 3):
+        assert memory(GEOMETRY, hsdp, micro_batch) == memory(GEOMETRY, fsdp, micro_batch)
+    whole = replace(hsdp, group=8)
+    assert memory(GEOMETRY, whole, 2) == memory(GEOMETRY, replace(fsdp, ranks=8), 2)
+
+
+def test_units_are_blocks_or_their_layers() -> None:
+    """Counted on the model itself: the largest block, or the largest linear layer and what else a block has."""
+    model = on_meta(config("factorized", "divisible"), VOLUME)
+    blocks = {block: sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks()}
+    assert gathered_unit(GEOMETRY, math.inf) == max(blocks.values())
+    layers = {
+        block: [sum(p.numel() for p in part.parameters()) for part in block.modules() if isinstance(part, nn.Linear)]
+        for block in blocks
+    }
+    expected = max(max(sizes) + blocks[block] - sum(sizes) for block, sizes in layers.items())
+    merged = [part.reduction.weight.numel() for part in model.modules() if isinstance(part, PatchMerging)]
+    assert mergings(GEOMETRY) == merged
+    assert gathered_unit(GEOMETRY, 0) == max(expected, *merged)
+    # Only blocks over the limit are taken apart.
+    between = max(blocks.values()) - 1
+    rest = max(size for size in blocks.values() if size <= between)
+    largest = max(blocks, key=lambda block: blocks[block])
+    apart = max(layers[largest]) + blocks[largest] - sum(layers[largest])
+    assert gathered_unit(GEOMETRY, between) == max(rest, apart)
+    hsdp = replace(BASE, strategy="hsdp", ranks=8, group=4)
+    freed = buffer_bytes(GEOMETRY, hsdp) - buffer_bytes(GEOMETRY, replace(hsdp, unit=0.0))
+    # Two gathered units and one of gradients as wide again in fp32; mergings no longer stay gathered.
+    assert freed == 16 * (max(blocks.values()) - max(expected, *merged)) + 4 * sum(merged)
+
+
 def test_accumulation_holds_gradients() -> None:
     """ZeRO 1 keeps whole gradients until the last micro-batch, ZeRO 2 a second shard."""
     assert gradient_bytes(GEOMETRY, replace(ZERO["zero1"], accumulate=2), 0) == 4 * P
@@ -74,9 +119,11 @@ def test_offload_moves_states_to_the_host() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
-@pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"])
 def test_largest_micro_batch_is_the_last_that_fits(strategy: str, checkpointing: str) -> None:
-    sharding = replace(ZERO.get(strategy, replace(BASE, strategy=strategy)), checkpointing=checkpointing, bf16=True)
+    sharding = replace(
+        ZERO.get(strategy, replace(BASE, strategy=strategy, ranks=4, group=2)), checkpointing=checkpointing, bf16=True
+    )
     for available in (memory(GEOMETRY, sharding, 1).total * 0.999, 5e7, 3e8):
         most = largest_micro_batch(GEOMETRY, sharding, available)
         assert most == 0 or memory(GEOMETRY, sharding, most).total <= available

@@ -188,9 +188,9 @@ def test_help_says_what_can_be_typed(tmp_path: Path) -> None:
     rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
     for row in (
         "python -m swift.train resume=RUN_DIR go on exactly where a run stopped",
-        "model= 14b5, 1b2, 202m, 3b, 4b1, 51m, 7m, 806m, 8b8, tiny, v1",
+        "model= 130b, 14b5, 1b2, 202m, 3b, 4b1, 51m, 7m, 806m, 8b8, tiny, v1",
         "model/variant= factorized, joint, v1",
-        "parallel= ddp, fsdp, single, zero1, zero2, zero3, zero3_offload",
+        "parallel= ddp, fsdp, hsdp, single, zero1, zero2, zero3, zero3_offload",
         "model.embed_dim=96 Width E of stage 1; stages have E, 2E, 4E, 8E.",
         "task.mask_ratio=0.8 Part of the mask units that is hidden, inside (0, 1).",
         "resume=null Run to go on with, exactly where it stopped.",

@@ -63,7 +63,7 @@ def _local(tensor: Tensor) -> Tensor:
 def module_pieces(
     module: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int, world: int, steps: int | None = None
 ) -> Iterator[Piece]:
-    """Pieces where the parameters of the module are what the optimizer steps on: single, ddp and fsdp.
+    """Pieces where the parameters of the module are what the optimizer steps on: single, ddp, fsdp and hsdp.
 
     Args:
         module: The LightningModule.
@@ -72,6 +72,8 @@ def module_pieces(
         steps: Before a load: set Adam's count.
     """
     owner = _owners({name: p.numel() for name, p in module.named_parameters() if not isinstance(p, DTensor)}, world)
+    copies, copy = _copies(module)
+    copy_of = _owners({name: p.numel() for name, p in module.named_parameters() if isinstance(p, DTensor)}, copies)
     groups = optimizer.param_groups if optimizer is not None else []
     trained = {parameter for group in groups for parameter in group["params"]}
     assert trained <= set(module.parameters()), "the optimizer steps on parameters that the module does not have"
@@ -87,13 +89,21 @@ def module_pieces(
         if optimizer is not None and parameter in trained:
             state = _prepare(optimizer, parameter, steps)
             tensors |= {kind: _local(state[kind]) for kind in MOMENTS}
-        owned = isinstance(parameter, DTensor) or owner[name] == rank
+        owned = copy_of[name] == copy if isinstance(parameter, DTensor) else owner[name] == rank
         flat = {kind: tensor.view(-1) for kind, tensor in tensors.items()}
         yield Piece(name, tuple(parameter.shape), start, flat, owned and flat[WEIGHT].numel() > 0)
 
 
+def _copies(module: nn.Module) -> tuple[int, int]:
+    """How many groups of ranks hold all rows, and the number of this rank's group; under fsdp there is one."""
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2:
+            return parameter.device_mesh.size(0), parameter.device_mesh.get_local_rank(0)
+    return 1, 0
+
+
 def _owners(sizes: dict[str, int], world: int) -> dict[str, int]:
-    """Which rank writes each of the parameters that all have: largest first, to the rank with the least so far."""
+    """Which rank, or group, writes each of the parameters that all have: largest first, to the one with the least."""
     loads = [0] * world
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -118,7 +118,7 @@ class Step:
 def planned_gib(cfg: Config, clips: int, weights: str) -> float:
     """What `swift.plan` says that a device holds at the peak of this step, GiB."""
     geometry = geometry_of(cfg)
-    sharding = sharding_of(cfg, geometry, 1, weights != "fp32")
+    sharding = sharding_of(cfg, geometry, 1, weights != "fp32", 1)
     return memory(geometry, sharding, clips).total / GIB
 
 

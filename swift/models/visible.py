@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from swift.config.check import mask_unit
 from swift.config.schema import ModelConfig, TaskConfig
-from swift.models.autoencoder import reconstruction_loss
 from swift.models.cells import Cells, unit_tokens
 from swift.models.encoder import Stage, SwinBlock, SwinEncoder, stage_grids
 from swift.models.init import NORMAL, Init, draw
@@ -298,7 +298,10 @@ class CellDecoder(nn.Module):
         sample = torch.arange(len(shown), device=shown.device).unsqueeze(1)
         hidden = tokens.flatten(1, 3)[sample, units.hidden(shown)]  # (B, H, t, D)
         voxels = self.head(F.gelu(self.norm(hidden)))
-        return voxels.unflatten(-1, (units.patch[3], *units.cell)).flatten(2, 3)[:, :, : units.volume[3]]
+        voxels = voxels.unflatten(-1, (units.patch[3], *units.cell)).flatten(2, 3)
+        # A slice costs a pass over all voxels in the backward pass.
+        frames = units.volume[3]
+        return voxels if voxels.shape[2] == frames else voxels[:, :, :frames]
 
 
 def _doubled(x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -342,6 +345,33 @@ class VisibleAutoencoder(nn.Module):
         return self.decoder(*encode_visible(self.encoder, self.units, x, shown), shown)
 
 
+class _CellSums(torch.autograd.Function):
+    """Loss summed over the counted voxels of each clip, in few passes: the target becomes the gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor, left_out: Tensor, kind: str) -> Tensor:
+        difference = target.neg_().add_(prediction).masked_fill_(left_out, 0.0)
+        rows = difference.flatten(1)
+        if kind == "l1":
+            sums = torch.linalg.vector_norm(rows, 1, dim=1)
+            gradient = difference.sgn_()
+        elif kind == "l2":
+            sums = torch.linalg.vector_norm(rows, 2, dim=1).square()
+            gradient = difference.mul_(2)
+        else:
+            zero = rows.new_zeros(()).expand_as(rows)
+            sums = F.smooth_l1_loss(rows, zero, reduction="none").sum(1)
+            gradient = difference.clamp_(-1, 1)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = prediction.dtype
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0].view(-1, *[1] * (gradient.ndim - 1))).to(ctx.dtype), None, None, None
+
+
 def hidden_loss(units: Units, prediction: Tensor, x: Tensor, counted: Tensor, shown: Tensor, kind: str) -> Tensor:
     """As `reconstruction_loss`, of hidden cells alone: no prediction of the whole clip is made.
 
@@ -354,9 +384,14 @@ def hidden_loss(units: Units, prediction: Tensor, x: Tensor, counted: Tensor, sh
         kind: l1 | smooth_l1 | l2.
 
     Returns:
-        A scalar in float32.
+        A scalar in float32 (or wider, as x); clips without a counted voxel are left out (0 if there is no other).
     """
     hidden = units.hidden(shown)
-    target = take(x.squeeze(1), units.cell, hidden)
-    of_cells = take(counted, units.cell, hidden).unsqueeze(2).expand(target.shape)
-    return reconstruction_loss(prediction.unsqueeze(1), target.unsqueeze(1), of_cells, kind)
+    sample = torch.arange(len(x), device=x.device).unsqueeze(1)
+    # All cells are laid out before some are taken: rows are copied faster than boxes.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    target = _blocks(x.squeeze(1), units.cell).flatten(1, 3)[sample, hidden].to(wide)
+    of_cells = take(counted, units.cell, hidden)
+    sums = _CellSums.apply(prediction, target, ~of_cells.unsqueeze(2), kind)
+    voxels = of_cells.flatten(1).sum(1) * units.volume[3]
+    return (sums / voxels.clamp(min=1)).sum() / (voxels > 0).sum().clamp(min=1)

@@ -126,9 +126,8 @@ def loss_bytes(geometry: Geometry, loss: str) -> int:
     """Which voxels count, and in fp32 the difference of prediction and target (l1), or both of them (others)."""
     kept = geometry.voxels if loss == "l1" else geometry.padded_voxels + geometry.voxels
     if geometry.cells is not None:
-        # The hidden cells alone; which of their voxels count is said once for all frames.
-        kept = predicted_voxels(geometry) * (1 if loss == "l1" else 2)
-        return kept * 4 + geometry.cells.hidden * geometry.cells.voxels
+        # Of the hidden cells alone, their gradient.
+        return predicted_voxels(geometry) * 4
     return kept * 4 + geometry.voxels
 
 

@@ -1,4 +1,4 @@
-"""task.hidden=drop under every kind of strategy: the steps of one device, recomputed blocks and resumed runs included."""
+"""task.hidden=drop under every kind of strategy: the steps of one device, recomputed and resumed runs included."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Planted maps from rest: a dense head beside every baseline, on one cohort and split.
 
-    python experiments/task_maps/run.py [--work FOLDER] [--steps N] [--subjects N]
+    python experiments/task_maps/run.py [--work FOLDER] [--steps N] [--subjects N] [--only NAME ...]
 
 Makes a synthetic cohort with three maps (of couplings, of amplitudes, of nothing in the scans), fits the baselines,
 trains map_unet and map_local from random weights and map_unet on a frozen random encoder, and writes summary.json,
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/task_maps"), help="cohort and runs")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--subjects", type=int, default=80)
+    parser.add_argument("--only", nargs="+", choices=TRAINED, default=list(TRAINED), help="heads to train")
     options = parser.parse_args()
     work: Path = options.work
     size = ["--subjects", str(options.subjects), "--frames", "160", "--grid", "24", "28", "24", "--spacing", "6"]
@@ -83,8 +84,9 @@ def main() -> None:
         "data.batch_size=4",
         "task.select=residual_r",
     ]
-    folders = {name: work / name.replace(", ", "-").replace(" ", "-") for name in TRAINED}
-    for name, own in TRAINED.items():
+    folders = {name: work / name.replace(", ", "-").replace(" ", "-") for name in options.only}
+    for name in options.only:
+        own = TRAINED[name]
         if not (folders[name] / "summary.json").exists():
             command("swift.train", *task, *MODEL, *steps, *own, f"run_dir={folders[name]}")
     every = [*((None, work / "baselines" / name) for name in baselines), *folders.items()]
@@ -97,7 +99,7 @@ def main() -> None:
     (HERE / "table.md").write_text(table(found))
     from swift.report.figures.maps import maps_figure
 
-    maps_figure(folders["map_unet, scratch"] / "figures" / "maps.npz", HERE / "maps.png")
+    maps_figure(folders[options.only[0]] / "figures" / "maps.npz", HERE / "maps.png")
 
 
 def table(found: dict[str, dict]) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swift.inference.embedding import Embedder
+    from swift.inference.pretrained import load_model
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "load_model"]
 
 
 def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from swift.inference.embedding import Embedder
 
         return Embedder
+    if name == "load_model":
+        from swift.inference.pretrained import load_model
+
+        return load_model
     raise AttributeError(f"module 'swift' has no attribute {name!r}")

@@ -6,22 +6,7 @@ import runpy
 import sys
 from difflib import get_close_matches
 
-COMMANDS = {
-    "data": "bring NIfTI and BIDS scans into a store; check, repair, split and export it",
-    "train": "pre-train a model, or fine-tune one on a task; go on with a run",
-    "baselines": "what simple methods reach on a task",
-    "report": "figures and tables from run directories",
-    "embed": "embeddings of scans from a trained model",
-    "attribute": "which voxels a prediction rests on",
-    "export": "weights, settings and input contract in one file",
-    "plan": "parameters, FLOPs, memory and step time, before a run",
-    "runs": "progress, restarts and goodput of runs",
-    "health": "whether a node can train",
-    "study": "a study of many runs, that stops and goes on",
-    "series": "time series of every layer, for temporal fidelity",
-    "replay": "run a bad training step again",
-}
-"""Command -> what it does; the code is the module swift.COMMAND."""
+from swift.utils.commands import COMMANDS
 
 
 def usage() -> str:
@@ -29,7 +14,13 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {does}" for name, does in COMMANDS.items()]
     return "\n".join(
-        ["usage: swift-fmri COMMAND ...", "", *lines, "", "swift-fmri COMMAND --help says what a command takes."]
+        [
+            "usage: swift-fmri COMMAND ...  or swift-fmri --version",
+            "",
+            *lines,
+            "",
+            "swift-fmri COMMAND --help says what a command takes.",
+        ]
     )
 
 
@@ -39,6 +30,11 @@ def main() -> None:
     if not given or given[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if given else sys.stderr)
         sys.exit(0 if given else 2)
+    if given[0] == "--version":
+        from swift.cluster.doctor import version
+
+        print(f"swift-fmri {version()}")
+        return
     name = given[0]
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_help_lists_the_commands_a_line_each() -> None:
     assert done.returncode == 0
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert listed == list(COMMANDS)
+
+
+def test_version_is_that_of_the_package() -> None:
+    done = run("-m", "swift", "--version")
+    assert done.returncode == 0
+    assert done.stdout.split()[:2] == ["swift-fmri", version("swift-fmri")]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from swift.config.check import check
 from swift.config.derive import fill_grid, fill_maps, fill_step, quoted, refuse_truth_values, take_model, take_v1_input
+from swift.config.names import refuse_unknown
 from swift.config.schema import Config
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
@@ -92,6 +93,7 @@ def composed(overrides: Sequence[str], folder: Path | None = None, model: bool =
 
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder")
+    refuse_unknown([*(["--config-dir", str(folder)] if folder else []), *overrides], conf_dir())
     overrides = quoted(overrides)
     search = [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
     try:

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from swift.config.names import options_first
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.config")
@@ -167,16 +168,19 @@ def _model_of(path: Path) -> dict[str, Any] | None:
 def quoted(arguments: Sequence[str]) -> list[str]:
     """Arguments of a command with the values of paths quoted for Hydra, whose grammar has = , ( ) and blanks.
 
-    With -m a comma is between two values of a sweep, so that nothing is quoted there.
+    A ~ at its beginning becomes the home folder: the shell leaves it where it stands after NAME=. With -m a comma is
+    between two values of a sweep, so that a value with one is not quoted there.
     """
-    if {"-m", "--multirun"} & set(arguments):
-        return list(arguments)
-    return [_quoted(argument) for argument in arguments]
+    sweep = bool({"-m", "--multirun"} & set(arguments))
+    return [_quoted(argument, sweep) for argument in arguments]
 
 
-def _quoted(argument: str) -> str:
+def _quoted(argument: str, sweep: bool) -> str:
     name, mark, value = argument.partition("=")
-    if not mark or name not in PATHS or not re.search(r"[^\w/.+\-:%${}]", value, re.ASCII):
+    if mark and name in PATHS and re.match(r"~(/|$)", value):
+        value = str(Path(value).expanduser())
+        argument = f"{name}={value}"
+    if not mark or name not in PATHS or (sweep and "," in value) or not re.search(r"[^\w/.+\-:%${}]", value, re.ASCII):
         return argument
     # Quoted, a list or escaped already: typed by one who knows the grammar.
     if value[:1] in "'\"[" or "\\" in value:
@@ -185,5 +189,5 @@ def _quoted(argument: str) -> str:
 
 
 def quote_command_line() -> None:
-    """Quote the paths of this process's own command line."""
-    sys.argv[1:] = quoted(sys.argv[1:])
+    """Quote the paths of this process's own command line, and put its settings behind its options."""
+    sys.argv[1:] = options_first(quoted(sys.argv[1:]))

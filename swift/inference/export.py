@@ -131,7 +131,7 @@ def shareable(config: dict[str, Any]) -> dict[str, Any]:
         return part | {name: LEFT_OUT for name in names if part.get(name) is not None}
 
     mixture = [cohort | {"path": f"{LEFT_OUT}-{place}"} for place, cohort in enumerate(config["data"]["mixture"])]
-    data = hidden(config["data"], "path", "split", "stage_dir") | {"mixture": mixture}
+    data = hidden(config["data"], "path", "split", "stage_dir") | {"mixture": mixture, "exclude": []}
     task = dict(config["task"])
     if task.get("target"):
         task["target"] = hidden(task["target"], "events")

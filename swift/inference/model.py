@@ -76,7 +76,8 @@ def load_trained(path: str | Path, which: str = "latest", config: str | Path | N
     else:
         weights = CheckpointWeights(*find_checkpoint(path, which))
         said = metadata_of(weights.manifest)
-    missing = [name for name in ("config", "contract", "step") if not said.get(name)]
+    needed = ("config", "contract") if said.get("origin") == "SwiFT v1" else ("config", "contract", "step")
+    missing = [name for name in needed if not said.get(name)]
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)} beside its weights: swift made no such file")
     from omegaconf import OmegaConf
@@ -85,7 +86,7 @@ def load_trained(path: str | Path, which: str = "latest", config: str | Path | N
     contract = Contract.of(said["contract"], path)
     model = _empty(cfg)
     _fill(model, weights, path)
-    return Trained(str(path), model.eval(), cfg, contract, int(said["step"]), said.get("target") or {})
+    return Trained(str(path), model.eval(), cfg, contract, said.get("step"), said.get("target") or {})
 
 
 def fingerprint(trained: Trained) -> str:

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON (bytes, FLOPs, seconds) instead of text")
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     set_up_logging()
 
     def work() -> None:

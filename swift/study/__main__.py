@@ -29,12 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--keep", action="store_true", help="write figures and tables beside the study file: change those kept there"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     set_up_logging()
 
     def work() -> None:
-        settings = [word for word in options.given if "=" in word]
-        studies = [load_study(Path(word)) for word in options.given if "=" not in word]
+        settings = [word for word in options.given if "=" in word and not Path(word).is_file()]
+        studies = [load_study(Path(word)) for word in options.given if word not in settings]
         if not studies:
             raise UserError("give a study file, such as experiments/ablation/laptop.yaml")
         if len(studies) > 1 and (options.runs or options.out):

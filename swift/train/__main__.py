@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from swift.config.compose import conf_dir, load_frozen, typed
 from swift.config.derive import quote_command_line
 from swift.config.help import register
+from swift.config.names import refuse_unknown
 from swift.config.schema import Config
 from swift.parallel.ranks import SETTINGS, current_place, first_to_report
 from swift.train.run import run_rank, train
@@ -68,6 +69,8 @@ def main() -> None:
 
     set_up_logging()
     register()
+    if SETTINGS not in os.environ and not {"--help", "-h"} & set(sys.argv[1:]):
+        reported(lambda: refuse_unknown(sys.argv[1:], conf_dir()), first_to_report)
     quote_command_line()
     sys.argv[0] = "swift.train"  # what a usage line calls it
     if current_place().rank:

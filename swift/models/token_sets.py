@@ -103,7 +103,9 @@ class TokenSet:
         self._layouts: dict[tuple[object, ...], Layout] = {}
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        # Sets are kept: tables made in inference mode (a validation) could not be used in training.
+        with torch.inference_mode(False):
+            return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def __len__(self) -> int:
         return len(self._clip)

@@ -11,10 +11,12 @@ from torch import Tensor
 from swift.models.attention import WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.encoder import SwinEncoder
+from swift.models.heads import TargetModel
 from swift.models.token_sets import token_sets
 from tests.models import cases
 from tests.models import reference as ref
 from tests.models.test_reference import TIGHT, check_gradients, decoder_shapes, loaded, normal, seeded, weighted
+from tests.small import GRID, settings
 
 FAST = {("joint", "padded"), ("factorized", "long"), ("factorized-ts-each", "thin"), ("factorized-rope_global", "thin")}
 FAST |= {("joint-rope", "divisible"), ("factorized-absolute", "padded"), ("factorized-none", "slices")}
@@ -137,6 +139,29 @@ def test_a_clip_without_brain_keeps_one_place_and_changes_no_other() -> None:
     for name, parameter in model.named_parameters():
         gradient = torch.autograd.grad(empty, parameter, retain_graph=True)[0]
         assert gradient.isfinite().all(), name
+
+
+def test_a_model_with_a_head_reads_brain_tokens_alone() -> None:
+    """What fine-tuning and attribution rest on: the gradient is exactly zero in patches without brain, and only there.
+
+    After inference mode on the same masks, as a validation before training.
+    """
+    cfg = settings("task=synthetic_binary", "model.tokens=brain", "model.patch_size=[2,2,2,2]")
+    torch.manual_seed(0)
+    model = TargetModel(cfg.model, cfg.task, cfg.data.grid, cfg.data.frames).double()
+    brain = brains(*GRID)[:2]
+    x = normal(2, 1, *GRID, cfg.data.frames)
+    with torch.inference_mode():
+        before = model(x, brain)
+    x.requires_grad_()
+    after = model(x, brain)
+    assert torch.equal(before, after.detach())
+    after.sum().backward()
+    assert x.grad is not None
+    touched = ref.existing(brain, [2, 2, 2])
+    for axis in (1, 2, 3):
+        touched = touched.repeat_interleave(2, axis)
+    assert torch.equal(x.grad.abs().sum((1, 5)) > 0, touched)
 
 
 def test_sets_are_made_once_for_a_batch() -> None:

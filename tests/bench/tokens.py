@@ -1,10 +1,10 @@
-"""A training step on the whole box beside one on brain tokens: CPU-seconds and activation memory. Run by `make bench`.
+"""A training step on the box, on brain tokens, on visible units: CPU-seconds and memory. Run by `make bench`.
 
     python -m tests.bench.tokens [--model 51m] [--store DIR] [--rounds N] [--threads N] [--json]
 
-A step is mask, forward pass, loss and backward pass of one clip of 96x96x96 voxels and 20 frames in float32. Both take
-turns on the same weights and clip, so that other work on the machine falls on both; the minimum of CPU-seconds (user
-and system time of all threads) over the rounds is kept. Activation memory is what autograd keeps between the forward
+A step is mask, forward pass, loss and backward pass of one clip of 96x96x96 voxels and 20 frames in float32. All take
+turns on the same clip, so that other work on the machine falls on all; the minimum of CPU-seconds (user and system
+time of all threads) over the rounds is kept. Activation memory is what autograd keeps between the forward
 and the backward pass, weights left out, and the most a process of its own needs beyond what it held before, minus the
 gradients of the weights. The clip is the first of a store (--store, of `python -m swift.data ingest --grid 96
 --spacing 2`), or noise in an ellipsoid that touches about as many patches as a brain.
@@ -24,14 +24,17 @@ from torch import Tensor
 
 from swift.config.compose import composed
 from swift.config.schema import Config
-from swift.models.autoencoder import reconstruction_loss
 from swift.models.pooling import brain_tokens
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data
 from tests.bench.encoder import MIB, memory
 from tests.bench.gpu.build import make_batch, make_module
 
-MODES: dict[str, list[str]] = {"box": ["model.tokens=box"], "brain": ["model.tokens=brain"]}
+MODES: dict[str, list[str]] = {
+    "box": ["model.tokens=box"],
+    "brain": ["model.tokens=brain"],
+    "drop": ["model.tokens=box", "task.hidden=drop", "task.mask_kind=tube"],
+}
 """Box is the yardstick."""
 CPU = torch.device("cpu")
 
@@ -52,12 +55,6 @@ def first_clip(cfg: Config) -> dict[str, Tensor]:
     return data.dense(next(iter(data.train_dataloader())))
 
 
-def loss_of(module: PretrainModule, batch: dict[str, Tensor]) -> Tensor:
-    """As a training step has it."""
-    prediction, mask = module.reconstruct(batch)
-    return reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
-
-
 def kept_bytes(module: PretrainModule, batch: dict[str, Tensor]) -> int:
     """What autograd keeps of a forward pass, weights and the clip left out, every storage once."""
     given = [*module.parameters(), *module.buffers(), *batch.values()]
@@ -70,7 +67,7 @@ def kept_bytes(module: PretrainModule, batch: dict[str, Tensor]) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        loss = loss_of(module, batch)
+        loss = module.loss(batch)
         total = sum(found.values())
     del loss
     return total
@@ -82,7 +79,7 @@ def peak(model: str, store: str | None, mode: str) -> int:
     module, batch = make_module(cfg, CPU), first_clip(cfg)
     gradients = sum(parameter.numel() * 4 for parameter in module.parameters())
     before = memory("VmRSS")
-    loss_of(module, batch).backward()
+    module.loss(batch).backward()
     return memory("VmHWM") - before - gradients
 
 
@@ -103,7 +100,7 @@ def measure(model: str, store: str | None, rounds: int, threads: int) -> dict[st
         for mode, module in modules.items():
             module.zero_grad(set_to_none=True)
             began = time.process_time()
-            loss_of(module, batch).backward()
+            module.loss(batch).backward()
             times[mode].append(time.process_time() - began)
     for mode, values in times.items():
         found[mode]["cpu_seconds"] = min(values)
@@ -121,8 +118,7 @@ def table(row: dict[str, Any]) -> str:
     lines = [
         f"training step of model={row['model']}, one clip of 96x96x96x20, {row['threads']} threads; "
         f"brain tokens of stages 1 to {len(row['brain_shares'])}: {shares}",
-        f"{'model.tokens':<14}"
-        + "".join(f"{name:>12}{'to box':>8}" for name in ("CPU-seconds", "kept, MiB", "peak, MiB")),
+        f"{'mode':<14}" + "".join(f"{name:>12}{'to box':>8}" for name in ("CPU-seconds", "kept, MiB", "peak, MiB")),
     ]
     box = row["modes"]["box"]
     for mode, values in row["modes"].items():

@@ -29,13 +29,15 @@ def elsewhere() -> dict[Path, str]:
 
 
 def page_of(target: Path) -> str | None:
-    """The page that shows a file or folder of the repository; None: no page does."""
+    """The page that shows a file or folder of the repository, with its ending; None: no page does."""
+    if target == DOCS / "gallery":
+        return "examples/index.rst"
     pages = elsewhere()
     for file in (target, target / "README.md"):
         if file in pages:
-            return pages[file]
+            return f"{pages[file]}.md"
     if target.suffix in (".md", ".rst") and target.parent == DOCS and target.is_file():
-        return target.stem
+        return target.name
     return None
 
 
@@ -67,7 +69,7 @@ def rewritten(text: str, source: Path, page: str) -> str:
             named = place.relative_to(ROOT).as_posix()
             plain = words.strip("`")
             return f"`{named}`" if plain.rstrip("/") in (named, path.rstrip("/")) else f"{words} (`{named}`)"
-        return f"[{words}]({os.path.relpath(DOCS / f'{other}.md', here)}{hash_}{anchor})"
+        return f"[{words}]({os.path.relpath(DOCS / other, here)}{hash_}{anchor})"
 
     def image(found: re.Match[str]) -> str:
         place = (source.parent / found[2]).resolve()

@@ -52,6 +52,8 @@ def test_links_of_a_readme_become_links_of_its_page(pages: ModuleType) -> None:
         "[a](../../tasks.md#x) b (`experiments/attribution/run.py`) `experiments/attribution/run.py` "
         "![c](../../../experiments/attribution/maps.png) [d](speed.md) [e](https://f.org/#g)"
     )
+    done = pages.rewritten("[a](../launch/README.md) [b](gallery/)", ROOT / "docs/index.md", "index")
+    assert done == "[a](made/cluster.md) [b](examples/index.rst)"
     with pytest.raises(ValueError, match=r"docs/use\.md: link to nowhere\.md, which is not there"):
         pages.rewritten("[a](nowhere.md)", ROOT / "docs/use.md", "use")
 

@@ -28,7 +28,7 @@ def single(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict,
     return seen, exported(folder).state_dict()
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "fsdp"])
 def test_brain_tokens_on_two_ranks_are_those_of_one_device(
     single: tuple[dict, dict], name: str, store: Path, tmp_path: Path
 ) -> None:

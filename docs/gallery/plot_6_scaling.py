@@ -62,7 +62,7 @@ for name in ("scaling_runs", "scaling"):
 # ------
 # Each point is a run of its own. If the command is stopped, the same command goes on where it was.
 
-swift("study scaling/study.yaml --runs scaling_runs", last=30)
+swift("study scaling/study.yaml --runs scaling_runs --out scaling", last=30)
 
 # %%
 # The fit

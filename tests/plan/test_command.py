@@ -137,7 +137,7 @@ def test_no_mfu_on_an_unknown_device(capsys: pytest.CaptureFixture[str], monkeyp
         (["model=tiny", "parallel=single", "nodes=2", "site=frontier"], "nodes=2: parallel=single has one device"),
         (["model=tiny", "parallel=zero1", "nodes=9000000", "site=frontier"], "ranks are more than the"),
         (["tiny"], "tiny: settings are KEY=VALUE"),
-        (["model=huge"], "model/huge"),
+        (["model=huge"], "model=huge: no such choice"),
         (["model=tiny", "model.wings=2"], "wings"),
         (["model=tiny", "model.embed_dim=25"], "model.num_heads"),
         (["model=tiny", "data.grid=[6,6,6]"], "down to one token"),

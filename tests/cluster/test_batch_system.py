@@ -103,7 +103,7 @@ def test_the_queue(slurm: Path) -> None:
 def waiting(run: Path, job: str, state: str = "submitted") -> State:
     run.mkdir()
     (run / "jobs.jsonl").write_text(json.dumps({"job": "1"}) + "\n" + json.dumps({"job": job}) + "\n")
-    return State(str(run), state, None, 10, None, None, 0, 0.0, 0.0, 0.0, None, None, None)
+    return State(str(run), state, None, 10, None, None, "val/l1", 0, 0.0, 0.0, 0.0, None, None, None)
 
 
 def test_runs_that_wait_say_why(slurm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,8 @@ from tests.distributed.strategies import BF16, HSDP, OPTIMIZERS, STRATEGIES, WHO
 
 pytestmark = [pytest.mark.distributed]
 
+FAST = ("ddp", "zero1", "zero3", "fsdp")
+"""What every run of the suite tries; the others are among the slow tests."""
 RUN = ["trainer.max_steps=20", "trainer.val_every=20", "trainer.log_every=20", "trainer.val_batches=1"]
 
 
@@ -31,7 +33,10 @@ def single(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest
     return seen | {"weights": exported(folder).state_dict(), "overrides": overrides}
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, "hsdp"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*STRATEGIES, "hsdp")],
+)
 def test_twenty_steps_are_those_of_one_device(single: dict[str, Any], name: str, store: Path, tmp_path: Path) -> None:
     ranks, how = (4, HSDP) if name == "hsdp" else (2, spread(name))
     seen = trained(store, tmp_path, ranks, *how, *single["overrides"])

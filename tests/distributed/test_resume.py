@@ -51,6 +51,7 @@ def test_another_strategy_goes_on_as_if_nothing_had_been(
         assert sorted(sample for rank in seen for sample in rank["samples"][s]) == whole["samples"][s]
 
 
+@pytest.mark.slow
 def test_every_kind_saves_what_the_others_read(whole: dict[str, Any], store: Path, tmp_path: Path) -> None:
     """Handed on: fsdp on two ranks to zero3 on two, to single on one."""
     stopped(whole["folder"], tmp_path, 2)

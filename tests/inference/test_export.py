@@ -75,6 +75,7 @@ print(found.step, found.contract["frames"], tuple(out.shape), repr(float(out.det
 """
 
 
+@pytest.mark.slow
 def test_it_is_read_where_deepspeed_and_lightning_are_missing(exported: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", READ, str(exported)], capture_output=True, text=True, env=environment()

@@ -62,6 +62,7 @@ def test_aurora_up_to_64_nodes_predicts_256_and_512_within_15_percent():
     assert np.all(np.abs(error) < 0.15), error
 
 
+@pytest.mark.slow
 def test_published_rows_as_a_command(tmp_path, capsys):
     given = ["scaling_model", "--table", str(PUBLISHED), "--out", str(tmp_path), "--json"]
     assert report.main([*given, "--fit-up-to", "Aurora=64", "Frontier=256", "--predict", "4096"]) == 0

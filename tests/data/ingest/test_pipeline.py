@@ -182,6 +182,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same_store(tmp_path: Path) -> None:
     """kill -9 with a scan in hand, twice; then to the end: the bytes of an undisturbed run."""
     dataset = scans.dataset(tmp_path / "d", subjects=5)

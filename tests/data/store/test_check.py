@@ -74,6 +74,7 @@ def test_a_frame_is_named(store: Path) -> None:
     assert describe(verify(store)[0]) == f"shard {file.name}, scan {name}, frame 5"
 
 
+@pytest.mark.slow
 def test_every_single_byte_flip_is_found_and_mended(store: Path, made: tuple[Path, Path]) -> None:
     """Anywhere in the shards, HDF5's own structures and padding included; alternately one by one from the replica."""
     rng = random.Random(1)

@@ -142,7 +142,7 @@ def predict(stage: int, ranks: int, bf16: bool, accumulate: int) -> dict[str, fl
         False,
         False,
         "l1",
-        True,
+        on_cpu=True,
     )
     total = geometry.total_parameters
     states = weight_bytes(geometry, sharding) + optimizer_bytes(geometry, sharding)

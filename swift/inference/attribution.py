@@ -24,6 +24,7 @@ import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff, ornt_transform
 from torch import Tensor, nn
 
+from swift.config.check_target import class_names
 from swift.data.ingest.nifti import Volumes
 from swift.inference.fit_scan import FittedScan
 from swift.inference.model import Trained
@@ -63,7 +64,7 @@ def choose_target(trained: Trained, wanted: str | None) -> int | None:
         if wanted is not None:
             raise UserError(f"--target {wanted}: this model predicts a number (task={trained.config.task.name})")
         return None
-    names = [entry.split("|")[0] for entry in target.classes]
+    names = class_names(target)
     if wanted is None:
         if len(names) != 2:
             raise UserError(f"--target is missing: this model has the classes {', '.join(names)}")

@@ -11,6 +11,7 @@ cx cy cz the predicted cells.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -144,9 +145,9 @@ class MapHead(nn.Module):
         """Features (B, x, y, z, t, C) of every stage, clips (B, 1, X, Y, Z, T), bool (B, X, Y, Z) -> a clip's own."""
         return [pool(feature) for pool, feature in zip(self.pools, features, strict=True)]
 
+    @abstractmethod
     def decode(self, pooled: Sequence[Tensor]) -> Tensor:
         """What `pooled` gave, or its mean over clips -> (B, K, cx, cy, cz) float32."""
-        raise NotImplementedError
 
     def forward(self, features: Sequence[Tensor], x: Tensor, brain: Tensor) -> Tensor:
         """Both: (B, K, cx, cy, cz) float32."""

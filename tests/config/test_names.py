@@ -62,6 +62,11 @@ def test_a_wrong_name_is_one_line(given: list[str], says: str) -> None:
 )
 def test_legal_names_pass(given: list[str]) -> None:
     refuse_unknown(given, conf_dir(), ["nodes"])
+    if "--config-dir" in given:  # with files of one's own Hydra has the last word
+        refuse_unknown([*given, "trainer.no_such=1"], conf_dir(), ["nodes"])
+        return
+    with pytest.raises(UserError, match="no_such"):
+        refuse_unknown([*given, "trainer.no_such=1"], conf_dir(), ["nodes"])
 
 
 def test_settings_stand_in_any_position() -> None:

@@ -18,19 +18,8 @@ from swift.cluster.health import multiply, pick_device
 from swift.utils.entry import reported
 from swift.utils.errors import UserError
 from swift.utils.git import git_state
+from swift.utils.machine import DISTRIBUTION, MISSING, host, packages
 
-PACKAGES = (
-    "torch",
-    "lightning",
-    "deepspeed",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "scipy",
-    "h5py",
-    "nibabel",
-    "nilearn",
-)
 SECONDS = 2.0
 """That the matrix product is timed."""
 SIDE = 1024
@@ -41,43 +30,12 @@ LOW_GB = 10.0
 def version() -> str:
     """Version of swift-fmri with the revision of the code, where it is known."""
     try:
-        number = metadata.version("swift-fmri")
+        number = metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        number = "not installed"
+        number = MISSING
     state = git_state(Path(__file__).resolve().parents[1])
     known = state["dirty"] is not None
     return number + (f" ({str(state['revision'])[:10]}{', changed' if state['dirty'] else ''})" if known else "")
-
-
-def packages() -> dict[str, str]:
-    """Package -> version, of those that decide how a run behaves."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
-def device() -> dict[str, Any]:
-    """The accelerator, or the processor."""
-    import torch
-
-    try:
-        found = pick_device("gpu", 0)
-    except UserError:
-        return {
-            "kind": "cpu",
-            "name": platform.processor() or platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-        }
-    module = getattr(torch, found.type)
-    built = torch.version.hip or torch.version.cuda or ""
-    kind = "rocm" if torch.version.hip else found.type
-    memory = module.get_device_properties(0).total_memory / 2**30
-    name = module.get_device_name(0)
-    return {"kind": kind, "name": name, "count": module.device_count(), "memory_gib": round(memory, 1), "built": built}
 
 
 def threads() -> dict[str, Any]:
@@ -138,9 +96,9 @@ def examined(path: Path | None) -> tuple[dict[str, Any], list[str]]:
     """All findings, and what is wrong among them."""
     parts: dict[str, Callable[[], Any]] = {
         "swift": version,
+        "python": platform.python_version,
         "packages": packages,
-        "system": platform.platform,
-        "device": device,
+        "machine": host,
         "threads": threads,
         "product": product,
         "disk": lambda: disk(Path.cwd()),
@@ -155,7 +113,7 @@ def examined(path: Path | None) -> tuple[dict[str, Any], list[str]]:
         except Exception as error:  # a broken installation is what is looked for: name it and go on
             found[name] = None
             wrong.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
-    wrong += [f"{name} is missing" for name, number in (found["packages"] or {}).items() if number == "missing"]
+    wrong += [f"{name} is not installed" for name, number in (found["packages"] or {}).items() if number == MISSING]
     space = found["disk"]
     if space and not space["writable"]:
         wrong.append(f"{space['folder']} cannot be written: runs go to runs/ below it, or to run_dir=")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from swift.cluster import doctor
+from swift.utils import machine
 from swift.utils.errors import UserError
 from tests.data import stores
 
@@ -57,13 +58,13 @@ def test_faults_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
     monkeypatch.setattr(doctor, "product", broken)
     monkeypatch.setattr(doctor, "LOW_GB", 1e9)
-    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package-at-all"))
+    monkeypatch.setattr(doctor, "packages", lambda: {"torch": "2", "no-such-package": machine.MISSING})
     code, said = run(capsys, path)
     wrong = [line for line in said.splitlines() if line.startswith("wrong: ")]
     assert code == 1
     assert wrong[0] == "wrong: product: 3 of 9 elements of a matrix product are wrong"
     assert "frame 0" in wrong[1]
-    assert wrong[2] == "wrong: no-such-package-at-all is missing"
+    assert wrong[2] == "wrong: no-such-package is not installed"
     assert "GB free" in wrong[3]
     assert len(wrong) == 4
 

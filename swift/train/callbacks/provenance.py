@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import re
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from swift.utils import device
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
 from swift.utils.git import git_state
+from swift.utils.machine import host, packages
 
 FILE = "provenance.json"
-DISTRIBUTION = "swift-fmri"
 
 
 def collect(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,55 +38,6 @@ def collect(overrides: Sequence[str] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": host(),
     }
-
-
-def packages() -> dict[str, str]:
-    """Versions of swift and of everything it depends on; "not installed" where a package is missing.
-
-    Run from a bare source tree, swift's own list is not at hand: then the versions of what is imported.
-    """
-    try:
-        required = [line for line in metadata.requires(DISTRIBUTION) or [] if "extra ==" not in line]
-        names = [DISTRIBUTION, *(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in required)]
-    except metadata.PackageNotFoundError:
-        loaded = {module.partition(".")[0] for module in sys.modules}
-        by_module = metadata.packages_distributions()
-        names = sorted({name for module in loaded for name in by_module.get(module, [])})
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def host() -> dict[str, Any]:
-    """Kind of machine, without its name.
-
-    Returns:
-        "system", "cpu" (model), "cores" (this process may use), "gpus" (names), "accelerator" (CUDA, ROCm or oneAPI
-        version torch was built for, or None), "slurm_job" (id or None).
-    """
-    gpus = [device.name(index) for index in range(device.count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "gpus": gpus,
-        "accelerator": device.software(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
 
 
 def record(run_dir: str | Path, now: dict[str, Any], step: int = 0) -> dict[str, Any]:

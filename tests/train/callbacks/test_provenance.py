@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -59,20 +58,6 @@ def test_no_repository_and_no_git(tmp_path, monkeypatch):
 def test_git_variables_of_a_hook_are_ignored(checkout, monkeypatch):
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
     assert len(provenance.git_state(checkout)["revision"]) == 40
-
-
-def test_versions_are_those_of_our_dependencies():
-    found = provenance.packages()
-    assert found["torch"] == metadata.version("torch")
-    assert found["lightning"] == metadata.version("lightning")
-    assert "hydra-core" in found
-    assert "ruff" not in found  # an extra
-    json.dumps(found)
-
-
-def test_versions_without_an_installed_distribution(monkeypatch):
-    monkeypatch.setattr(provenance, "DISTRIBUTION", "no-such-distribution")
-    assert provenance.packages()["torch"] == metadata.version("torch")
 
 
 def test_collect_is_json_and_keeps_the_overrides():

@@ -6,7 +6,7 @@ Shapes: B batch, X Y Z T token grid, C channels, M = B*X*Y*Z*T, W windows of a g
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,20 +57,6 @@ def kernel_slots(tokens: int) -> int:
 def tile_slots(tokens: int) -> int:
     """Tokens of a tile of SDPA: whole windows, a multiple of 8 as its kernels want a mask to be."""
     return max(TILE_SLOTS, -(-tokens // 8) * 8)
-
-
-class _Reorder(torch.autograd.Function):
-    """(B, rows, C) -> (B, len(index), C). `inverse` leads back, so that the gradient is another gather, no sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        return x.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _, inverse = ctx.saved_tensors
-        return grads[0].index_select(1, inverse), None, None
 
 
 class WindowAttention(nn.Module):
@@ -163,13 +149,13 @@ class WindowAttention(nn.Module):
         assert tiles is not None, "plan() comes before a compiled forward pass"
         # Empty slots repeat token 0, see only each other and are never read: no gradient comes back from them.
         gather = tiles.token.clamp(min=0).flatten()
-        qkv = _Reorder.apply(self.qkv(x).flatten(1, 4), gather, tiles.slot)
+        qkv = packed.Reorder.apply(self.qkv(x).flatten(1, 4), gather, tiles.slot)
         q, k, v = qkv.unflatten(1, tiles.token.shape).unflatten(-1, (3, self.heads, -1)).unbind(3)
         if self.rotary is not None:
             q, k = self.rotary.turn(q, tiles.place), self.rotary.turn(k, tiles.place)
         seen = None if tiles.alone else (tiles.segment.unsqueeze(2) == tiles.segment.unsqueeze(1)).unsqueeze(1)
         out = self._in_calls(q, k, v, seen).flatten(3).flatten(1, 2)
-        return self.proj(_Reorder.apply(out, tiles.slot, gather)).view(x.shape)
+        return self.proj(packed.Reorder.apply(out, tiles.slot, gather)).view(x.shape)
 
     def _in_calls(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """SDPA of (B, tiles, slots, heads, head_dim) in calls that the kernels can launch; a mask is one a tile."""

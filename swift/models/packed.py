@@ -47,17 +47,17 @@ class AttentionLayer(Protocol):
         """Tokens of a window on a grid."""
 
 
-class _Reorder(torch.autograd.Function):
-    """(rows, C) -> (len(index), C). `inverse` leads back, so that the gradient is another gather, no sum."""
+class Reorder(torch.autograd.Function):
+    """(..., rows, C) -> (..., len(index), C). `inverse` leads back, so that the gradient is another gather, no sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
+        return x.index_select(-2, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+        return grads[0].index_select(-2, ctx.saved_tensors[0]), None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -164,14 +164,14 @@ def attention(layer: AttentionLayer, x: Tensor, where: TokenSet) -> Tensor:
     multiple = layer.multiple or MULTIPLE.get(x.device.type, MULTIPLE_ELSEWHERE)
     layout = where.layout(window, layer.shifted, x.shape[1], table, multiple)
     rows = x.flatten(0, 1)
-    qkv = layer.qkv(rows if layout.same else _Reorder.apply(rows, layout.order, layout.slot))
+    qkv = layer.qkv(rows if layout.same else Reorder.apply(rows, layout.order, layout.slot))
     pieces = qkv.split([windows.rows for windows in layout.windows])
     found = [_attend(layer, piece, windows) for piece, windows in zip(pieces, layout.windows)]
     out = layer.proj(found[0] if len(found) == 1 else torch.cat(found))
     if not layout.same:
         # Empty slots have seen the tokens of their window: what is read of them must be nothing, in the gradient too.
         full = len(layout.order) == len(layout.slot)
-        out = _Reorder.apply(out, layout.slot, layout.order) if full else _Take.apply(out, layout.slot)
+        out = Reorder.apply(out, layout.slot, layout.order) if full else _Take.apply(out, layout.slot)
     return layer.dropout(out).view(x.shape)
 
 

@@ -73,15 +73,8 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
     )
     from swift.parallel.checkpoint.write import Entry, write_sealed, write_text
 
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: must end in .safetensors")
-    listed = subjects_file(out)
-    partial = out.with_name(f".{out.name}.partial")
-    # A list beside a partial file and no finished one was left by an export that was killed: it is written anew.
-    half = partial.exists() and not out.exists()
-    for there in (out, listed):
-        if there.exists() and not (there == listed and half):
-            raise UserError(f"--out {out}: {there.name if there != out else 'it'} exists already")
+    listed, partial = subjects_file(out), out.with_name(f".{out.name}.partial")
+    _check_free(out, listed, partial)
     path, manifest = find_checkpoint(run, which)
     weights = CheckpointWeights(path, manifest)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -122,6 +115,17 @@ def export(run: Path, out: Path, dtype: str = "fp32", which: str = "latest") -> 
         "bytes": written.bytes,
         "xxh3": written.xxh3,
     }
+
+
+def _check_free(out: Path, listed: Path, partial: Path) -> None:
+    """Raise UserError where the file, or the list of subjects that goes with it, cannot be made or is there."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: must end in .safetensors")
+    if out.exists():
+        raise UserError(f"--out {out}: it exists already")
+    # A list beside a partial file and no finished one was left by an export that was killed: it is written anew.
+    if listed.exists() and not partial.exists():
+        raise UserError(f"--out {out}: {listed.name} exists already")
 
 
 def shareable(config: dict[str, Any]) -> dict[str, Any]:

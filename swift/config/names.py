@@ -68,7 +68,10 @@ def refuse_unknown(arguments: Sequence[str], folder: Path, more: Sequence[str] =
         UserError: no such setting or choice; names the nearest. A word that is no setting.
     """
     ordered = options_first(arguments)
-    own_files = any(word.partition("=")[0] in ("--config-dir", "-cd", "--config-path", "-cp") for word in ordered)
+    own_files = any(
+        word.partition("=")[0] in ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+        for word in ordered
+    )
     groups, single = group_choices(folder), dict(setting_names())
     legal = [*single, *groups, *more]
     skip = False

@@ -6,6 +6,8 @@ without DeepSpeed, Lightning or the run directory.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +132,18 @@ def _check_free(out: Path, listed: Path, partial: Path) -> None:
 
 def shareable(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run without what tells where it ran: `LEFT_OUT` for every path, and no launcher."""
+    from swift.config.derive import PATHS
 
-    def hidden(part: dict[str, Any], *names: str) -> dict[str, Any]:
-        return part | {name: LEFT_OUT for name in names if part.get(name) is not None}
-
-    mixture = [cohort | {"path": f"{LEFT_OUT}-{place}"} for place, cohort in enumerate(config["data"]["mixture"])]
-    data = hidden(config["data"], "path", "split", "stage_dir") | {"mixture": mixture, "exclude": []}
-    task = dict(config["task"])
-    if task.get("target"):
-        task["target"] = hidden(task["target"], "events")
-    return hidden(config, "run_dir", "init", "resume") | {"data": data, "task": task, "launcher": None}
+    shared = copy.deepcopy(config)
+    for setting in PATHS:
+        *groups, name = setting.split(".")
+        part = functools.reduce(lambda inside, group: inside.get(group) or {}, groups, shared)
+        if part.get(name) is not None:
+            part[name] = LEFT_OUT
+    for place, cohort in enumerate(shared["data"]["mixture"]):
+        cohort["path"] = f"{LEFT_OUT}-{place}"
+    shared["data"]["exclude"] = []
+    return shared | {"launcher": None}
 
 
 def load(path: str | Path) -> Exported:

@@ -35,6 +35,8 @@ log = logging.getLogger("swift")
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the hub's client raises without a network: of another package in other versions, not always an OSError."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -87,7 +89,7 @@ class Pretrained(ModelHubMixin):
         told["license"] = self._licence(license or told.get("license"))  # before anything is made there
         try:
             return str(super().push_to_hub(repo_id, model_card_kwargs=told, **kwargs))
-        except (OSError, HFValidationError) as error:
+        except (OSError, HFValidationError, CLIENT_ERROR) as error:
             raise _said(error, repo_id) from error
 
     @classmethod
@@ -99,7 +101,7 @@ class Pretrained(ModelHubMixin):
         """
         try:
             found: Pretrained = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, HFValidationError) as error:
+        except (OSError, HFValidationError, CLIENT_ERROR) as error:
             raise _said(error, str(pretrained_model_name_or_path)) from error
         return found
 
@@ -296,24 +298,27 @@ def _data(trained: Trained) -> str:
     """How much it was trained on, by count."""
     count = _summary(trained).get("n", {}).get("train")
     if count is None:
-        source, run = Path(trained.source), _run(trained)
-        if run is not None:
+        source = Path(trained.source)
+        if source.suffix == ".safetensors":  # also one that lies in its run's folder
+            from swift.parallel.checkpoint.read import FileWeights
+
+            count = FileWeights(source).metadata.get("subject_count")
+        elif _run(trained) is not None:
             from swift.parallel.checkpoint.read import find_checkpoint, metadata_of
 
             subjects = metadata_of(find_checkpoint(source, "latest")[1]).get("subjects")
             count = None if subjects is None else len(subjects)
-        elif source.suffix == ".safetensors":
-            from swift.parallel.checkpoint.read import FileWeights
-
-            count = FileWeights(source).metadata.get("subject_count")
     return (
         f"Trained on {count} subjects." if count is not None else "How many subjects it was trained on is not recorded."
     )
 
 
 def _scores(trained: Trained) -> list[str]:
-    """Scores with intervals, or the held-out error beside its baselines."""
+    """Scores with intervals, or the held-out error beside its baselines, of these very weights."""
     summary = _summary(trained)
+    judged = summary.get("best_step", summary.get("steps"))
+    if judged is not None and judged != trained.step:
+        return [f"Not recorded with these weights: the run was judged with those of step {judged}."]
     if "scores" in summary:
         tested = summary["subjects"]["test"]
         head = [f"Test of {tested} subjects.", "", "| score | test | 95 % interval |", "|---|---|---|"]

@@ -55,6 +55,7 @@ def test_a_wrong_name_is_one_line(given: list[str], says: str) -> None:
     "given",
     [
         ["--config-dir", "mine", "task=my_task"],
+        ["hydra.searchpath=[file://mine]", "task=my_task"],
         ["+launcher=frontier", "launcher.nodes=2", "hydra.run.dir=x", "+model.foo=1"],
         ["model/variant=joint", "model.num_heads=[4,8]", "~init"],
         ["data.mixture=[{path: a, weight: 1}]", "data.augment.flip=0.5", "task.target.column=age", "nodes=3"],
@@ -62,7 +63,7 @@ def test_a_wrong_name_is_one_line(given: list[str], says: str) -> None:
 )
 def test_legal_names_pass(given: list[str]) -> None:
     refuse_unknown(given, conf_dir(), ["nodes"])
-    if "--config-dir" in given:  # with files of one's own Hydra has the last word
+    if "--config-dir" in given or "hydra.searchpath" in given[0]:  # with files of one's own Hydra has the last word
         refuse_unknown([*given, "trainer.no_such=1"], conf_dir(), ["nodes"])
         return
     with pytest.raises(UserError, match="no_such"):

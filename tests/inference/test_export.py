@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from swift.config.derive import PATHS
 from swift.data.store.reader import Store
-from swift.inference.export import export, load, load_into
+from swift.inference.export import export, load, load_into, shareable
 from swift.inference.export_cli import main
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.parallel.checkpoint.read import FileWeights, find_checkpoint, subjects_file
@@ -169,6 +171,19 @@ def test_what_is_shared_names_no_subject_and_no_path(finished: Path, exported: P
     module = build_module(resolve(settings()))
     start_from(module, str(exported))
     assert module.seen_before == subjects
+
+
+def test_every_setting_that_is_a_path_is_left_out() -> None:
+    named = [f"{setting}=/somebody/{place}" for place, setting in enumerate(PATHS) if setting != "resume"]
+    cohort = "data.mixture=[{path: /somebody/cohort, weight: 1}]"
+    cfg = settings("task=task_map", "task.adapt=full", *named)
+    mixed = settings(cohort, "data.path=null")
+    for given in (cfg, mixed):
+        config = dataclasses.asdict(given)
+        before = json.dumps(config)
+        assert "/somebody" in before
+        assert "/somebody" not in json.dumps(shareable(config))
+        assert json.dumps(config) == before  # the run's own settings stay
 
 
 def test_the_list_of_subjects_belongs_to_its_file(exported: Path, finished: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 import swift
 from swift.data.store.reader import Store
 from swift.inference.export import export
-from swift.inference.pretrained import CARD, CONFIG, WEIGHTS, Pretrained
+from swift.inference.pretrained import CARD, CLIENT_ERROR, CONFIG, WEIGHTS, Pretrained
 from swift.utils.errors import UserError
 from tests.runs import weights
 
@@ -29,12 +29,14 @@ class LocalHub:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.down = False
+        self.down = self.offline = False
 
     def __call__(self, token: str | None = None) -> LocalHub:  # as HfApi(token=...)
         return self
 
     def create_repo(self, repo_id: str, **_: Any) -> Any:
+        if self.offline:
+            raise CLIENT_ERROR("no route to the host")
         (self.root / repo_id).mkdir(parents=True, exist_ok=True)
         return SimpleNamespace(repo_id=repo_id)
 
@@ -110,6 +112,25 @@ def test_the_card_and_the_configuration_are_true_and_name_nobody(folder: Path, f
     assert str(finished) not in text
 
 
+def test_scores_are_those_of_the_weights_or_left_out(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"best_step": 4}))
+    swift.load_model(run).save_pretrained(tmp_path / "out", license="mit")
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "Not recorded with these weights: the run was judged with those of step 4." in card
+    assert "**this model**" not in card
+
+
+def test_a_file_exported_into_its_own_run_is_a_model_too(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    export(run, run / "model_of_mine.safetensors")
+    swift.load_model(run / "model_of_mine.safetensors").save_pretrained(tmp_path / "out", license="mit")
+    assert "Trained on 2 subjects." in (tmp_path / "out" / CARD).read_text()
+
+
 def test_the_hub_there_and_back(folder: Path, hub: LocalHub) -> None:
     given = swift.load_model(folder)
     assert given.push_to_hub("lab/tiny") == "commit of lab/tiny"
@@ -142,6 +163,9 @@ def test_what_goes_wrong_is_one_line(
         assert says in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not (hub.root / "lab" / "other").exists()
+    hub.offline = True
+    with pytest.raises(UserError, match=r"lab/tiny: the hub cannot be reached.*no network\?"):
+        run.push_to_hub("lab/tiny", license="mit")
     hub.down = True
     with pytest.raises(UserError, match=r"the hub cannot be reached and there is no copy here: no network\?"):
         swift.load_model("lab/tiny")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from swift.config.check_target import class_names
 from swift.config.schema import TargetConfig
 from swift.data.labels.columns import NOT_KNOWN, encode, listed, number
 from swift.data.store.format import ScanInfo
@@ -126,7 +127,7 @@ def _shifted(
     Before the first acquired volume nothing is known but the events that reach into it. NaN values are events that are
     no class (others=leave_out): their frames are not rest.
     """
-    names = [entry.split("|")[0] for entry in target.classes]
+    names = class_names(target)
     nothing = math.nan
     if target.kind != "regression" and (target.column is None or REST in names):
         nothing = 0.0 if target.column is None else float(names.index(REST))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from swift.config.check_target import class_names
 from swift.config.schema import TargetConfig
 from swift.data.clips.mixture import Stores
 from swift.data.labels.columns import encode, listed
@@ -57,7 +58,7 @@ def read_labels(store: Stores, target: TargetConfig) -> Labels:
         UserError: no such column (the message names those there are), text where numbers are due (which rows), values
             that are no class, a subject with two values, no scan with events that can be read.
     """
-    names = [entry.split("|")[0] for entry in target.classes]
+    names = class_names(target)
     if target.source == "manifest":
         return Labels(target.kind, target.per, names, _from_manifest(store.scans, target))
     return Labels(target.kind, target.per, names, *_per_frame(store, target))

@@ -229,7 +229,7 @@ def page(paths: Sequence[Path], title: str) -> str:
     if runs:
         sections.append(("runs", "Runs", overview(runs)))
     for i, folder in enumerate(studies):
-        text = baselines_section(folder) if judged_below(folder) else study_section(folder)
+        text = (baselines_section(folder) if judged_below(folder) else "") + study_section(folder)
         sections.append((f"study-{i}", folder.resolve().name, text))
     sections += [(f"run-{i}", f"Run {run.name}", run_section(run)) for i, run in enumerate(runs)]
     links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name, _ in sections)

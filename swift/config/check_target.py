@@ -107,7 +107,6 @@ def check_map(task: TaskConfig, target: TargetConfig) -> None:
     require(task.head != "pooled", "task.head", task.head, legal)
     require(task.loss in ("l2", "contrastive"), "task.loss", task.loss, "maps take l2 or contrastive")
     require(task.select in ("loss", "residual_r"), "task.select", task.select, "maps take loss or residual_r")
-    require(not task.courses, "task.courses", True, "is for the head pooled")
     for name in ("balance", "class_weights"):
         require(not getattr(task, name), f"task.{name}", getattr(task, name), "a map has no classes")
     require(not target.classes, "task.target.classes", target.classes, "a map has none; it has contrasts")

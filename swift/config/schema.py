@@ -165,7 +165,7 @@ class TaskConfig:
     """loss=contrastive: how much larger the error against another subject's map must be, at the first and last step."""
     courses: bool = False
     """Give the head the courses of model.maps too, read with nothing hidden: of a frame its own, of a clip their mean
-    and standard deviation."""
+    and standard deviation; for brain maps the correlations of all pairs and their standard deviations."""
     layer_decay: float = 0.75
     """adapt=full: factor on the learning rate from one block to the one below it."""
     lora_rank: int = 8

@@ -26,14 +26,18 @@ from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.baselines")
 
-PER_SUBJECT = ("constant", "nuisance", "fc", "fc_tangent", "amplitude")
+CONNECTOMES = {"fc": "correlation", "fc_partial": "partial correlation", "fc_tangent": "tangent"}
+"""Baseline -> kind of connectome."""
+PER_SUBJECT = ("constant", "nuisance", *CONNECTOMES, "fc_coskewness", "amplitude")
 PER_FRAME = ("constant", "nuisance", "volume")
 MAP_BASELINES = ("mean_map", "mean_amplitude", "connectivity", "fc_components", "nearest")
 SAID = {
     "constant": "majority / mean",
     "nuisance": "motion and site",
     "fc": "connectome (correlation)",
+    "fc_partial": "connectome (partial correlation)",
     "fc_tangent": "connectome (tangent)",
+    "fc_coskewness": "connectome (co-skewness subspace)",
     "amplitude": "fluctuation of parcels",
     "volume": "volumes",
     "mean_map": "training mean map",
@@ -161,7 +165,10 @@ class Baselines:
             values = np.log(np.stack([s.std(0) for s in signals]) + 1e-6)
         else:
             mine = np.arange(sum(counts)) < counts[0]
-            values = models.connectivity(signals, mine, "tangent" if name == "fc_tangent" else "correlation")
+            if name == "fc_coskewness":
+                values = models.coskewness_connectivity(signals, mine)
+            else:
+                values = models.connectivity(signals, mine, CONNECTOMES[name])
         return dict(zip(self.units, np.split(values, np.cumsum(counts)[:-1]), strict=True))
 
     def _check_one_space(self, what: str) -> None:

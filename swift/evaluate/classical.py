@@ -37,6 +37,8 @@ CELLS = 150_000_000
 """Values of volumes held at once; beyond, every n-th voxel is taken."""
 HIGH_MOTION = 0.5
 """mm of framewise displacement."""
+KEPT_SKEWNESS = 0.9
+"""Part of the squares of the co-skewness tensor that its subspace keeps."""
 
 
 @dataclass(frozen=True)
@@ -192,19 +194,55 @@ def connectivity(signals: Sequence[np.ndarray], train: np.ndarray, kind: str) ->
     Args:
         signals: (T, P) of each scan.
         train: (N,) bool.
-        kind: correlation (Fisher z; F = P (P - 1) / 2) | tangent (F = P (P + 1) / 2).
+        kind: correlation, partial correlation (Fisher z; F = P (P - 1) / 2) | tangent (F = P (P + 1) / 2).
     """
     from nilearn.connectome import ConnectivityMeasure
 
     alive = np.min([s.std(0) for s in signals], axis=0) > 1e-8
     usable = [s[:, alive] for s in signals]
-    correlation = kind == "correlation"
+    if kind == "partial correlation":
+        # nilearn shrinks the covariance of signals as they are towards equal variances: theirs must be equal before.
+        usable = [(s - s.mean(0)) / s.std(0) for s in usable]
+    correlation = kind != "tangent"
     measure = ConnectivityMeasure(
         kind=kind, vectorize=True, discard_diagonal=correlation, standardize="zscore_sample" if correlation else None
     )
     measure.fit([s for s, mine in zip(usable, train, strict=True) if mine])
     values = np.asarray(measure.transform(usable), np.float64)
     return np.arctanh(np.clip(values, -0.999999, 0.999999)) if correlation else values
+
+
+def coskewness_subspace(signals: Sequence[np.ndarray]) -> np.ndarray:
+    """(P, R) orthonormal directions that keep most of the co-skewness of standardized signals.
+
+    The tensor E[z_i z_j z_k], a mean over scans, is unfolded to P rows; its leading left singular vectors (truncated
+    higher-order SVD, De Lathauwer et al. 2000) that hold `KEPT_SKEWNESS` of its squares are kept. After "the subspace
+    that best preserves its co-skewness" of Marraffini et al. 2026 (arXiv 2606.04010), whose abstract leaves open how it
+    is found and how large it is.
+
+    Args:
+        signals: (T, P) of each training scan.
+    """
+    parcels = signals[0].shape[1]
+    total = np.zeros((parcels, parcels**2))
+    for one in signals:
+        unit = (one - one.mean(0)) / np.maximum(one.std(0), 1e-8)
+        total += unit.T @ (unit[:, :, None] * unit[:, None, :]).reshape(len(unit), -1) / (len(unit) * len(signals))
+    directions, sizes, _ = np.linalg.svd(total, full_matrices=False)
+    kept = np.cumsum(sizes**2) / max(float((sizes**2).sum()), 1e-300)
+    return np.asarray(directions[:, : int(np.searchsorted(kept, KEPT_SKEWNESS)) + 1])
+
+
+def coskewness_connectivity(signals: Sequence[np.ndarray], train: np.ndarray) -> np.ndarray:
+    """(N, F) correlations (Fisher z) of signals in the co-skewness subspace of the training scans; F = R (R - 1) / 2.
+
+    Args:
+        signals: (T, P) of each scan.
+        train: (N,) bool.
+    """
+    basis = coskewness_subspace([s for s, mine in zip(signals, train, strict=True) if mine])
+    projected = [(one - one.mean(0)) / np.maximum(one.std(0), 1e-8) @ basis for one in signals]
+    return connectivity(projected, train, "correlation")
 
 
 def volumes(store: Any, units: Units, mask: np.ndarray) -> np.ndarray:

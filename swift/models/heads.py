@@ -177,10 +177,18 @@ class TargetModel(nn.Module):
         Returns:
             (B, K) or (B, T, K), float32; of maps (B, K, cx, cy, cz), see `swift.models.map_heads`.
         """
+        courses = self._courses(x, brain, maps)
         if isinstance(self.head, MapHead):
-            return self.head(self.encoder(x, brain), x, brain)
-        courses = None if self.linear is None else self.linear.courses_of_all(x, brain, maps)
+            return self.head(self.encoder(x, brain), x, brain, courses)
         return self.head(self.encoder(x, brain)[-1], brain, x.shape[-1], courses)
+
+    def pooled(self, x: Tensor, brain: Tensor) -> list[Tensor]:
+        """What a head of maps makes of clips before it makes a map, see `MapHead.pooled`."""
+        assert isinstance(self.head, MapHead)
+        return self.head.pooled(self.encoder(x, brain), x, brain, self._courses(x, brain, None))
+
+    def _courses(self, x: Tensor, brain: Tensor, maps: Maps | None) -> Tensor | None:
+        return None if self.linear is None else self.linear.courses_of_all(x, brain, maps)
 
 
 def build_model(

@@ -3,6 +3,7 @@
 Both pool each stage over time, bring all stages to the patch grid from the coarse ones down, and add a learned table of
 places: the scans lie in one template's box, and without it a head could not say where in the brain it is. They give
 deviations from the training mean, in units of the contrast's standard deviation, and begin with 0: the mean itself.
+With task.courses a map that follows from the moments of the clip's courses is added (`swift.models.course_moments`).
 
 Shapes: B batch, X Y Z T voxels and frames, x y z t token grid of a stage, C its channels, D width, K contrasts, and
 cx cy cz the predicted cells.
@@ -20,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig, TaskConfig
+from swift.models.course_moments import MapOfMoments, count_of, course_moments
 from swift.models.encoder import stage_grids
 from swift.models.init import FIRST_WEIGHT, NORMAL, ZERO, Init
 
@@ -136,22 +138,52 @@ class MapHead(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
         self.laterals = nn.ModuleList(nn.Linear(width, cfg.decoder_dim) for width in self.widths)
         self.place = PlaceTable(self.grids[0], cfg.decoder_dim)
+        self.courses = cfg.maps if task.courses else 0
+        self.of_courses = MapOfMoments(self.courses, self.outputs, self.cells) if task.courses else None
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Of what `pooled` gives for one clip."""
+        return [*self.dense_shapes(), *([(count_of(self.courses),)] if self.courses else [])]
+
+    def pooled(
+        self, features: Sequence[Tensor], x: Tensor, brain: Tensor, courses: Tensor | None = None
+    ) -> list[Tensor]:
+        """What may be averaged over clips.
+
+        Args:
+            features: (B, x, y, z, t, C) of every stage.
+            x: (B, 1, X, Y, Z, T).
+            brain: bool (B, X, Y, Z).
+            courses: (B, T, maps), for a head that takes them.
+        """
+        found = self.dense_pooled(features, x, brain)
+        if self.of_courses is None:
+            return found
+        assert courses is not None, "this head takes courses"
+        return [*found, course_moments(courses)]
+
+    def decode(self, pooled: Sequence[Tensor]) -> Tensor:
+        """What `pooled` gave, or its mean over clips -> (B, K, cx, cy, cz) float32."""
+        if self.of_courses is None:
+            return self.dense(pooled)
+        moments = pooled[-1].to(self.of_courses.patterns.dtype)
+        return self.dense(pooled[:-1]) + self.of_courses(moments)
+
+    def forward(self, features: Sequence[Tensor], x: Tensor, brain: Tensor, courses: Tensor | None = None) -> Tensor:
+        """Both: (B, K, cx, cy, cz) float32."""
+        return self.decode(self.pooled(features, x, brain, courses))
+
+    def dense_shapes(self) -> list[tuple[int, ...]]:
+        """Of what `dense_pooled` gives for one clip."""
         return [(*grid[:3], width) for grid, width in zip(self.grids, self.widths, strict=True)]
 
-    def pooled(self, features: Sequence[Tensor], x: Tensor, brain: Tensor) -> list[Tensor]:
-        """Features (B, x, y, z, t, C) of every stage, clips (B, 1, X, Y, Z, T), bool (B, X, Y, Z) -> a clip's own."""
+    def dense_pooled(self, features: Sequence[Tensor], x: Tensor, brain: Tensor) -> list[Tensor]:
+        """What `dense` reads; arguments as of `pooled`."""
         return [pool(feature) for pool, feature in zip(self.pools, features, strict=True)]
 
     @abstractmethod
-    def decode(self, pooled: Sequence[Tensor]) -> Tensor:
-        """What `pooled` gave, or its mean over clips -> (B, K, cx, cy, cz) float32."""
-
-    def forward(self, features: Sequence[Tensor], x: Tensor, brain: Tensor) -> Tensor:
-        """Both: (B, K, cx, cy, cz) float32."""
-        return self.decode(self.pooled(features, x, brain))
+    def dense(self, pooled: Sequence[Tensor]) -> Tensor:
+        """The part that follows from the encoder's features: (B, K, cx, cy, cz) float32."""
 
     def _down(self, pooled: Sequence[Tensor], blocks: Sequence[nn.Module] | None) -> Tensor:
         """All stages on the patch grid, (B, x, y, z, D): doubled from stage to stage, a block after each."""
@@ -179,7 +211,7 @@ class LocalMapHead(MapHead):
         setattr(self.out, FIRST_WEIGHT, ZERO)
         nn.init.zeros_(self.out.weight)
 
-    def decode(self, pooled: Sequence[Tensor]) -> Tensor:
+    def dense(self, pooled: Sequence[Tensor]) -> Tensor:
         """See MapHead."""
         out = self.out(F.gelu(self.norm(self._down(pooled, None)))).float()
         px, py, pz = self.per_patch
@@ -203,16 +235,16 @@ class UnetMapHead(MapHead):
         setattr(self.out, FIRST_WEIGHT, ZERO)
         nn.init.zeros_(self.out.weight)
 
-    def shapes(self) -> list[tuple[int, ...]]:
+    def dense_shapes(self) -> list[tuple[int, ...]]:
         """With the summaries."""
-        return [*super().shapes(), (*self.cells, SUMMARIES)]
+        return [*super().dense_shapes(), (*self.cells, SUMMARIES)]
 
-    def pooled(self, features: Sequence[Tensor], x: Tensor, brain: Tensor) -> list[Tensor]:
+    def dense_pooled(self, features: Sequence[Tensor], x: Tensor, brain: Tensor) -> list[Tensor]:
         """With the summaries of the clip."""
-        found = super().pooled(features, x, brain)
+        found = super().dense_pooled(features, x, brain)
         return [*found, summaries(x, brain, self.step).to(found[0].dtype)]
 
-    def decode(self, pooled: Sequence[Tensor]) -> Tensor:
+    def dense(self, pooled: Sequence[Tensor]) -> Tensor:
         """See MapHead."""
         hidden = self.narrow(self._down(pooled[:-1], list(self.blocks))).movedim(-1, 1)
         size = [n * p for n, p in zip(hidden.shape[2:], self.per_patch, strict=True)]

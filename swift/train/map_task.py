@@ -81,8 +81,7 @@ class MapModule(FinetuneModule):
     def predict(self, batch: Batch) -> dict[str, np.ndarray]:
         """Of the real clips of a batch: subject (b,), and scores (b, D) float32 that are averaged over its clips."""
         if self.cfg.task.average == "features":
-            head: MapHead = self.model.head
-            pooled = head.pooled(self.model.encoder(batch["bold"], batch["brain"]), batch["bold"], batch["brain"])
+            pooled = self.model.pooled(batch["bold"], batch["brain"])
             scores = torch.cat([one.flatten(1) for one in pooled], 1)
         else:
             scores = self.in_brain(self.outputs(batch)).flatten(1)

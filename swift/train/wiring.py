@@ -138,9 +138,9 @@ def tell(module: TrainingModule, data: ClipDataModule) -> None:
         module.target_info = data.describe()
         module.cells = torch.from_numpy(data.space.cells)
         module.map_figures = map_figures(data)
-        return
-    module.target_info = info
-    module.figures = figures(data, module.cfg.task.loss)
+    else:
+        module.target_info = info
+        module.figures = figures(data, module.cfg.task.loss)
     if module.cfg.task.courses:
         give_maps(module, data)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from nilearn.connectome import ConnectivityMeasure
 from scipy.stats import binom
+from sklearn.covariance import LedoitWolf
 
 from swift.data.labels.splits import make_split, save_splits
 from swift.data.labels.subjects import people_of
@@ -162,6 +163,61 @@ def test_connectomes_by_hand():
     tangent = models.connectivity(signals, np.arange(8) < 6, "tangent")
     measure = ConnectivityMeasure(kind="tangent", vectorize=True, standardize=None).fit(signals[:6])
     np.testing.assert_allclose(tangent, measure.transform(signals), atol=1e-9)
+
+
+def test_partial_correlations_are_those_of_the_precision_matrix():
+    rng = np.random.default_rng(1)
+    signals = [rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5)) for _ in range(3)]
+    got = np.tanh(models.connectivity(signals, np.arange(3) < 2, "partial correlation"))
+    lower = np.tril_indices(5, -1)
+    for row, one in enumerate(signals):
+        shrunk = LedoitWolf().fit((one - one.mean(0)) / one.std(0)).covariance_
+        precision = np.linalg.inv(shrunk)
+        size = np.sqrt(np.diag(precision))
+        np.testing.assert_allclose(got[row], (-precision / np.outer(size, size))[lower], atol=1e-9)
+    # The closed form, once more: what is left of two signals without the other three is as correlated.
+    long = rng.normal(size=(50_000, 5)) @ rng.normal(size=(5, 5))
+    others = np.column_stack([long[:, 2:], np.ones(len(long))])
+    rest = long[:, :2] - others @ np.linalg.lstsq(others, long[:, :2], rcond=None)[0]
+    found = np.tanh(models.connectivity([long], np.array([True]), "partial correlation"))
+    assert found[0, 0] == pytest.approx(np.corrcoef(rest.T)[0, 1], abs=2e-2)
+
+
+def test_the_subspace_of_co_skewness_holds_the_skewed_directions():
+    """Of six sources two are skewed (exponential): in closed form the tensor is 2 (a a a + b b b) of their columns."""
+    rng = np.random.default_rng(0)
+    mixing = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    # Equal variances in every parcel, so that standardizing does not turn the directions.
+    sources = rng.normal(size=(4, 100_000, 6))
+    sources[:, :, :2] = rng.exponential(size=(4, 100_000, 2)) - 1
+    signals = list(sources @ mixing.T)
+    signals[3] = signals[3] + 0.5 * signals[3][:, [0]] * mixing[:, 0]  # one scan has a coupling of its own
+    basis = models.coskewness_subspace(signals[:3])
+    assert basis.shape == (6, 2)
+    angles = np.linalg.svd(basis.T @ mixing[:, :2])[1]
+    np.testing.assert_allclose(angles, 1, atol=1e-2)
+    got = models.coskewness_connectivity(signals, np.arange(4) < 3)
+    train = models.coskewness_subspace(signals[:3])
+    unit = (signals[3] - signals[3].mean(0)) / signals[3].std(0)
+    assert got.shape == (4, 1)
+    assert np.tanh(got[3, 0]) == pytest.approx(
+        np.corrcoef((unit @ train).T)[1, 0], abs=3e-3
+    )  # nilearn shrinks a little
+
+
+def test_the_co_skewness_tensor_against_loops():
+    rng = np.random.default_rng(3)
+    signals = [rng.exponential(size=(30, 4)) for _ in range(2)]
+    tensor = np.zeros((4, 4, 4))
+    for one in signals:
+        unit = (one - one.mean(0)) / one.std(0)
+        for i, j, k in np.ndindex(4, 4, 4):
+            tensor[i, j, k] += (unit[:, i] * unit[:, j] * unit[:, k]).mean() / 2
+    values, vectors = np.linalg.eigh(np.einsum("ijk,ljk->il", tensor, tensor))
+    share = np.cumsum(values[::-1]) / values.sum()
+    wanted = vectors[:, ::-1][:, : int((share < models.KEPT_SKEWNESS).sum()) + 1]
+    found = models.coskewness_subspace(signals)
+    np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-9)
 
 
 def test_movement_takes_no_other_column(cohort):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swift.config.schema import Config
+from swift.models.course_moments import count_of, course_moments
 from swift.models.heads import TargetModel
 from swift.models.init import initial_values, initialize
 from swift.models.map_heads import ConvBlock, LocalMapHead, TimePool, UnetMapHead, summaries
@@ -150,8 +151,10 @@ def test_summaries_against_numpy() -> None:
 
 
 @pytest.mark.parametrize("head", ["map_local", "map_unet"])
-def test_a_new_head_says_the_training_mean(head: str) -> None:
-    model, x, brain = model_of(f"task.head={head}", init=False)
+@pytest.mark.parametrize("courses", [False, True])
+def test_a_new_head_says_the_training_mean(head: str, courses: bool) -> None:
+    own = ["model.maps=5", "task.courses=true", "data.split=somewhere"] if courses else []
+    model, x, brain = model_of(f"task.head={head}", *own, init=False)
     assert not model(x, brain).any()
 
 
@@ -176,6 +179,40 @@ def test_every_adaptation_trains_what_it_says(head: str, adapt: str) -> None:
     else:
         assert "encoder.patch_embed.proj.weight" in encoder or any("patch_embed" in name for name in encoder)
     assert ("head.pools.0.query.weight" in moved) == (adapt == "attentive")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["map_local", "map_unet"])
+def test_courses_add_patterns_times_numbers_read_from_their_moments(head: str) -> None:
+    """Against numpy, from the courses on; and what is averaged over clips holds the moments."""
+    own = ["model.maps=5", "model.maps_of=shared", "task.courses=true", "data.split=somewhere"]
+    model, x, brain = model_of(f"task.head={head}", *own)
+    assert model.linear is not None
+    model.linear.maps.normal_(std=0.05)  # courses of about unit variance
+    part: Any = model.head.of_courses
+    out = model(x, brain)
+    courses = model.linear.courses_of_all(x, brain).numpy()
+    pooled = model.pooled(x, brain)
+    assert [tuple(one.shape[1:]) for one in pooled] == model.head.shapes()
+    plain = model.head.dense(pooled[:-1])
+    weight, bias = part.numbers.weight.numpy(), part.numbers.bias.numpy()
+    for row in range(2):
+        pairs = np.arctanh(np.corrcoef(courses[row].T)[np.triu_indices(5, 1)])
+        moments = np.concatenate([pairs, np.log(courses[row].std(0))])
+        np.testing.assert_allclose(pooled[-1][row], moments, rtol=1e-4)
+        numbers = (weight @ moments + bias).reshape(2, -1)
+        wanted = np.einsum("kr,rxyz->kxyz", numbers, part.patterns.numpy())
+        np.testing.assert_allclose((out - plain)[row], wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.head.decode(pooled), out)
+
+
+@torch.no_grad()
+def test_moments_of_a_clip_without_brain_are_finite() -> None:
+    found = course_moments(torch.zeros(1, 6, 3))
+    assert found.shape == (1, count_of(3))
+    assert torch.isfinite(found).all()
+    same = course_moments(torch.randn(1, 6, 1).expand(-1, -1, 2))
+    assert same[0, 0].item() == pytest.approx(np.arctanh(0.99), rel=1e-5)
 
 
 @torch.no_grad()

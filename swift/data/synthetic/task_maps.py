@@ -4,7 +4,8 @@ Map of a subject = group map + planted part + own measurement noise. The planted
   coupling   follows the couplings (Fisher z) of the two planted pairs of networks: two patterns times two numbers,
              which the connectome holds, so that a linear model on connectomes is the best there can be;
   amplitude  follows the logarithm of the two planted amplitudes in the same way;
-  unrelated  has the same form with numbers that nothing in the scans knows: identification must stay at chance.
+  unrelated, unrelated2, ...  has the same form with numbers that nothing in the scans knows: identification must stay
+             at chance. Several draws, as the numbers of few subjects go with the planted ones by accident.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from swift.data.synthetic.labels import Person, person
 from swift.data.synthetic.spec import CohortSpec, stream
 from swift.utils.errors import UserError
 
-CONTRASTS = ("coupling", "amplitude", "unrelated")
+UNRELATED = ("unrelated", "unrelated2", "unrelated3", "unrelated4")
+CONTRASTS = ("coupling", "amplitude", *UNRELATED)
 PLANTED = 0.7
 """Standard deviation of each planted pattern over subjects, that of the group map being 1."""
 NOISE = 0.5
@@ -31,8 +33,10 @@ SMOOTH = 0.15
 
 def numbers(spec: CohortSpec, who: Person, contrast: str) -> np.ndarray:
     """(2,) standardized numbers that a subject's map follows."""
-    if contrast == "unrelated":
-        return stream(spec.seed, "task_map_null", who.index).standard_normal(2)
+    if contrast in UNRELATED:
+        draw = UNRELATED.index(contrast)
+        key = (who.index, draw) if draw else (who.index,)
+        return stream(spec.seed, "task_map_null", *key).standard_normal(2)
     return np.array([who.latent_binary, who.latent_continuous])
 
 

@@ -6,14 +6,16 @@ option says yet (`Point.extra`). Its budget is CPU time, the same for all points
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from swift.utils.errors import UserError
 
-SECONDS = {"sample": 80.0, "cohort": 300.0}
-"""CPU seconds of training by suite, where a point does not name its own."""
-DEMO_SECONDS = 160.0
-"""About those of the demo's 200 steps without maps, as measured where the study was written."""
+SECONDS = {"sample": 80.0, "cohort": 100.0}
+"""CPU seconds of training by suite, where a point does not name its own: what a shared core had room for in an hour.
+
+On the sample about those of the demo's 100 steps with maps.
+"""
+FACTOR_SECONDS = 12.0
 
 SAMPLE = ("data.workers=0", "trainer.threads=1", "run_dir=unused")
 COHORT = (
@@ -46,120 +48,129 @@ class Point:
 
 
 FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
-    "rate": {"3e-4": ("optimizer.lr=3e-4",), "3e-3": ("optimizer.lr=3e-3",), "1e-2": ("optimizer.lr=1e-2",)},
-    "warm-up": {"5": ("optimizer.warmup_steps=5",), "60": ("optimizer.warmup_steps=60",)},
-    "batch": {"1": ("data.batch_size=1",), "4": ("data.batch_size=4",)},
+    "rate": {"3e-3": ("optimizer.lr=3e-3",), "1e-2": ("optimizer.lr=1e-2",), "3e-4": ("optimizer.lr=3e-4",)},
     "LayerScale": {"none": ("model.layer_scale=null",), "1": ("model.layer_scale=1.0",)},
     "positions": {
         "rope_global": ("model.position=rope_global",),
         "tables": ("model.position=absolute",),
         "none": ("model.position=none",),
     },
-    "window": {"grid": ("model.window=[8,8,8,20]",)},
-    "width": {"48": ("model.embed_dim=48",), "96": ("model.embed_dim=96",)},
-    "stages": {"2": ("model.depths=[2,2]", "model.num_heads=[4,8]")},
-    "decoder": {"linear": ("model.decoder=linear",), "local, 256 wide": ("model.decoder_dim=256",)},
     "loss": {"l2": ("task.loss=l2",), "smooth_l1": ("task.loss=smooth_l1",)},
-    "mask ratio": {value: (f"task.mask_ratio={value}",) for value in ("0.5", "0.6", "0.7", "0.9")},
+    "decoder": {"linear": ("model.decoder=linear",), "local, 256 wide": ("model.decoder_dim=256",)},
+    "mask ratio": {value: (f"task.mask_ratio={value}",) for value in ("0.6", "0.9", "0.5", "0.7")},
+    "width": {"48": ("model.embed_dim=48",), "96": ("model.embed_dim=96",)},
+    "window": {"grid": ("model.window=[4,4,4,20]",)},
+    "batch": {"2": ("data.batch_size=2",), "8": ("data.batch_size=8",)},
     "mask": {
         "tube": ("task.mask_kind=tube",),
-        "units of 2x2x2 patches": ("task.mask_unit=[12,12,12,1]",),
-        "units of 5 frames": ("task.mask_unit=[6,6,6,5]",),
+        "units of 2x2x2 patches": ("task.mask_unit=[8,8,8,1]",),
+        "units of 5 frames": ("task.mask_unit=[4,4,4,5]",),
     },
     "clip": {
-        "10 frames": ("data.frames=10", "data.batch_size=4"),
-        "40 frames": ("data.frames=40", "data.batch_size=1"),
         "every start": ("data.clip_stride=1",),
+        "10 frames": ("data.frames=10", "data.batch_size=8"),
+        "40 frames": ("data.frames=40", "data.batch_size=2"),
     },
+    "warm-up": {"5": ("optimizer.warmup_steps=5",), "60": ("optimizer.warmup_steps=60",)},
     "normalization": {value: (f"data.normalization={value}",) for value in ("percent", "robust", "zscore_global")},
     "decay": {"0": ("optimizer.weight_decay=0",)},
 }
-"""Factor -> value -> options."""
+"""Factor -> value -> options. The values that matter most come first: a study that is stopped has those."""
 
 EXTRAS: dict[str, dict[str, dict[str, float | str]]] = {
+    "optimizer": {"Muon 0.02": {"muon": 0.02}, "Muon 0.003": {"muon": 0.003}},
     "average of weights": {"0.98": {"ema": 0.98}},
-    "optimizer": {"Muon 0.003": {"muon": 0.003}, "Muon 0.02": {"muon": 0.02}},
 }
 WITH_MAPS: dict[str, tuple[str, ...]] = {
-    "rate": ("3e-3", "1e-2"),
+    "rate": ("3e-3", "1e-2", "3e-4"),
     "LayerScale": ("none",),
     "positions": ("rope_global", "tables"),
-    "width": ("96",),
-    "decoder": ("linear",),
     "loss": ("l2", "smooth_l1"),
+    "decoder": ("linear",),
     "mask ratio": ("0.6", "0.9"),
+    "width": ("48",),
+    "batch": ("2",),
     "mask": ("tube",),
     "clip": ("every start",),
-    "average of weights": ("0.98",),
     "optimizer": ("Muon 0.02",),
+    "average of weights": ("0.98",),
 }
 """Of these factors the values that are also tried with maps."""
-MAP_NUMBERS = (10, 20, 80)
-SEEN: dict[str, dict[str, float | str]] = {"what maps leave": {"seen": "rest"}, "filled": {"seen": "filled"}}
+MAP_NUMBERS = (10, 40, 80)
+FIXED: dict[str, float | str] = {"frozen_maps": 1.0}
+WITH_MAPS_ONLY: dict[str, dict[str, float | str]] = {
+    "maps trained=no": FIXED,
+    "encoder sees=what maps leave": {"seen": "rest"},
+    "encoder sees=filled": {"seen": "filled"},
+}
 
 
 def _around(base: str, common: tuple[str, ...]) -> list[Point]:
-    name = f"sample/{base}"
-    found = [Point(f"{name}/base", "sample", common)]
+    name = f"factors/{base}"
+    found = [Point(f"{name}/base", "cohort", common)]
     for factor in [*FACTORS, *EXTRAS]:
         values: dict[str, tuple[str, ...]] = FACTORS.get(factor, dict.fromkeys(EXTRAS.get(factor, {}), ()))
         for value, options in values.items():
             if base == "maps" and value not in WITH_MAPS.get(factor, ()):
                 continue
             extra = EXTRAS.get(factor, {}).get(value, {})
-            found.append(Point(f"{name}/{factor}={value}", "sample", (*common, *options), 0, extra))
+            found.append(Point(f"{name}/{factor}={value}", "cohort", (*common, *options), 0, extra))
     return found
 
 
 def factors() -> list[Point]:
-    """Every factor around both bases, the bases first."""
-    network, maps = _around("network", ()), _around("maps", (MAPS,))
-    for number in MAP_NUMBERS:
-        maps.insert(1, Point(f"sample/maps/number={number}", "sample", (f"model.maps={number}",)))
-    for value, extra in SEEN.items():
-        maps.insert(1, Point(f"sample/maps/encoder sees={value}", "sample", (MAPS,), 0, extra))
-    steps: dict[str, float | str] = {"steps": 200}
-    demo = [
-        Point(f"sample/{name}/200 steps", "sample", more, 0, steps)
-        for name, more in (("network", ()), ("maps", (MAPS,)))
+    """Every factor around both bases on the cohort, the bases first."""
+    network, maps = _around("network", ()), _around("maps", ("model.maps=20",))
+    only = [
+        Point(f"factors/maps/{name}", "cohort", ("model.maps=20",), 0, extra) for name, extra in WITH_MAPS_ONLY.items()
     ]
-    turn = [point for pair in zip(network, maps) for point in pair]
-    return demo + turn + network[len(maps) :]
+    only += [Point(f"factors/maps/number={number}", "cohort", (f"model.maps={number}",)) for number in MAP_NUMBERS]
+    maps[3:3] = only
+    turn = [
+        replace(point, extra={"seconds": FACTOR_SECONDS, **point.extra})
+        for pair in zip(network, maps)
+        for point in pair
+    ]
+    rest = network[len(maps) :] + maps[len(network) :]
+    return turn + [replace(point, extra={"seconds": FACTOR_SECONDS, **point.extra}) for point in rest]
+
+
+COHORT_ARMS: dict[str, tuple[tuple[str, ...], dict[str, float | str], int]] = {
+    "network": (("model.position=rope_global",), {}, 1),
+    "maps=20": (("model.maps=20",), {}, 1),
+    "maps=20, rate 3e-3": (("model.maps=20", "optimizer.lr=3e-3"), {}, 3),
+    "maps=20, fixed": (("model.maps=20",), FIXED, 1),
+    "maps=20, encoder sees what they leave": (("model.maps=20",), {"seen": "rest"}, 1),
+    "maps=40": ((MAPS,), {}, 1),
+}
+"""Name -> options, extra, number of seeds."""
 
 
 def cohort() -> list[Point]:
-    """Held-out subjects: the network, shared maps kept fixed and trained, three seeds each."""
-    fixed: dict[str, float | str] = {"frozen_maps": 1.0}
-    arms: dict[str, tuple[tuple[str, ...], dict[str, float | str]]] = {
-        "network": (("model.position=rope_global",), {}),
-        "maps=20": (("model.maps=20",), {}),
-        "maps=40": ((MAPS,), {}),
-        "maps=20, rate 3e-3": (("model.maps=20", "optimizer.lr=3e-3"), {}),
-        "maps=20, fixed": (("model.maps=20",), fixed),
-        "maps=20, encoder sees what they leave": (("model.maps=20",), {"seen": "rest"}),
-    }
+    """Held-out subjects: the network, shared maps kept fixed and trained."""
     return [
         Point(f"cohort/{name}#{seed}", "cohort", options, seed, extra)
         for seed in range(3)
-        for name, (options, extra) in arms.items()
+        for name, (options, extra, seeds) in COHORT_ARMS.items()
+        if seed < seeds
     ]
 
 
-FINALISTS: dict[str, tuple[tuple[str, ...], dict[str, float | str]]] = {
-    "network": ((), {}),
-    "maps": ((MAPS,), {}),
-    "maps, rate 3e-3": ((MAPS, "optimizer.lr=3e-3"), {}),
-    "maps, encoder sees what they leave": ((MAPS, "optimizer.lr=3e-3"), {"seen": "rest"}),
+FINALISTS: dict[str, tuple[tuple[str, ...], dict[str, float | str], int]] = {
+    "maps, rate 3e-3": ((MAPS, "optimizer.lr=3e-3"), {}, 3),
+    "maps": ((MAPS,), {}, 1),
+    "network": ((), {}, 1),
 }
-"""Recipes that are run for the demo's CPU time with three seeds."""
+"""Recipes on the demo's clips for the demo's CPU time: name -> options, extra, number of seeds."""
 
 
 def finalists() -> list[Point]:
-    """Three seeds of each."""
+    """The recipes on the demo's clips."""
     return [
-        Point(f"sample/final/{name}#{seed}", "sample", options, seed, {**extra, "seconds": DEMO_SECONDS})
+        Point(f"sample/final/{name}#{seed}", "sample", options, seed, extra)
         for seed in range(3)
-        for name, (options, extra) in FINALISTS.items()
+        for name, (options, extra, seeds) in FINALISTS.items()
+        if seed < seeds
     ]
 
 

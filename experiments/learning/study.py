@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from experiments.learning.points import Point, chosen
 from swift.utils import jsonl
@@ -23,6 +24,7 @@ from swift.utils.files import replace_text
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "points.jsonl"
 POLL = 2.0
+Row = dict[str, Any]
 
 
 def done_in(*files: Path) -> set[str]:
@@ -34,27 +36,42 @@ def work_on(options: argparse.Namespace) -> None:
     """Take points until there is none, or no time for another."""
     import torch
 
-    from experiments.learning.train_point import closed_forms, prepare_cohort, train
+    from experiments.learning.train_point import prepare_cohort
 
     torch.set_num_threads(1)
     places = {"sample": list(options.place), "cohort": prepare_cohort(options.work)}
     before = done_in(KEPT, *options.done, *options.work.glob("worker-*.jsonl"))
     longest = 0.0
     with (options.work / f"worker-{options.worker}.jsonl").open("a", encoding="utf-8") as stream:
-        todo = [Point(f"{suite}: closed forms", suite, ()) for suite in ("sample", "cohort")] + chosen(options.sets)
+        points = chosen(options.sets)
+        suites = dict.fromkeys(point.suite for point in points)
+        todo = [Point(f"{suite}: closed forms", suite, ()) for suite in suites] + points
         for point in todo:
             began = time.time()
             if began + longest > options.until or point.name in before or not _take(options.work, point.name):
                 continue
-            if point.options or point.suite + ": closed forms" != point.name:
-                made = [train(point, places[point.suite], options.budget, options.masks)]
-            else:
-                forms = closed_forms(point.suite, places[point.suite], options.masks)
-                made = [{"point": point.name, "suite": point.suite, "rows": []}, *forms]
+            try:
+                made = _result(point, places[point.suite], options)
+            except (RuntimeError, ValueError) as error:
+                # One point that cannot be run must not cost the others; it has no line, so that it is tried again.
+                print(f"{point.name}: not run: {error}", file=sys.stderr)
+                continue
             for line in made:
                 stream.write(json.dumps(line | {"wall_seconds": round(time.time() - began, 1)}) + "\n")
             stream.flush()
             longest = max(longest, time.time() - began)
+
+
+def _result(point: Point, places: list[str], options: argparse.Namespace) -> list[Row]:
+    """Lines of a point, or of the predictions that need no training."""
+    from experiments.learning.train_point import closed_forms, train
+
+    if point.name != point.suite + ": closed forms":
+        return [train(point, places, options.budget, options.masks)]
+    return [
+        {"point": point.name, "suite": point.suite, "rows": []},
+        *closed_forms(point.suite, places, options.masks),
+    ]
 
 
 def _take(work: Path, name: str) -> bool:

@@ -33,15 +33,18 @@ from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data, build_module, tell
 
 Row = dict[str, Any]
-LOOKS = 5
-"""Judgements under one mask on the way, for the curve."""
+LOOKS = {0.0: 0, 60.0: 5}
+"""Least CPU seconds of training -> judgements under one mask on the way, for the curve."""
+COHORT_SPEC = CohortSpec(n_subjects=60, grid=(16, 16, 16), spacing=8.0, frames=100, seed=0)
+DEMO_STEPS = 200
+"""The warm-up takes the share of a budget that it takes of so many steps: short points see their peak rate too."""
 
 
 def prepare_cohort(work: Path) -> list[str]:
     """Options of the synthetic cohort with its subjects held out; made first where it is not there."""
     store, split = work / "cohort", work / "cohort-split.json"
     if not split.exists():
-        write_store(CohortSpec(n_subjects=60, grid=(16, 16, 16), spacing=8.0, frames=100, seed=0), store)
+        write_store(COHORT_SPEC, store)
         cfg = composed([*BASES["cohort"], f"data.path={store}"])[0]
         subjects = sorted({scan.subject for scan in build_data(cfg).store.scans})
         save_splits(split, [Split({"train": tuple(subjects[:48]), "val": tuple(subjects[48:]), "test": ()})])
@@ -239,8 +242,10 @@ def train(point: Point, places: list[str], seconds: float | None = None, seeds: 
     budget = float(point.extra.get("seconds", SECONDS[point.suite])) if seconds is None else seconds
     steps = int(point.extra.get("steps", 0))
     seen = str(point.extra.get("seen", "voxels"))
+    looks = LOOKS[max(least for least in LOOKS if least <= budget)]
     judge = Judge(point, places)
     cfg = settings(point, places)
+    warmup = round(1e6 * cfg.optimizer.warmup_steps / DEMO_STEPS)
     spent, began = 0.0, time.process_time()
     module, data = make(cfg)
     module.train()
@@ -257,16 +262,16 @@ def train(point: Point, places: list[str], seconds: float | None = None, seeds: 
         curve.append([round(spent, 2), step, l1_of(rows)])
         began = time.process_time()
 
-    look()
+    if looks:
+        look()
     for packed in data.train_dataloader():
         used = spent + time.process_time() - began
         progress = step / steps if steps else used / budget
         if progress >= 1:
             break
-        if progress >= len(curve) / LOOKS:
+        if looks and progress >= len(curve) / looks:
             look()
-        warmup = cfg.optimizer.warmup_steps
-        factor = (step + 1) / warmup if step < warmup else lr_factor(round(1e6 * progress), 0, 10**6, 0.05)
+        factor = lr_factor(round(1e6 * progress) + 1, warmup, 10**6, cfg.optimizer.min_lr_ratio)
         for one, peak in zip(made, peaks):
             for group, rate in zip(one.param_groups, peak):
                 group["lr"] = rate * factor

@@ -4,7 +4,8 @@
 
 A step is mask, forward pass, loss and backward pass of one clip of 96x96x96 voxels and 20 frames in float32. All take
 turns on the same clip, so that other work on the machine falls on all; the minimum of CPU-seconds (user and system
-time of all threads) over the rounds is kept. Activation memory is what autograd keeps between the forward
+time of all threads) over the rounds is kept. Threads that wait soon sleep, as in a run of swift: spinning is no work,
+and takes longer the busier the machine is. Activation memory is what autograd keeps between the forward
 and the backward pass, weights left out, and the most a process of its own needs beyond what it held before, minus the
 gradients of the weights. The clip is the first of a store (--store, of `python -m swift.data ingest --grid 96
 --spacing 2`), or noise in an ellipsoid that touches about as many patches as a brain.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -37,6 +39,8 @@ MODES: dict[str, list[str]] = {
 }
 """Box is the yardstick."""
 CPU = torch.device("cpu")
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+"""How the threads of torch wait for each other."""
 
 
 def settings(model: str, store: str | None, mode: str) -> Config:
@@ -139,6 +143,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not WAITING & os.environ.keys():
+        # As swift does for its commands; torch is imported by now, and read nothing.
+        command = [sys.executable, "-m", "tests.bench.tokens", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | {"GOMP_SPINCOUNT": "1000"})
     torch.set_num_threads(options.threads)
     if options.peak:
         print(peak(options.model, options.store, options.peak))

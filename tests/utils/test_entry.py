@@ -97,3 +97,13 @@ def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path, command: str
     # Who imports swift keeps what Python does.
     code = "import sys, swift; sys.exit(sys.excepthook is not sys.__excepthook__)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}).returncode == 0
+
+
+@pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_waiting_threads_soon_sleep_unless_the_user_says_how_they_wait(given: dict[str, str]) -> None:
+    found: dict[str, str] = {}
+    swift._wait_briefly(found)
+    assert found == {"GOMP_SPINCOUNT": "1000"}
+    found = dict(given)
+    swift._wait_briefly(found)
+    assert found == given

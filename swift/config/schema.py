@@ -270,7 +270,7 @@ class TrainerConfig:
     accelerator: str
     """auto | gpu: the one that is here | cpu | cuda (NVIDIA, AMD) | xpu (Intel). A job freezes that of its machine."""
     threads: int
-    """CPU threads of torch; 0: torch's own choice. Those that wait soon sleep: OMP_WAIT_POLICY=active lets them spin."""
+    """CPU threads of torch; 0: torch's own choice. Waiting ones soon sleep: with OMP_WAIT_POLICY=active they spin."""
     keep_checkpoints: int
     """The last ones; the best by val/l1 (tasks: task.select) is kept besides."""
     checkpoint_every: int

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swift.models import packed
-from swift.models.cells import Cells, scattered_window
+from swift.models.cells import Cells, Seen, scattered_window
 from swift.models.rope import WindowRotary
 from swift.models.token_sets import TokenSet
 from swift.models.window_layout import Tiles, largest_window, merge, pack, partition, plan_groups, slabs
@@ -130,16 +130,26 @@ class WindowAttention(nn.Module):
         """Of attention weights, now."""
         return self.attention_dropout if self.training else 0.0
 
-    def _attend(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None = None) -> Tensor:
-        """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens."""
+    def _attend(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None, keys: Tensor | None) -> Tensor:
+        """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens; keys: bool (W, N, 1), those seen."""
         q, k, v = self.split_heads(qkv, shape, cells)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop_rate, scale=self.scale)
+        seen = None
+        if keys is not None:
+            # A token that nobody sees may see itself, so that no row is empty.
+            own = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
+            seen = (keys.transpose(1, 2) | own).unsqueeze(1)
+        out = F.scaled_dot_product_attention(q, k, v, seen, self.drop_rate, scale=self.scale)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
 
-    def _by_groups(self, x: Tensor, window: tuple[int, ...], cells: Cells | None = None) -> Tensor:
-        groups = plan_groups(tuple(x.shape[1:5]), window, self.shifted)
-        qkv = self.qkv(partition(x, groups))
-        parts = [self._attend(slab, group.shape, cells) for slab, group in zip(slabs(qkv, groups, x.shape[0]), groups)]
+    def _by_groups(
+        self, x: Tensor, window: tuple[int, ...], cells: Cells | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        groups, batch = plan_groups(tuple(x.shape[1:5]), window, self.shifted), len(x)
+        qkv = slabs(self.qkv(partition(x, groups)), groups, batch)
+        seen: list[Tensor] | list[None] = [None] * len(groups)
+        if visible is not None:
+            seen = slabs(partition(visible.unsqueeze(-1), groups), groups, batch)
+        parts = [self._attend(slab, group.shape, cells, keys) for slab, group, keys in zip(qkv, groups, seen)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return merge(self.proj(out), groups, x.shape)
 
@@ -181,21 +191,23 @@ class WindowAttention(nn.Module):
         out = window_attention(qkv, rotations, grid, list(window), self.shifted, slots, self.heads, self.scale)
         return self.proj(out).view(x.shape)
 
-    def forward(self, x: Tensor, where: Cells | TokenSet | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: Cells | Seen | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same.
 
         Args:
             x: Tokens.
             where: Which places of the grid (B, N, 1, 1, T, C) tokens have: all N of a frame then see each other. Or the
-                places of (P, T, C) tokens: windows are those of the grid.
+                places of (P, T, C) tokens: windows are those of the grid. Or which tokens of a whole grid are seen.
         """
         if isinstance(where, TokenSet):
             return packed.attention(self, x, where)
-        cells = where
+        cells, visible = (where.cells, where.visible) if isinstance(where, Seen) else (where, None)
         grid = tuple(x.shape[1:5])
         if cells is not None and self.window[:3] != (1, 1, 1):
-            return self.dropout(self._by_groups(x, scattered_window(self.window, grid), cells))
+            return self.dropout(self._by_groups(x, scattered_window(self.window, grid), cells, visible))
         window = self.window_on(grid)
+        if visible is not None:
+            return self.dropout(self._by_groups(x, window, None, visible))
         tokens = largest_window(grid, window)
         method = self.method or method_for(x.device, x.dtype, tokens, self.drop_rate, torch.compiler.is_compiling())
         by = {"groups": self._by_groups, "tiles": self._by_tiles, "kernel": self._by_kernel}[method]

@@ -59,6 +59,15 @@ class Cells(NamedTuple):
         return turned.flatten(0, 1)
 
 
+class Seen(NamedTuple):
+    """Which tokens of a grid are there to be seen; the others are computed, and nobody looks at them."""
+
+    visible: Tensor
+    """bool (B, X, Y, Z, T)."""
+    cells: Cells | None
+    """Their places, where all tokens of a frame see each other."""
+
+
 @lru_cache(maxsize=64)
 def unit_tokens(units: tuple[int, ...], inside: tuple[int, ...], device: torch.device) -> Tensor:
     """Which tokens of a grid a unit has.

@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from swift.models import packed
-from swift.models.cells import Cells
+from swift.models.cells import Cells, Seen
 from swift.models.init import NORMAL, Init
 from swift.models.token_sets import TokenSet
 
@@ -175,7 +175,7 @@ class Residual(nn.Module):
         """How LayerScale begins."""
         return {} if self.layer_scale is None else {"gamma": Init(False, float(self.layer_scale))}
 
-    def forward(self, x: Tensor, where: Cells | TokenSet | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: Cells | Seen | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C), or (P, T, C) of a TokenSet -> the same; `where`: as of `WindowAttention`."""
         y = self.norm(x)
         y = self.fn(y) if where is None or isinstance(self.fn, Mlp) else self.fn(y, where)

@@ -211,19 +211,21 @@ def encode_visible(encoder: SwinEncoder, units: Units, x: Tensor, shown: Tensor)
     for block in stage.blocks:
         tokens = block(tokens, cells)
     tokens = tokens[:, :, 0, 0]
-    later = list(encoder.stages)[units.inner + 1 :]
+    if units.inner < len(encoder.stages) - 1:
+        return tokens, later_stages(encoder, units.inner, scatter(tokens, cells, tokens.new_zeros(tokens.shape[-1])))
+    return encoder.norm(tokens) if encoder.cfg.final_norm else tokens, []
+
+
+def later_stages(encoder: SwinEncoder, inner: int, whole: Tensor) -> list[Tensor]:
+    """Features of the stages after `inner` from its own on the whole grid (B, x, y, z, t, C), with the final norm."""
     features = []
-    if later:
-        whole = stage.downsample(scatter(tokens, cells, tokens.new_zeros(tokens.shape[-1])))
-        for stage in later:
-            feature, whole = stage(whole)
-            features.append(feature)
-    if encoder.cfg.final_norm:
-        if features:
-            features[-1] = encoder.norm(features[-1])
-        else:
-            tokens = encoder.norm(tokens)
-    return tokens, features
+    whole = encoder.stages[inner].get_submodule("downsample")(whole)
+    for stage in list(encoder.stages)[inner + 1 :]:
+        feature, whole = stage(whole)
+        features.append(feature)
+    if features and encoder.cfg.final_norm:
+        features[-1] = encoder.norm(features[-1])
+    return features
 
 
 class CellDecoder(nn.Module):
@@ -285,19 +287,43 @@ class CellDecoder(nn.Module):
         """
         units = self.units
         cells = Cells(units.places(shown, units.inner).flatten(1), units.cells)
+        fine = self.laterals[0](self.norms[0](visible))
+        tokens = self._mixed(scatter(fine, cells, self.mask_token), later)
+        sample = torch.arange(len(shown), device=shown.device).unsqueeze(1)
+        return self._voxels(tokens.flatten(1, 3)[sample, units.hidden(shown)])
+
+    def every_cell(self, features: Tensor, later: list[Tensor], visible: Tensor) -> Tensor:
+        """Predict all cells, the visible ones too, whichever those are.
+
+        Args:
+            features: (B, x, y, z, t, C) of the cells.
+            later: Features of the later stages on the whole grid.
+            visible: bool (B, x, y, z, t), cells that the encoder saw.
+
+        Returns:
+            (B, G, T, cx, cy, cz).
+        """
+        fine = self.laterals[0](self.norms[0](features))
+        tokens = torch.where(visible.unsqueeze(-1), fine, self.mask_token.to(fine.dtype))
+        return self._voxels(self._mixed(tokens, later).flatten(1, 3))
+
+    def _mixed(self, tokens: Tensor, later: list[Tensor]) -> Tensor:
+        """Tokens of all cells (B, x, y, z, t, D) with positions and what is coarser, after the blocks."""
         coarse: Tensor | None = None
         for feature, norm, lateral in zip(reversed(later), reversed(self.norms[1:]), reversed(self.laterals[1:])):
             here = lateral(norm(feature))
             coarse = here if coarse is None else here + _doubled(coarse, here.shape[1:4])
-        fine = self.laterals[0](self.norms[0](visible))
-        tokens = self.position(scatter(fine, cells, self.mask_token))
+        tokens = self.position(tokens)
         if coarse is not None:
-            tokens = tokens + _doubled(coarse, units.cells)
+            tokens = tokens + _doubled(coarse, self.units.cells)
         for block in self.blocks:
             tokens = block(tokens)
-        sample = torch.arange(len(shown), device=shown.device).unsqueeze(1)
-        hidden = tokens.flatten(1, 3)[sample, units.hidden(shown)]  # (B, H, t, D)
-        voxels = self.head(F.gelu(self.norm(hidden)))
+        return tokens
+
+    def _voxels(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, t, D) of N cells -> (B, N, T, cx, cy, cz)."""
+        units = self.units
+        voxels = self.head(F.gelu(self.norm(tokens)))
         voxels = voxels.unflatten(-1, (units.patch[3], *units.cell)).flatten(2, 3)
         # A slice costs a pass over all voxels in the backward pass.
         frames = units.volume[3]

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig
 from swift.data.clips.mixture import Stores
+from swift.models import any_mask
 from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
 from swift.models.heads import build_model
 from swift.models.masking import draw_mask, draw_shown, mask_voxels
@@ -141,8 +142,15 @@ class PretrainModule(TrainingModule):
             cells = self.model(batch["bold"], shown)
             return put(cells, self.units.hidden(shown), self.units.volume), self.units.mask(shown)
         mask = self.draw_mask(batch)
+        return self.reconstruct_under(batch, mask), mask
+
+    def reconstruct_under(self, batch: Batch, mask: Tensor) -> Tensor:
+        """Prediction (B, 1, X, Y, Z, T) under a mask of the caller, bool (B, x, y, z, t), whatever the model hides."""
+        if self.units is not None:
+            return any_mask.reconstruct(self.model, batch["bold"], mask)
         maps = self.scan_maps(batch, self.training) if self.scan_maps is not None else None
-        return self.model(batch["bold"], mask, batch["brain"], maps), mask
+        found: Tensor = self.model(batch["bold"], mask, batch["brain"], maps)
+        return found
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def encode(
 ) -> list[Tensor]:
     """Features of stage `inner` and those after it, each (B, Xs, Ys, Zs, T, Cs); hidden tokens of the first are 0.
 
-    inner: stages whose tokens see only their own unit; unit: patches x, y, z of a unit; visible: bool (B, X, Y, Z, T).
+    inner: stages whose tokens see only their own unit; unit: patches x, y, z of a unit; visible: bool (B, X, Y, Z, T),
+    of any shape: a token of a later stage is visible if one is of those that it is merged of.
     """
     x = plain.embed_patches(cfg, state, x)
     if cfg.position == "rope_global":
@@ -95,14 +97,15 @@ def encode(
             else:
                 size = None if stage == inner else (*(n // 2**stage for n in unit), x.shape[4])
                 x = block(cfg, state, stage, number, x, size, visible)
-        if stage == inner:
+        if stage <= inner:
             x = torch.where(visible[..., None], x, 0.0)
         if stage >= inner:
             features.append(x)
         if stage < len(cfg.depths) - 1:
             x = plain.merge_patches(state, f"stages.{stage}.downsample", x)
             if stage < inner:
-                visible = visible[:, ::2, ::2, ::2]
+                eight = [visible[:, i::2, j::2, k::2] for i, j, k in product(range(2), repeat=3)]
+                visible = torch.stack(eight).any(0)
     if cfg.final_norm:
         features[-1] = plain.layer_norm(state, "norm", features[-1])
     return features

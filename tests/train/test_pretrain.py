@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from swift.config.compose import typed
 from swift.config.schema import Config
 from swift.models.autoencoder import LOSSES
+from swift.models.masking import mask_voxels
 from swift.models.visible import Units
 from swift.parallel.checkpoint.files import Manifest, candidates
 from swift.parallel.setup import resolve
@@ -202,6 +203,18 @@ def test_the_loss_of_hidden_cells_is_that_of_the_whole_prediction(options: list[
     expected.backward()
     for (name, parameter), gradient in zip(module.named_parameters(), ours, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_models_are_judged_under_one_mask() -> None:
+    """A model that leaves hidden units out and one with mask tokens, under masks of single patches and their own."""
+    batch = make_batch([3, 8])
+    dropping, ordinary = (build_module(resolve(settings(*words))).eval() for words in (DROP, DROP[2:]))
+    mask = ordinary.draw_mask(batch)
+    assert torch.equal(ordinary.reconstruct_under(batch, mask), ordinary.reconstruct(batch)[0])
+    assert dropping.reconstruct_under(batch, mask).shape == batch["bold"].shape
+    prediction, own = dropping.reconstruct(batch)
+    hidden = mask_voxels(own, dropping.cfg.model.patch_size, batch["bold"].shape[2:]).unsqueeze(1)
+    torch.testing.assert_close(dropping.reconstruct_under(batch, own)[hidden], prediction[hidden], rtol=1e-4, atol=1e-5)
 
 
 def test_visible_units_do_not_depend_on_the_batch() -> None:

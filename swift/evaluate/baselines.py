@@ -186,11 +186,15 @@ class Baselines:
         if self._signals is None:
             self._check_one_space("a baseline on parcels")
             train = sorted(set(self.units["train"].scan.tolist()))
-            parcels = self.parcels = models.Parcels(self.data.store, train)
-            self._signals = []
+            if self.parcels is None:
+                self.parcels = models.Parcels(self.data.store, train)
+            used = {int(scan) for units in self.units.values() for scan in units.scan.tolist()}
+            kind = models.unit_of_change(self.data.store, sorted(used))
+            signals = []
             for units in self.units.values():
                 for scan, first, length in zip(units.scan.tolist(), units.first.tolist(), units.length.tolist()):
-                    self._signals.append(parcels.cleaned(self.data.store, scan)[first : first + length])
+                    signals.append(self.parcels.cleaned(self.data.store, scan, kind)[first : first + length])
+            self._signals = signals
         return self._signals
 
 
@@ -227,7 +231,7 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
         Baseline -> what its summary.json says. One that these data do not allow is left out and named in the log.
 
     Raises:
-        UserError: The task has no target, or an unknown baseline.
+        UserError: The task has no target, an unknown baseline, or no baseline that these data allow.
     """
     if cfg.task.target is None:
         raise UserError(f"task={cfg.task.name}: has no target; baselines are for tasks that predict something")
@@ -241,7 +245,8 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
     wrong = [name for name in names or () if name not in all_.names]
     if wrong:
         raise UserError(f"--only {wrong[0]}: legal for task={cfg.task.name} are {', '.join(all_.names)}")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    reasons = []
     for name in names or all_.names:
         begin = time.perf_counter()
         try:
@@ -251,10 +256,13 @@ def run_baselines(cfg: Config, names: Sequence[str] | None = None) -> dict[str, 
             made = all_.predict(name)
         except UserError as error:
             log.warning("%s left out: %s", SAID[name], error)
+            reasons.append(f"{SAID[name]}: {error}")
             continue
         summary = summary_of(cfg, data, name, made, time.perf_counter() - begin)
         leave(Path(cfg.run_dir) / name, made, summary)
         found[name] = summary
+    if not found:
+        raise UserError(f"no baseline could be made; {reasons[0]}")
     return found
 
 
@@ -265,7 +273,7 @@ def _judge_maps(cfg: Config, data: Any, all_: Baselines, name: str, begin: float
     from swift.evaluate.map_scores import judge as judge_maps
 
     if all_.maps is None:
-        all_.maps = MapBaselines(data, all_.units, *all_.cleaned())
+        all_.maps = MapBaselines(data, all_.units, all_.cleaned)
     folder = Path(cfg.run_dir) / name
     made = {part: all_.maps.predict(name, data.subjects_of(part)) for part in ("val", "test")}
     val, test = (map_judge.predictions_of(data, data.subjects_of(part), made[part]) for part in made)

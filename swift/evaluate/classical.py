@@ -167,8 +167,8 @@ class Parcels:
         total = member.sum(0)
         return np.asarray(values @ (member / np.maximum(total, 1)), np.float64)
 
-    def cleaned(self, store: Any, scan: int) -> np.ndarray:
-        """(T, P) percent change without drift and movement (nilearn)."""
+    def cleaned(self, store: Any, scan: int, kind: str = "percent") -> np.ndarray:
+        """(T, P) signals, in percent change unless told, without drift and movement (nilearn)."""
         from nilearn.signal import clean
 
         moved = movement(store, scan)
@@ -177,7 +177,7 @@ class Parcels:
             warnings.simplefilter("ignore")
             return np.asarray(
                 clean(
-                    self.signals(store, scan),
+                    self.signals(store, scan, kind),
                     detrend=True,
                     standardize=None,
                     confounds=moved if moved.shape[1] else None,
@@ -186,6 +186,20 @@ class Parcels:
                     t_r=store.scans[scan].tr,
                 )
             )
+
+
+def unit_of_change(store: Any, scans: Sequence[int]) -> str:
+    """Normalization of parcels' signals: percent, or zscore_voxel where a scan has no level to take a percentage of.
+
+    One kind for all scans, or amplitudes of two subjects would not be in one unit. Denoised scans (XCP-D) have mean 0.
+    """
+    for scan in scans:
+        try:
+            store.normalizer(scan, "percent")
+        except UserError as error:
+            log.warning("signals of parcels are means of standardized voxels, not percent change: %s", error)
+            return "zscore_voxel"
+    return "percent"
 
 
 def connectivity(signals: Sequence[np.ndarray], train: np.ndarray, kind: str) -> np.ndarray:

@@ -6,12 +6,14 @@ Shapes: S subjects (n of training), K contrasts, V voxels of the brain, P parcel
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from swift.data.task_maps.module import MapDataModule
-from swift.evaluate.classical import Parcels, Units, connectivity
+from swift.evaluate.classical import Parcels, Units, connectivity, courses
 from swift.utils.errors import UserError
 
 ALPHAS = tuple(10.0**k for k in range(-1, 7))
@@ -25,37 +27,60 @@ HELD = 5
 
 
 class MapBaselines:
-    """The baselines of one task of maps; what they share is made once.
+    """The baselines of one task of maps; what they share is made once, and only when one asks for it.
 
     Args:
         data: With the maps.
         units: Of train, val and test.
-        parcels: Made from the training scans.
-        signals: (T, P) of every unit, train, then val, then test.
+        cleaned: Makes parcels of the training scans, and signals (T, P) of every unit: train, then val, then test.
 
     Raises:
         UserError: fewer than 3 training subjects.
     """
 
     def __init__(
-        self, data: MapDataModule, units: dict[str, Units], parcels: Parcels, signals: list[np.ndarray]
+        self,
+        data: MapDataModule,
+        units: dict[str, Units],
+        cleaned: Callable[[], tuple[Parcels, list[np.ndarray]]],
     ) -> None:
-        self.data, self.parcels = data, parcels
+        self.data, self._cleaned = data, cleaned
         self.train = data.subjects_of("train")
         if len(self.train) < 3:
             raise UserError(f"{len(self.train)} training subjects: a baseline's penalty needs at least 3")
-        scan = np.concatenate([one.scan for one in units.values()])
-        subject = np.concatenate([one.subject for one in units.values()])
-        self._scans = {name: scan[subject == name].tolist() for name in set(subject.tolist())}
-        known = dict(zip(scan.tolist(), signals, strict=True))
-        mine = np.isin(np.arange(len(scan)), np.arange(len(units["train"])))
-        vectors = connectivity([known[place] for place in scan.tolist()], mine, "correlation")
-        self._connectome = {name: vectors[subject == name].mean(0) for name in self._scans}
-        spread = np.log(np.stack([one.std(0) for one in signals]) + 1e-6)
-        self._amplitude = {name: spread[subject == name].mean(0) for name in self._scans}
-        self._signals = known
+        self._scan, self._subject, first, length = (
+            np.concatenate([getattr(one, name) for one in units.values()])
+            for name in ("scan", "subject", "first", "length")
+        )
+        self._mine = np.arange(len(self._scan)) < len(units["train"])
+        self._scans = {name: self._scan[self._subject == name].tolist() for name in set(self._subject.tolist())}
+        # A budget of frames (data.max_frames) leaves a part of a training scan.
+        ends = zip(first.tolist(), (first + length).tolist(), strict=True)
+        self._part = {scan: slice(*pair) for scan, pair in zip(self._scan.tolist(), ends, strict=True)}
         deviations = [data.map_of(name) - data.mean for name in self.train]
         self._rest = np.nan_to_num(np.stack(deviations))  # (n, K, V); the mean where a subject has no value
+
+    @cached_property
+    def parcels(self) -> Parcels:
+        """Of the training scans."""
+        return self._cleaned()[0]
+
+    @cached_property
+    def _signals(self) -> dict[int, np.ndarray]:
+        """Scan -> (T, P) of the part that is used."""
+        return dict(zip(self._scan.tolist(), self._cleaned()[1], strict=True))
+
+    @cached_property
+    def _connectome(self) -> dict[str, np.ndarray]:
+        """Subject -> (F,) mean over scans."""
+        vectors = connectivity([self._signals[scan] for scan in self._scan.tolist()], self._mine, "correlation")
+        return {name: vectors[self._subject == name].mean(0) for name in self._scans}
+
+    @cached_property
+    def _amplitude(self) -> dict[str, np.ndarray]:
+        """Subject -> (P,) mean over scans of the logarithm of the standard deviation."""
+        spread = np.log(np.stack([self._signals[scan].std(0) for scan in self._scan.tolist()]) + 1e-6)
+        return {name: spread[self._subject == name].mean(0) for name in self._scans}
 
     def predict(self, name: str, subjects: list[str]) -> np.ndarray:
         """(S, K, V) maps of subjects by a baseline of `swift.evaluate.baselines.MAP_BASELINES`."""
@@ -106,14 +131,10 @@ class MapBaselines:
         """(V, P + 1) Fisher z of each voxel's course with each parcel's, mean over scans, and ones; 0 outside."""
         total = np.zeros((len(self.data.space.voxels), self.parcels.count + 1))
         for scan in self._scans[subject]:
-            info, store = self.data.store.scans[scan], self.data.store
-            codes = store.read(scan, 0, info.frames)
-            courses = np.zeros((info.frames, int(np.prod(store.grid))), np.float32)
-            a, b = store.normalizer(scan, "zscore_voxel")
-            courses[:, store.indices(scan)] = codes * a + b
+            whole = courses(self.data.store, scan, "zscore_voxel")[self._part[scan]]
             signal = self._signals[scan]
             unit = signal / np.maximum(np.linalg.norm(signal, axis=0), 1e-9)
-            voxels = courses[:, self.data.space.voxels]
+            voxels = np.nan_to_num(whole[:, self.data.space.voxels])
             size = np.maximum(np.linalg.norm(voxels, axis=0), 1e-9)
             total[:, :-1] += np.arctanh(np.clip((voxels / size).T @ unit, -0.999, 0.999))
         total[:, :-1] /= len(self._scans[subject])

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from swift.evaluate import baselines
+from swift.data.clips.mixture import Stores
+from swift.evaluate import baselines, classical
 from swift.evaluate.baselines import MAP_BASELINES, Baselines
 from swift.evaluate.map_baselines import MapBaselines
+from swift.utils.errors import UserError
 from tests.maps import map_cohort, map_data, map_settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWIFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MapBaselines:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SWIFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        data = map_data(folder, "task.target.contrasts=[coupling,unrelated]")
-        shared = Baselines(data, False)
-        return MapBaselines(data, shared.units, *shared.cleaned())
+def made(folder: Path) -> MapBaselines:
+    data = map_data(folder, "task.target.contrasts=[coupling,unrelated]")
+    shared = Baselines(data, False)
+    return MapBaselines(data, shared.units, shared.cleaned)
 
 
 def test_the_mean_and_its_multiples(made: MapBaselines) -> None:
@@ -86,11 +94,65 @@ def test_the_regression_on_connectivity_maps_against_scikit_learn(made: MapBasel
     np.testing.assert_allclose(applied[1][:, label == parcel], (x @ wanted).T, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_the_command_judges_all_of_them_on_one_split(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_with_a_budget_of_frames_seeds_are_of_the_part_that_is_left(
+    folder: Path,
 ) -> None:
-    monkeypatch.setenv("SWIFT_CACHE", str(tmp_path / "cache"))
+    """Against correlations over the first 16 of 24 frames."""
+    data = map_data(folder, "data.max_frames=192")
+    shared = Baselines(data, False)
+    made = MapBaselines(data, shared.units, shared.cleaned)
+    name = made.train[0]
+    (scan,) = made._scans[name]
+    part = made._part[scan]
+    assert part.stop - part.start == 16
+    signal = made._signals[scan]
+    assert signal.shape == (16, made.parcels.count)
+    voxel = int(np.flatnonzero(np.isin(data.space.voxels, data.store.indices(scan)))[3])
+    row = int(np.flatnonzero(data.store.indices(scan) == data.space.voxels[voxel])[0])
+    a, b = data.store.normalizer(scan, "zscore_voxel")
+    course = data.store.read(scan, part.start, 16)[:, row].astype(np.float64) * a[row] + b[row]
+    cosine = course @ signal / np.linalg.norm(course) / np.linalg.norm(signal, axis=0)
+    np.testing.assert_allclose(made._seeds(name)[voxel, :-1], np.arctanh(cosine), atol=1e-4)
+    assert np.isfinite(made._seeds(name)).all()
+
+
+def test_denoised_scans_have_baselines_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One scan has no level to take percent of: signals of all are of standardized voxels; the mean map needs none."""
+    plain = Stores.normalizer
+
+    def centred(self: Stores, scan: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        if kind == "percent" and scan == 3:
+            raise UserError("normalization percent: the scan's mean is 0, not a positive baseline")
+        return plain(self, scan, kind)
+
+    monkeypatch.setattr(Stores, "normalizer", centred)
+    data = map_data(folder)
+    shared = Baselines(data, False)
+    made = MapBaselines(data, shared.units, shared.cleaned)
+    names = data.subjects_of("test")
+    np.testing.assert_array_equal(made.predict("mean_map", names)[0], data.mean)
+    assert shared.parcels is None  # nothing costly was made for it
+    assert np.isfinite(made.predict("nearest", names)).all()
+    assert "standardized voxels, not percent change: normalization percent: the scan's mean is 0" in caplog.text
+    for scan in (3, made._scans[names[0]][0]):
+        wanted = made.parcels.cleaned(data.store, scan, "zscore_voxel")
+        np.testing.assert_array_equal(made._signals[scan], wanted)
+
+
+def test_no_baseline_at_all_is_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def broken(*_: object) -> None:
+        raise UserError("no brain voxel in common")
+
+    monkeypatch.setattr(classical, "Parcels", broken)
+    with pytest.raises(UserError, match="no baseline could be made; nearest by connectome: no brain voxel in common"):
+        baselines.run_baselines(map_settings(folder, f"run_dir={tmp_path}"), ["nearest"])
+
+
+@pytest.mark.slow
+def test_the_command_judges_all_of_them_on_one_split(folder: Path, tmp_path: Path) -> None:
     cfg = map_settings(folder, f"run_dir={tmp_path / 'run'}")
     found = baselines.run_baselines(cfg)
     assert tuple(found) == MAP_BASELINES

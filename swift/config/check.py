@@ -278,8 +278,10 @@ def check_parallel(cfg: ParallelConfig) -> None:
     require(cfg.zero_stage == stage, "parallel.zero_stage", cfg.zero_stage, f"parallel={cfg.name} means {stage}")
     require(cfg.devices >= 0, "parallel.devices", cfg.devices, "must not be negative (0: all that are there)")
     require(cfg.group >= 0, "parallel.group", cfg.group, "must not be negative (0: the ranks of a node)")
-    legal = "only parallel=hsdp shards in groups"
-    require(cfg.group == 0 or cfg.name == "hsdp", "parallel.group", cfg.group, legal)
+    legal = "only parallel=hsdp and zero3 have groups"
+    require(cfg.group == 0 or cfg.name in ("hsdp", "zero3"), "parallel.group", cfg.group, legal)
+    legal = "each rank would hold all weights, as under parallel=zero2; give 2 or more, or 0 for none"
+    require(cfg.group != 1 or cfg.name != "zero3", "parallel.group", cfg.group, legal)
     require(cfg.nodes >= 1, "parallel.nodes", cfg.nodes, "must be at least 1")
     if cfg.name == "single":
         for name in ("devices", "nodes"):

@@ -114,7 +114,7 @@ def frozen_device(cfg: Config) -> str:
 
 
 def shard_group(cfg: ParallelConfig, ranks: int, ranks_per_node: int) -> int:
-    """Ranks that share one copy of weights and optimizer under parallel=hsdp.
+    """Ranks that share a copy: hsdp of weights and optimizer, zero3 of the compute weights (hpZ); 0: no groups.
 
     Args:
         cfg: `parallel=`.
@@ -124,6 +124,8 @@ def shard_group(cfg: ParallelConfig, ranks: int, ranks_per_node: int) -> int:
     Raises:
         UserError: the groups do not divide the ranks.
     """
+    if cfg.name != "hsdp" and not cfg.group:
+        return 0
     group = cfg.group or min(ranks_per_node, ranks)
     legal = f"the run has {ranks} ranks; a group can be no larger"
     require(group <= ranks, "parallel.group", group, legal)
@@ -142,8 +144,7 @@ def check_ranks(cfg: Config) -> None:
         if nodes * ranks > 1:
             raise UserError(f"parallel=single: one rank, but {given}; choose parallel=ddp, zero1 or another")
         return
-    if cfg.parallel.name == "hsdp":
-        shard_group(cfg.parallel, nodes * ranks, ranks)
+    shard_group(cfg.parallel, nodes * ranks, ranks)
     if cfg.parallel.nodes not in (1, nodes):
         raise UserError(f"parallel.nodes={cfg.parallel.nodes}: does not match {given}; leave it out and it follows")
     if cfg.parallel.devices not in (0, ranks):

@@ -246,7 +246,8 @@ class ParallelConfig:
     timeout_minutes: float
     """A rank that waits longer for the others ends the run."""
     group: int = 0
-    """hsdp: ranks, in their order, that hold one copy of weights and optimizer among them; 0: those of a node."""
+    """hsdp: ranks, in their order, that hold one copy of weights and optimizer among them; 0: those of a node. zero3:
+    ranks that hold a second copy of the compute weights between the passes (hpZ); 0: none."""
     unit_mb: Optional[float] = None
     """fsdp, hsdp: a block whose gathered weights exceed this, MB, is gathered layer by layer; null: block by block."""
 

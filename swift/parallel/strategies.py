@@ -35,6 +35,8 @@ from swift.plan.memory import MB, reduce_bucket
 from swift.utils import device
 from swift.utils.errors import UserError
 
+SECONDARY = "zero_hpz_partition_size"
+
 
 class _ClipsByNorm:
     """Precision plugin that clips by the global norm and keeps what it was."""
@@ -87,16 +89,18 @@ class _Fsdp(CheckpointingStrategy, DDPStrategy):
 
     def materialize(self) -> None:
         """Shard a module on the meta device, then give each rank memory for its part."""
-        kind, ranks = self.root_device.type, self.world_size
+        # A reconstruction is a view; nobody writes into it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        self.shard(self.lightning_module.model, self.root_device.type, self.world_size)
+        super().materialize()
+
+    def shard(self, model: Any, kind: str, ranks: int) -> None:
+        """Spread a model over the ranks of a device's kind."""
         mesh = init_device_mesh(kind, (ranks,))
         if self.group < ranks:
             mesh = init_device_mesh(kind, (ranks // self.group, self.group), mesh_dim_names=("copies", "shard"))
-        model = self.lightning_module.model
-        # A reconstruction is a view; nobody writes into it.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for part in (*self.layers(model), *model.blocks(), model):
             fully_shard(part, mesh=mesh, mp_policy=self.mixed)
-        super().materialize()
 
     def layers(self, model: Any) -> Iterator[torch.nn.Module]:
         """Linear layers that are gathered by themselves: those of blocks over parallel.unit_mb, or that are over it."""
@@ -182,8 +186,14 @@ class _DeepSpeed(DeepSpeedStepGate, CheckpointingStrategy, DeepSpeedStrategy):
             super().materialize()
             return
         import deepspeed
+        from deepspeed.utils import groups
 
         self._init_config_if_needed()
+        assert isinstance(self.config, dict)
+        # Made once here: DeepSpeed would make it for each module, and refuses the second time.
+        if (group := self.config["zero_optimization"].get(SECONDARY)) and not self._secondary():
+            groups._create_zero_param_parallel_group(group)
+        secondary = self._secondary()
         narrow = self.precision_plugin.precision != "32-true"
         # Inner modules first: DeepSpeed takes all parameters below a module, and those must have memory.
         for module in reversed(list(self.lightning_module.modules())):
@@ -194,13 +204,20 @@ class _DeepSpeed(DeepSpeedStepGate, CheckpointingStrategy, DeepSpeedStrategy):
                 )
                 setattr(module, name, torch.nn.Parameter(zeros, parameter.requires_grad))
             if own:
-                deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
+                deepspeed.zero.Init(module=module, config_dict_or_path=self.config, zero_param_parallel_group=secondary)
             for name, buffer in module.named_buffers(recurse=False):
                 assert not buffer.is_meta or name not in module.state_dict(), f"{name} would be lost"
         # Tables that are no parameters are made anew from what they are functions of.
         for module in self.lightning_module.modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 module._apply(lambda t: torch.empty_like(t, device=self.root_device), recurse=False)
+
+    @staticmethod
+    def _secondary() -> Any:
+        """The ranks with which this one shares a second copy of the weights (hpZ), None without."""
+        from deepspeed.utils import groups
+
+        return groups._get_zero_param_intra_parallel_group()
 
     def _set_node_environment_variables(self) -> None:
         super()._set_node_environment_variables()
@@ -237,13 +254,14 @@ def cpu_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return made
 
 
-def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int) -> dict[str, Any]:
+def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int, group: int = 0) -> dict[str, Any]:
     """DeepSpeed's settings for a ZeRO stage.
 
     Args:
         cfg: `parallel=`.
         bucket: Bytes of a bucket in which gradients are reduced.
         element_bytes: Bytes of a gradient element: DeepSpeed counts buckets in elements.
+        group: ZeRO 3: ranks that share a second copy of the weights; 0: there is none.
     """
     reduce, gather = (int(size / element_bytes) for size in (bucket, cfg.gather_bucket_mb * MB))
     zero: dict[str, Any] = {
@@ -255,6 +273,7 @@ def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int) -> 
     }
     if cfg.zero_stage == 3:
         zero["stage3_prefetch_bucket_size"] = gather
+        zero |= {SECONDARY: group} if group else {}
     else:
         zero["allgather_bucket_size"] = gather
     for name, wanted in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_parameters)):
@@ -305,7 +324,8 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
     if parallel.zero_stage:
         # DeepSpeed looks for its device when it is imported.
         os.environ["DS_ACCELERATOR"] = accelerator
-        config = deepspeed_config(parallel, bucket, 2 if narrow else 4)
+        group = shard_group(parallel, place.world, place.local_world)
+        config = deepspeed_config(parallel, bucket, 2 if narrow else 4, group)
         strategy = _DeepSpeed(config=config, precision_plugin=_DeepSpeedPrecision(precision), **shared)  # type: ignore[arg-type]
     elif parallel.name in ("fsdp", "hsdp"):
         group = place.world if parallel.name == "fsdp" else shard_group(parallel, place.world, place.local_world)

@@ -9,7 +9,7 @@ was watched on running engines (every storage of every tensor, at its peak); tes
 | ddp | 4P | 8P | 4P | reduction buckets 4P |
 | zero1 | eP | 12P/N | eP/N; eP if accumulated | two reduction buckets |
 | zero2 | eP | 12P/N | eP/N; twice if accumulated | two reduction buckets |
-| zero3 | eP/N | 12P/N | eP/N | gathered weights, two reduction buckets, one of gathering |
+| zero3 | eP/N; with groups eP/G more | 12P/N | eP/N | gathered weights, two reduction buckets, one of gathering |
 | zero3_offload | host | host | host | as zero3 |
 | fsdp | 4P/N | 8P/N | 4P/N | gathered weights of two blocks, their gradients |
 | hsdp | 4P/G | 8P/G | 4P/G | as fsdp; G ranks of a group |
@@ -57,7 +57,7 @@ class Sharding:
     guarded: bool = False
     """The guard holds the batches of a step until it is over."""
     group: int = 0
-    """hsdp: ranks of a group."""
+    """hsdp: ranks that share all; zero3: ranks that share a second copy of the weights (hpZ), 0: there is none."""
     unit: float = math.inf
     """fsdp, hsdp: bytes of gathered weights above which a block is gathered layer by layer."""
     on_cpu: bool = False
@@ -124,7 +124,7 @@ def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool, ranks_p
         loss=cfg.task.loss,
         guarded=cfg.guard.action != "off",
         unit=math.inf if parallel.unit_mb is None else parallel.unit_mb * MB,
-        group=shard_group(parallel, ranks, ranks_per_node) if parallel.name == "hsdp" else 0,
+        group=shard_group(parallel, ranks, ranks_per_node),
     )
 
 
@@ -218,6 +218,16 @@ def weight_bytes(geometry: Geometry, sharding: Sharding) -> float:
     return 4 * total / sharding.holders
 
 
+def secondary_bytes(geometry: Geometry, sharding: Sharding) -> float:
+    """ZeRO 3 with groups (hpZ): the part of the second copy, from the first forward pass to the end of the step.
+
+    DeepSpeed makes one of every parameter, also of those too small to be sharded.
+    """
+    if sharding.zero_stage < 3 or not sharding.group:
+        return 0.0
+    return geometry.total_parameters * sharding.element / sharding.group
+
+
 def optimizer_bytes(geometry: Geometry, sharding: Sharding) -> float:
     """Two moments, and with ZeRO the fp32 weights that the optimizer steps on."""
     total = geometry.total_parameters
@@ -308,7 +318,8 @@ def step_memory(geometry: Geometry, sharding: Sharding) -> Memory:
         gradients = 4 * total / sharding.holders
         # A fused step takes no temporaries; the gradients of ddp lie beside its reduction buckets.
         temporary = 4 * total if sharding.strategy == "ddp" else 0
-    weights, optimizer = weight_bytes(geometry, sharding), optimizer_bytes(geometry, sharding)
+    weights = weight_bytes(geometry, sharding) + secondary_bytes(geometry, sharding)
+    optimizer = optimizer_bytes(geometry, sharding)
     host = host_bytes(geometry, sharding)
     return Memory(weights, optimizer, gradients, 0.0, temporary, "optimizer step", host)
 
@@ -333,7 +344,7 @@ def backward_memory(geometry: Geometry, sharding: Sharding, moment: Moment, micr
     """One moment of the backward pass."""
     casts = 2 * moment.casts if sharding.widths.name == "autocast" else 0
     return Memory(
-        weight_bytes(geometry, sharding),
+        weight_bytes(geometry, sharding) + secondary_bytes(geometry, sharding),
         optimizer_bytes(geometry, sharding),
         gradient_bytes(geometry, sharding, moment.gradients),
         micro_batch * (moment.activations + batch_bytes(geometry)) + held_bytes(geometry, sharding, micro_batch),

@@ -18,6 +18,8 @@ from swift.utils.errors import UserError
 # Part of a node's host memory that training may fill; the rest is the system's, the loaders' and the page cache's.
 USABLE_HOST = 0.8
 MOST_SUGGESTIONS = 4
+LARGEST_GROUP = 1024
+"""Ranks of a group of hsdp that is proposed."""
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
@@ -49,6 +51,8 @@ class Plan:
     time_largest: StepTime | None
     """With the largest micro-batch that fits."""
     suggestions: list[str]
+    faster: str | None = None
+    """hsdp: a group that fits and takes less time, and how much."""
 
     @property
     def chosen(self) -> Option:
@@ -114,7 +118,12 @@ def _candidates(geometry: Geometry, sharding: Sharding) -> Iterator[tuple[list[s
             offload = strategy == "zero3_offload"
             stage = _STAGES[strategy]
             changed = replace(
-                changed, strategy=strategy, zero_stage=stage, offload_optimizer=offload, offload_parameters=offload
+                changed,
+                strategy=strategy,
+                zero_stage=stage,
+                offload_optimizer=offload,
+                offload_parameters=offload,
+                group=0,
             )
             changes.append(f"parallel={strategy}")
         if kept != sharding.checkpointing:
@@ -184,6 +193,26 @@ def _larger_groups(geometry: Geometry, sharding: Sharding, site: Site) -> list[s
     return []
 
 
+def faster_group(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: int) -> tuple[int, StepTime] | None:
+    """The group of hsdp with which a step takes the least time, if it fits and saves 5 % or more.
+
+    Smaller groups send less inside and as much between them in all; a rank keeps more.
+    """
+    now = step_time(geometry, sharding, site, micro_batch)
+    if sharding.strategy != "hsdp" or now is None:
+        return None
+    found: tuple[int, StepTime] | None = None
+    least = 0.95 * now.seconds
+    for group in (size for size in range(1, sharding.ranks + 1) if sharding.ranks % size == 0):
+        changed = replace(sharding, group=group)
+        if group > LARGEST_GROUP or memory(geometry, changed, micro_batch).total > available_bytes(site):
+            continue
+        time = step_time(geometry, changed, site, micro_batch)
+        if time is not None and time.seconds < least:
+            found, least = (group, time), time.seconds
+    return found
+
+
 def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: float) -> Plan:
     """Plan a run.
 
@@ -209,6 +238,10 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
         kept: option(geometry, replace(sharding, checkpointing=kept), site, micro_batch) for kept in CHECKPOINTING
     }
     chosen = options[sharding.checkpointing]
+    better = faster_group(geometry, sharding, site, micro_batch) if chosen.fits else None
+    faster = None
+    if better is not None:
+        faster = f"parallel.group={better[0]} ({better[1].seconds:.3f} s, {better[1].clips_per_second:,.1f} clips/s)"
     return Plan(
         cfg=cfg,
         site=site,
@@ -221,6 +254,7 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
         time=step_time(geometry, sharding, site, micro_batch),
         time_largest=step_time(geometry, sharding, site, chosen.largest) if chosen.largest else None,
         suggestions=[] if chosen.fits else suggest(geometry, sharding, site, nodes),
+        faster=faster,
     )
 
 

@@ -38,6 +38,8 @@ class Traffic:
     across: float = 0.0
     """hsdp: gradients, summed inside the groups, between them."""
     across_collectives: int = 0
+    inside: float = 0.0
+    """zero3 with groups (hpZ): the part of `weights` that is gathered from a group."""
 
     @property
     def network(self) -> float:
@@ -72,10 +74,17 @@ def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
     # Gathered for the forward and again for the backward pass, except what stays gathered in between.
     kept = min(total, LIVE_PARAMETERS) if sharding.zero_stage == 3 else 0
     gathered = micro * ring * width * (2 * total - kept)
+    within = 0.0
+    if sharding.zero_stage == 3 and sharding.group:
+        # The first forward pass of a step gathers from all ranks and leaves the second copy, from which the rest comes.
+        first = ring * width * total
+        within = (sharding.group - 1) / sharding.group * width * (micro * (2 * total - kept) - total)
+        gathered = first + within
     count = micro * (3 * blocks if sharding.sharded else 2 * blocks + buckets)
     groups = ranks // inside
     across = micro * 2 * (groups - 1) / groups * reduced * total / inside
-    return Traffic(micro * ring * reduced * total, gathered, host, count, across, micro * blocks * (groups > 1))
+    between = micro * blocks * (groups > 1)
+    return Traffic(micro * ring * reduced * total, gathered, host, count, across, between, within)
 
 
 def elementwise_bytes(geometry: Geometry, widths: Widths) -> float:
@@ -151,15 +160,36 @@ def link_seconds(sent: float, site: Site, ranks: int, collectives: int) -> float
 def across_seconds(sent: Traffic, sharding: Sharding, site: Site) -> float:
     """Time of the all-reduces between groups of hsdp, of which all ranks of a group have one under way at a time.
 
-    Those of a node share its network cards; the groups of one node use the links inside it.
+    Those of a node share its network cards; where a node has several groups, rings go over the links inside it too.
     """
     groups = sharding.ranks // max(sharding.group, 1)
     if groups == 1 or not sent.across:
         return 0.0
-    rate = site.link
+    rate = site.link if sharding.group < site.devices_per_node else math.inf
     if sharding.ranks > site.devices_per_node:
-        rate = min(site.link, site.node_link / min(sharding.group, site.devices_per_node))
+        rate = min(rate, site.node_link / min(sharding.group, site.devices_per_node))
     return sent.across / (rate * site.link_fraction) + sent.across_collectives * site.latency * math.log2(groups)
+
+
+def exposed_units(
+    forward: float, backward: float, gathered: float, reduced: float, across: float, shared: bool
+) -> float:
+    """What a device waits for where weights are gathered unit by unit (ZeRO 3, fsdp, hsdp).
+
+    The forward pass hides its half of the gathers, the backward pass the other half and all gradients. What goes
+    between groups has its own stream and, where a group lies in a node, its own links: it runs beside what goes inside.
+
+    Args:
+        forward: Seconds of arithmetic.
+        backward: Seconds of arithmetic.
+        gathered: Seconds of weights for both passes, and of what goes to the host.
+        reduced: Seconds of gradients inside a group.
+        across: Seconds of gradients between groups.
+        shared: A group reaches over several nodes: both use the same network cards.
+    """
+    inside = gathered / 2 + reduced
+    sent = inside + across if shared else max(inside, across)
+    return max(0.0, gathered / 2 - forward) + max(0.0, sent - backward)
 
 
 def step_time(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: int) -> StepTime | None:
@@ -181,16 +211,19 @@ def step_time(geometry: Geometry, sharding: Sharding, site: Site, micro_batch: i
     rate, bandwidth = peak * site.matmul_fraction, site.device.bandwidth * site.bandwidth_fraction
     compute = clips * ((flops.total + again) / rate + passes * moved / bandwidth)
     # Two thirds of the arithmetic and more belong to the backward pass.
-    backward = compute * (flops.backward + again) / (flops.total + again) / sharding.accumulate
+    backward_all = compute * (flops.backward + again) / (flops.total + again)
+    backward = backward_all / sharding.accumulate
     sent = traffic(geometry, sharding)
     reduce_count = max(sent.collectives, 1)
     inside = sharding.group if sharding.strategy == "hsdp" else sharding.ranks
     gradients = link_seconds(sent.gradients, site, inside, reduce_count)
-    weights = link_seconds(sent.weights, site, inside, 0)
+    weights = link_seconds(sent.weights - sent.inside, site, inside, 0)
+    weights += link_seconds(sent.inside, site, max(sharding.group, 1), 0)
     across = across_seconds(sent, sharding, site)
     host = sent.host / (site.host_link * site.link_fraction)
     if sharding.zero_stage == 3 or sharding.sharded:
-        exposed = max(0.0, gradients + weights + across + host - compute)
+        shared = inside > site.devices_per_node
+        exposed = exposed_units(compute - backward_all, backward_all, weights + host, gradients, across, shared)
     else:
         hidden = backward * (sharding.accumulate if sharding.zero_stage == 2 else 1) if sharding.overlap else 0.0
         exposed = max(0.0, gradients - hidden) + weights

@@ -24,6 +24,7 @@ def _head(plan: Plan) -> list[str]:
     patch = ",".join(map(str, geometry.patch))
     precision = "bf16" if sharding.bf16 else "float32"
     groups = f" in groups of {sharding.group:,}" if sharding.group else ""
+    groups += " for a second copy of the weights" if sharding.group and sharding.zero_stage else ""
     return [
         f"model {cfg.model.name} ({cfg.model.variant}), clip {x}x{y}x{z} voxels x {t} frames, "
         f"patch {patch}: {geometry.tokens:,} tokens"
@@ -83,7 +84,8 @@ def _traffic(plan: Plan) -> list[str]:
     if not sent.network and not sent.host:
         return ["", "communication: none"]
     parts = [f"gradients {sent.gradients / GIGA:,.2f} GB"]
-    parts += [f"weights {sent.weights / GIGA:,.2f} GB"] if sent.weights else []
+    within = f" ({sent.inside / GIGA:,.2f} of them inside groups)" if sent.inside else ""
+    parts += [f"weights {sent.weights / GIGA:,.2f} GB{within}"] if sent.weights else []
     parts += [f"gradients between groups {sent.across / GIGA:,.2f} GB"] if sent.across else []
     parts += [f"to and from the host {sent.host / GIGA:,.2f} GB"] if sent.host else []
     return ["", f"sent by each rank in a step: {', '.join(parts)}"]
@@ -132,6 +134,8 @@ def plan_text(plan: Plan) -> str:
     lines.append("")
     if plan.chosen.fits:
         lines.append(f"FITS, with micro-batch up to {largest}")
+        if plan.faster:
+            lines.append(f"  faster: {plan.faster}")
     else:
         lines.append(f"DOES NOT FIT: {why_not(plan)}")
         found = plan.suggestions or ["nothing tried: shard it (parallel=zero1 and on), on more nodes or larger devices"]
@@ -191,6 +195,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "clips": plan.clips,
         "fits": plan.chosen.fits,
         "suggestions": plan.suggestions,
+        "faster": plan.faster,
     }
 
 

@@ -26,6 +26,9 @@ BF16 = ["trainer.precision=bf16"]
 
 HSDP = ["parallel=hsdp", "parallel.group=2", "parallel.unit_mb=0.001", "data.batch_size=1"]
 """On four ranks: two groups of two, weights gathered layer by layer."""
+HPZ = ["parallel=zero3", "parallel.group=2", "data.batch_size=1"]
+"""On four ranks: ZeRO 3 with a second copy of the weights in each group of two."""
+ON_FOUR = {"hsdp": HSDP, "hpz": HPZ}
 
 
 def spread(name: str) -> list[str]:

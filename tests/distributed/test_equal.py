@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed import jobs
 from tests.distributed.ranks import run
-from tests.distributed.strategies import BF16, HSDP, OPTIMIZERS, STRATEGIES, WHOLE, exported, spread
+from tests.distributed.strategies import BF16, ON_FOUR, OPTIMIZERS, STRATEGIES, WHOLE, exported, spread
 
 pytestmark = [pytest.mark.distributed]
 
@@ -35,10 +35,10 @@ def single(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*STRATEGIES, "hsdp")],
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*STRATEGIES, "hsdp", "hpz")],
 )
 def test_twenty_steps_are_those_of_one_device(single: dict[str, Any], name: str, store: Path, tmp_path: Path) -> None:
-    ranks, how = (4, HSDP) if name == "hsdp" else (2, spread(name))
+    ranks, how = (4, ON_FOUR[name]) if name in ON_FOUR else (2, spread(name))
     seen = trained(store, tmp_path, ranks, *how, *single["overrides"])
     assert seen["losses"] == pytest.approx(single["losses"], rel=1e-5)
     assert seen["norms"] == pytest.approx(single["norms"], rel=1e-4)

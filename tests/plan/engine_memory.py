@@ -9,17 +9,31 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from swift.parallel.strategies import _Fsdp
 from swift.plan.geometry import build_geometry
-from swift.plan.memory import Sharding, buffer_bytes, gradient_bytes, optimizer_bytes, step_memory, weight_bytes
+from swift.plan.memory import (
+    MB,
+    Sharding,
+    buffer_bytes,
+    gradient_bytes,
+    memory,
+    optimizer_bytes,
+    secondary_bytes,
+    step_memory,
+    weight_bytes,
+)
 from tests.models.cases import Shape, config
-from tests.plan.measure import Live, on_meta
+from tests.plan.measure import Live, Storages, on_meta
 
 # Wide and few tokens: activations are nothing beside 23M parameters, and so are about 15 MB that a process
 # takes besides its tensors.
@@ -28,7 +42,7 @@ VOLUME = (4, 4, 4, 2)
 BUCKET_BYTES = 6_000_000
 
 
-def engine_config(stage: int, bf16: bool, accumulate: int) -> dict[str, Any]:
+def engine_config(stage: int, bf16: bool, accumulate: int, group: int = 0) -> dict[str, Any]:
     """As `swift.parallel.strategies.deepspeed_config` sets it."""
     elements = BUCKET_BYTES // (2 if bf16 else 4)
     zero: dict[str, Any] = {
@@ -38,6 +52,8 @@ def engine_config(stage: int, bf16: bool, accumulate: int) -> dict[str, Any]:
         "reduce_scatter": True,
         "reduce_bucket_size": elements,
     }
+    if group:
+        zero["zero_hpz_partition_size"] = group
     zero["stage3_prefetch_bucket_size" if stage == 3 else "allgather_bucket_size"] = elements
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -83,13 +99,18 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def train(shapes: list[torch.Size], stage: int, bf16: bool, accumulate: int, live: Live) -> tuple[Any, dict[str, int]]:
+def train(
+    shapes: list[torch.Size], stage: int, bf16: bool, accumulate: int, live: Live, group: int = 0
+) -> tuple[Any, dict[str, int]]:
     """Two steps of an engine; it, and the peaks of the second step."""
     import deepspeed
+    from deepspeed.utils import groups
 
-    settings = engine_config(stage, bf16, accumulate)
+    settings = engine_config(stage, bf16, accumulate, group)
     if stage == 3:
-        with deepspeed.zero.Init(config_dict_or_path=settings):
+        # Groups of ranks are made once in a process.
+        secondary = groups._get_zero_param_intra_parallel_group()
+        with deepspeed.zero.Init(config_dict_or_path=settings, zero_param_parallel_group=secondary):
             model = Chain(shapes)
     else:
         model = Chain(shapes)
@@ -106,7 +127,7 @@ def train(shapes: list[torch.Size], stage: int, bf16: bool, accumulate: int, liv
     return engine, {"backward_peak": backward, "step_peak": live.peak}
 
 
-def measure(stage: int, bf16: bool, accumulate: int) -> dict[str, int]:
+def measure(stage: int, bf16: bool, accumulate: int, group: int = 0) -> dict[str, int]:
     """What this rank holds; for `tests.distributed.ranks.run`."""
     import deepspeed
 
@@ -116,17 +137,55 @@ def measure(stage: int, bf16: bool, accumulate: int) -> dict[str, int]:
     deepspeed.init_distributed("gloo")
     shapes = [parameter.shape for parameter in on_meta(config("factorized", SHAPE), VOLUME).parameters()]
     # Code, groups of ranks and their buffers come with the first engine, however small.
-    small, _ = train(shapes[-4:], stage, bf16, accumulate, Live())
+    small, _ = train(shapes[-4:], stage, bf16, accumulate, Live(), group)
     before = resident()
     with Live() as live:
-        engine, peaks = train(shapes, stage, bf16, accumulate, live)
+        engine, peaks = train(shapes, stage, bf16, accumulate, live, group)
         found = {"states": live.now, **peaks}
     found["resident"] = resident() - before
     del engine, small
     return found
 
 
-def predict(stage: int, ranks: int, bf16: bool, accumulate: int) -> dict[str, float]:
+def measure_groups(group: int, bf16: bool, unit_mb: float | None) -> dict[str, int]:
+    """The same of fully_shard in groups of ranks (hsdp), on the model itself as training shards it."""
+    # Before anything is gathered: buffers of DeepSpeed's collectives are not wanted here.
+    dist.init_process_group("gloo")
+    model, storages = on_meta(config("factorized", SHAPE), VOLUME), Storages()
+    strategy = _Fsdp(group, bf16)
+    cast(Any, strategy).parallel = SimpleNamespace(unit_mb=unit_mb)
+    with storages:
+        strategy.shard(model, "cpu", dist.get_world_size())
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter.to_local(), 1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        x, mask = torch.ones(1, 1, *VOLUME), torch.zeros(1, *model.encoder.grids[0], dtype=torch.bool)
+        for _ in range(2):
+            storages.peak = 0
+            model(x, mask).square().mean().backward()
+            backward, storages.peak = storages.peak, 0
+            optimizer.step()
+            step = storages.peak
+            optimizer.zero_grad()
+        return {"states": storages.bytes(), "backward_peak": backward, "step_peak": step}
+
+
+def predict_groups(ranks: int, group: int, bf16: bool, unit_mb: float | None) -> dict[str, float]:
+    """The same from `swift.plan.memory`, with the activations of one clip."""
+    geometry = build_geometry(config("factorized", SHAPE), VOLUME)
+    unit = math.inf if unit_mb is None else unit_mb * MB
+    sharding = Sharding(
+        "hsdp", ranks, bf16, "none", 1, 0, 0, True, 0, False, False, "l1", group=group, unit=unit, on_cpu=True
+    )
+    return {
+        "states": weight_bytes(geometry, sharding) + optimizer_bytes(geometry, sharding),
+        "backward_peak": memory(geometry, sharding, 1).total,
+        "step_peak": step_memory(geometry, sharding).total,
+    }
+
+
+def predict(stage: int, ranks: int, bf16: bool, accumulate: int, group: int = 0) -> dict[str, float]:
     """The same from `swift.plan.memory`."""
     geometry = build_geometry(config("factorized", SHAPE), VOLUME)
     sharding = Sharding(
@@ -142,6 +201,7 @@ def predict(stage: int, ranks: int, bf16: bool, accumulate: int) -> dict[str, fl
         False,
         False,
         "l1",
+        group=group,
         on_cpu=True,
     )
     total = geometry.total_parameters
@@ -151,7 +211,7 @@ def predict(stage: int, ranks: int, bf16: bool, accumulate: int) -> dict[str, fl
     lasting = gradients + BUCKET_BYTES if stage == 3 else 0
     return {
         "states": states + lasting,
-        "backward_peak": states + gradients + buffer_bytes(geometry, sharding),
+        "backward_peak": states + gradients + secondary_bytes(geometry, sharding) + buffer_bytes(geometry, sharding),
         "step_peak": step_memory(geometry, sharding).total,
     }
 

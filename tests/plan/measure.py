@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,6 +54,30 @@ class Live(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
         self.peak = max(self.peak, self.now)
+        return out
+
+
+class Storages(TorchDispatchMode):
+    """As Live, with the sizes that storages have now: fully_shard empties and fills those of gathered weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def bytes(self) -> int:
+        """Of all storages that are alive."""
+        there = [storage for ref in self._held.values() if (storage := ref()) is not None]
+        return sum(storage.nbytes() for storage in there)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
+                local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+                storage = local.untyped_storage()
+                self._held[storage._cdata] = weakref.ref(storage)
+        self.peak = max(self.peak, self.bytes())
         return out
 
 

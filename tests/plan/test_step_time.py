@@ -11,8 +11,8 @@ from swift.plan.__main__ import plan_of
 from swift.plan.devices import load_site
 from swift.plan.geometry import build_geometry
 from swift.plan.memory import Sharding, memory
-from swift.plan.planning import available_bytes
-from swift.plan.step_time import across_seconds, step_time, traffic
+from swift.plan.planning import available_bytes, faster_group
+from swift.plan.step_time import across_seconds, exposed_units, step_time, traffic
 from swift.utils.errors import UserError
 from tests.models.cases import config
 
@@ -41,6 +41,30 @@ def test_one_group_is_fsdp() -> None:
     assert step_time(GEOMETRY, one, FRONTIER, 2) == step_time(GEOMETRY, FSDP, FRONTIER, 2)
 
 
+def test_a_second_copy_is_gathered_inside_its_group() -> None:
+    """ZeRO 3 with groups (hpZ): one pass gathers from all ranks, every other one from a group, faster in a node."""
+    zero3 = replace(FSDP, strategy="zero3", zero_stage=3)
+    # 38 billion parameters: more than DeepSpeed keeps gathered.
+    kept, total = 1_000_000_000, GEOMETRY.total_parameters * 1_000_000
+    large = replace(GEOMETRY, parameters={"all": total})
+    for accumulate in (1, 3):
+        plain = traffic(large, replace(zero3, accumulate=accumulate))
+        sent = traffic(large, replace(zero3, accumulate=accumulate, group=8))
+        assert plain.weights == pytest.approx(accumulate * 63 / 64 * 2 * (2 * total - kept))
+        assert sent.inside == pytest.approx(7 / 8 * 2 * (accumulate * (2 * total - kept) - total))
+        assert sent.weights - sent.inside == pytest.approx(63 / 64 * 2 * total)
+        assert (sent.gradients, sent.across) == (plain.gradients, 0)
+    fast = replace(FRONTIER, link=4 * FRONTIER.node_link)
+    before = step_time(large, zero3, fast, 1)
+    after = step_time(large, replace(zero3, group=8), fast, 1)
+    assert before is not None
+    assert after is not None
+    slow_bytes = 63 / 64 * 2 * (total - kept)
+    fast_bytes = 7 / 8 * 2 * (total - kept)
+    saved = slow_bytes / (fast.node_link * 0.6) - fast_bytes / (fast.link * 0.6)
+    assert before.communication - after.communication == pytest.approx(saved)
+
+
 @pytest.mark.parametrize(
     ("group", "rate"),
     # Eight rings of a node share 100 GB/s; two rings have a link each, of 50; those of a group over nodes share too.
@@ -54,12 +78,44 @@ def test_rings_of_a_node_share_its_network(group: int, rate: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("shared", "expected"),
+    # Forward: 3 s of gathers behind 2 s. Backward: 3 + 4 inside, 5 between, 6 of arithmetic.
+    [(False, 1 + (7 - 6)), (True, 1 + (12 - 6))],
+)
+def test_what_goes_between_groups_runs_beside_what_goes_inside(shared: bool, expected: float) -> None:
+    assert exposed_units(2.0, 6.0, 6.0, 4.0, 5.0, shared) == pytest.approx(expected)
+    assert exposed_units(20.0, 60.0, 6.0, 4.0, 5.0, shared) == 0
+
+
+def test_a_smaller_group_that_fits_and_is_faster_is_named() -> None:
+    """4b1 with one clip a device on 2,048 nodes: groups of two are proposed, and are as fast as said."""
+    words = ["model=4b1", "parallel=hsdp", "nodes=2048", "site=frontier", "parallel.activation_checkpointing=block"]
+    plan = plan_of(words)
+    assert plan.chosen.fits
+    assert plan.time is not None
+    changed = replace(plan.sharding, group=2)
+    again = step_time(plan.geometry, changed, plan.site, 1)
+    assert again is not None
+    assert again.seconds < 0.95 * plan.time.seconds
+    assert plan.faster == f"parallel.group=2 ({again.seconds:.3f} s, {again.clips_per_second:,.1f} clips/s)"
+    assert memory(plan.geometry, changed, 1).total < available_bytes(plan.site)
+    # One rank a group would not fit; four are slower than two; with much to compute nothing is proposed.
+    assert memory(plan.geometry, replace(changed, group=1), 1).total > available_bytes(plan.site)
+    four = step_time(plan.geometry, replace(changed, group=4), plan.site, 1)
+    assert four is not None
+    assert again.seconds < four.seconds < plan.time.seconds
+    assert faster_group(plan.geometry, plan.sharding, plan.site, 4) is None
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["parallel.group=3"], "parallel.group=3: must divide the 16 ranks of the run"),
         (["parallel.group=32"], "parallel.group=32: the run has 16 ranks; a group can be no larger"),
         (["parallel.group=-1"], "parallel.group=-1: must not be negative (0: the ranks of a node)"),
-        (["parallel=fsdp", "parallel.group=2"], "parallel.group=2: only parallel=hsdp shards in groups"),
+        (["parallel=zero3", "parallel.group=3"], "parallel.group=3: must divide the 16 ranks of the run"),
+        (["parallel=zero3", "parallel.group=32"], "parallel.group=32: the run has 16 ranks; a group can be no larger"),
+        (["parallel=fsdp", "parallel.group=2"], "parallel.group=2: only parallel=hsdp and zero3 have groups"),
         (["parallel=zero1", "parallel.unit_mb=2"], "parallel.unit_mb=2.0: only parallel=fsdp and hsdp gather by unit"),
     ],
 )

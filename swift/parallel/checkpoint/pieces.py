@@ -202,5 +202,8 @@ def refresh_zero3(engine: Any) -> None:
     outer._partition_all_parameters()
     for group in range(len(outer.fp16_groups)):
         outer._reassign_or_swap_out_partitioned_parameters(group)
+    # A second copy (hpZ) has the weights of before; the next forward pass makes it anew.
+    for parameter in engine.module.parameters():
+        parameter.ds_secondary_tensor = None
     if outer.persistent_parameters:
         outer.persistent_parameters[0].all_gather(outer.persistent_parameters)

@@ -16,7 +16,7 @@ from swift.config.schema import ModelConfig
 from swift.models.encoder import stage_grids
 from swift.models.init import ZERO, Init, draw
 from swift.models.layers import unpatchify
-from swift.models.packed import from_parents, to_grid
+from swift.models.packed import Take, from_parents, to_grid
 from swift.models.token_sets import TokenSet
 
 
@@ -38,11 +38,24 @@ class LocalDecoder(nn.Module):
         self.head = nn.Linear(cfg.decoder_dim, px * py * pz * pt)
         draw(self)
 
-    def forward(self, features: list[Tensor], where: Sequence[TokenSet] | None = None) -> Tensor:
+    def forward(
+        self, features: list[Tensor], where: Sequence[TokenSet] | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Features (B, Xs, Ys, Zs, t, C_s) of every stage -> voxels (B, 1, X, Y, Z, T).
 
-        The same from features (P_s, t, C_s) of the places `where`; voxels of patches that do not exist are 0.
+        The same from features (P_s, t, C_s) of places `where`; voxels of patches that do not exist are 0. Of some of
+        these patches alone, `rows` int64 (R,) of P * t: (R, px*py*pz*pt).
         """
+        joined = self._joined(features, where)
+        if rows is not None:
+            joined = Take.apply(joined.flatten(0, 1), rows)
+        values: Tensor = self.head(F.gelu(self.norm(joined)))
+        if rows is not None:
+            return values
+        return unpatchify(values if where is None else to_grid(values, where[0]), self.patch, self.volume)
+
+    def _joined(self, features: list[Tensor], where: Sequence[TokenSet] | None) -> Tensor:
+        """Features of all stages on the patch grid: (B, x, y, z, t, D), or (P, t, D)."""
         # From coarse to fine, doubling each time, so that no stage is repeated to the full grid by itself.
         hidden: Tensor | None = None
         for stage in reversed(range(len(features))):
@@ -55,8 +68,7 @@ class LocalDecoder(nn.Module):
                 here = here + doubled[:, :x, :y, :z]
             hidden = here
         assert hidden is not None
-        values = self.head(F.gelu(self.norm(hidden)))
-        return unpatchify(values if where is None else to_grid(values, where[0]), self.patch, self.volume)
+        return hidden
 
 
 class LinearDecoder(nn.Module):

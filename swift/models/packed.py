@@ -75,7 +75,7 @@ class _Spread(torch.autograd.Function):
         return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class _Take(torch.autograd.Function):
+class Take(torch.autograd.Function):
     """(rows, C) -> (len(index), C), no row twice. Nothing comes back to the others: zeros."""
 
     @staticmethod
@@ -171,7 +171,7 @@ def attention(layer: AttentionLayer, x: Tensor, where: TokenSet) -> Tensor:
     if not layout.same:
         # Empty slots have seen the tokens of their window: what is read of them must be nothing, in the gradient too.
         full = len(layout.order) == len(layout.slot)
-        out = Reorder.apply(out, layout.slot, layout.order) if full else _Take.apply(out, layout.slot)
+        out = Reorder.apply(out, layout.slot, layout.order) if full else Take.apply(out, layout.slot)
     return layer.dropout(out).view(x.shape)
 
 

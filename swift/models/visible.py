@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from swift.models.encoder import Stage, SwinBlock, SwinEncoder, stage_grids
 from swift.models.init import NORMAL, Init, draw
 from swift.models.layers import AxialPosition, tokens_along
 from swift.models.masking import hidden_count
+from swift.models.row_loss import mean_of_clips, row_sums
 
 DECODER_BLOCKS = 2
 HEAD_CHANNELS = 16
@@ -371,33 +371,6 @@ class VisibleAutoencoder(nn.Module):
         return self.decoder(*encode_visible(self.encoder, self.units, x, shown), shown)
 
 
-class _CellSums(torch.autograd.Function):
-    """Loss summed over the counted voxels of each clip, in few passes: the target becomes the gradient in place."""
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, target: Tensor, left_out: Tensor, kind: str) -> Tensor:
-        difference = target.neg_().add_(prediction).masked_fill_(left_out, 0.0)
-        rows = difference.flatten(1)
-        if kind == "l1":
-            sums = torch.linalg.vector_norm(rows, 1, dim=1)
-            gradient = difference.sgn_()
-        elif kind == "l2":
-            sums = torch.linalg.vector_norm(rows, 2, dim=1).square()
-            gradient = difference.mul_(2)
-        else:
-            zero = rows.new_zeros(()).expand_as(rows)
-            sums = F.smooth_l1_loss(rows, zero, reduction="none").sum(1)
-            gradient = difference.clamp_(-1, 1)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = prediction.dtype
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0].view(-1, *[1] * (gradient.ndim - 1))).to(ctx.dtype), None, None, None
-
-
 def hidden_loss(units: Units, prediction: Tensor, x: Tensor, counted: Tensor, shown: Tensor, kind: str) -> Tensor:
     """As `reconstruction_loss`, of hidden cells alone: no prediction of the whole clip is made.
 
@@ -418,6 +391,5 @@ def hidden_loss(units: Units, prediction: Tensor, x: Tensor, counted: Tensor, sh
     wide = torch.promote_types(x.dtype, torch.float32)
     target = _blocks(x.squeeze(1), units.cell).flatten(1, 3)[sample, hidden].to(wide)
     of_cells = take(counted, units.cell, hidden)
-    sums = _CellSums.apply(prediction, target, ~of_cells.unsqueeze(2), kind)
-    voxels = of_cells.flatten(1).sum(1) * units.volume[3]
-    return (sums / voxels.clamp(min=1)).sum() / (voxels > 0).sum().clamp(min=1)
+    sums = row_sums(prediction, target, of_cells.unsqueeze(2), kind)
+    return mean_of_clips(sums, of_cells.flatten(1).sum(1) * units.volume[3])

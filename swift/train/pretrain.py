@@ -16,7 +16,7 @@ from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig
 from swift.data.clips.mixture import Stores
 from swift.models import any_mask
-from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss
+from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss, rows_loss
 from swift.models.heads import build_model
 from swift.models.masking import draw_mask, draw_shown, mask_voxels
 from swift.models.visible import Units, VisibleAutoencoder, hidden_loss, put
@@ -155,14 +155,27 @@ class PretrainModule(TrainingModule):
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""
         if self.units is None:
-            prediction, mask = self.reconstruct(batch)
-            return reconstruction_loss(prediction, batch["bold"], self.counted_voxels(batch, mask), self.cfg.task.loss)
+            return self._loss_of_tokens(batch)
         shown = self.draw_shown(self.units, batch)
         prediction = self.model(batch["bold"], shown)
         counted = self.usable(batch).view(-1, 1, 1, 1).expand_as(batch["brain"])
         if not self.cfg.task.loss_background:
             counted = counted & batch["brain"]
         return hidden_loss(self.units, prediction, batch["bold"], counted, shown, self.cfg.task.loss)
+
+    def _loss_of_tokens(self, batch: Batch) -> Tensor:
+        """The loss of a model with mask tokens; on brain tokens only hidden patches reach the head."""
+        model: MaskedAutoencoder = self.model
+        bold, brain, mask, kind = batch["bold"], batch["brain"], self.draw_mask(batch), self.cfg.task.loss
+        rows = model.hidden_rows(bold, mask, brain)
+        if rows is None:
+            prediction = self.reconstruct_under(batch, mask)
+            return reconstruction_loss(prediction, bold, self.counted_voxels(batch, mask), kind)
+        where = model.encoder.token_sets(brain, bold)
+        assert where is not None
+        counted = brain & (self.usable(batch) & self.has_brain(batch)).view(-1, 1, 1, 1)
+        prediction = model(bold, mask, brain, None, rows)
+        return rows_loss(prediction, bold, counted, rows, where[0], self.cfg.model.patch_size, kind)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_step(batch_idx)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from swift.config.compose import typed
 from swift.config.schema import Config
-from swift.models.autoencoder import LOSSES
+from swift.models.autoencoder import LOSSES, reconstruction_loss
 from swift.models.masking import mask_voxels
 from swift.models.visible import Units
 from swift.parallel.checkpoint.files import Manifest, candidates
@@ -174,6 +174,25 @@ def test_masks_follow_the_settings() -> None:
     assert torch.equal(tube, tube[..., :1].expand_as(tube))
     last = build_module(resolve(settings("task.mask_kind=temporal", "task.mask_ratio=0.25"))).draw_mask(batch)
     assert last.flatten(1, 3).any(1).tolist() == [[False, False, False, True]] * 2
+
+
+@pytest.mark.parametrize("options", [[], ["task.loss=l2"], ["task.loss=smooth_l1", "model.patch_size=[5,2,2,3]"]])
+def test_the_loss_of_hidden_brain_patches_is_that_of_the_whole_prediction(options: list[str]) -> None:
+    """A padding row, a brain of one voxel, patches that reach beyond the grid and the clip."""
+    module = build_module(resolve(settings(*BRAIN, *options)))
+    batch = make_batch([3, -1, 8, 5])
+    batch["brain"][3] = False
+    batch["brain"][3, 7, 7, 7] = True
+    assert module.model.hidden_rows(batch["bold"], module.draw_mask(batch), batch["brain"]) is not None
+    prediction, mask = module.reconstruct(batch)
+    expected = reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
+    torch.testing.assert_close(module.loss(batch), expected)
+    module.loss(batch).backward()
+    ours = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    expected.backward()
+    for (name, parameter), gradient in zip(module.named_parameters(), ours, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 # --- hidden units that the encoder never sees ---------------------------------------------------------------------

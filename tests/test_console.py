@@ -65,3 +65,12 @@ def test_the_same_code_as_python_m(given: list[str]) -> None:
     console, module = run("-m", "swift", *given), run("-m", f"swift.{given[0]}", *given[1:])
     assert (console.returncode, console.stdout, console.stderr) == (module.returncode, module.stdout, module.stderr)
     assert console.stdout or console.stderr
+
+
+@pytest.mark.slow
+def test_what_serves_one_command_is_not_imported_by_the_others() -> None:
+    common = ["train.wiring", "train.finetune", "inference.embedding", "inference.attribution", "data.ingest.pipeline"]
+    code = "import importlib, sys; [importlib.import_module('swift.' + name) for name in sys.argv[1:]]\n"
+    code += "print(*sorted({'captum', 'peft', 'tensorboard', 'wandb'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *common], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -89,10 +89,12 @@ def test_every_file_that_runs_is_in_the_wheel(built: dict[str, Path]) -> None:
     wanted |= {f"swift/{name}" for name in sources("conf", ".yaml", ".py")}
     templates = {file.relative_to(ROOT).as_posix() for file in (ROOT / "launch/templates").iterdir()}
     wanted |= {f"swift/{name}" for name in sources("launch", ".sh") | templates}
+    wanted |= {"brainmarks/models/swift_v2.py", "brainmarks/datasets/swift_store.py"}
     for kind in ("wheel", "again"):
         with zipfile.ZipFile(built[kind]) as wheel:
             names = set(wheel.namelist())
         assert wanted - names == set(), kind
+        assert {name for name in names if name.startswith("brainmarks/")} <= wanted, kind  # no __init__.py: a namespace
         # Nothing else gets to the top of someone's site-packages.
         assert {name.split("/")[0] for name in names} <= {"swift", "brainmarks", "swift_fmri-0.1.0.dist-info"}
 

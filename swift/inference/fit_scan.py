@@ -127,6 +127,22 @@ class FittedScan:
         index = ClipIndex([0], [0], [self.frames], self.contract.span, self.contract.span)
         return [int(start) for start in index.locate(np.arange(len(index)))[1]]
 
+    @property
+    def layout(self) -> Layout:
+        """How the cells of the grid that it is kept on lie to those of the model's."""
+        return self._layout
+
+    def packed(self) -> dict[str, np.ndarray]:
+        """All its clips as they are kept.
+
+        Returns:
+            codes (N, T, V) int16 of the clips of `starts`, index (V,) int32, a and b (V,) float32, and background (),
+            for `swift.data.clips.scatter.to_dense`.
+        """
+        codes = np.stack([self._read(start) for start in self.starts()])
+        background = np.asarray(self._background, np.float32)
+        return {"codes": codes, "index": self._cells, "a": self._a, "b": self._b, "background": background}
+
     def clips(self, starts: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         """Normalized clips.
 
@@ -150,6 +166,31 @@ class FittedScan:
         tensors["voxels"] = [len(self._cells)] * count
         grid, frames = self.contract.grid, self.contract.frames
         return to_dense(tensors, grid, frames, self._background, layout=self._layout)
+
+
+def fitted_values(
+    bold: np.ndarray,
+    mask: np.ndarray,
+    affine: np.ndarray,
+    tr: float,
+    name: str,
+    contract: Contract,
+    space: str,
+    placement: str,
+) -> FittedScan:
+    """A scan whose values are on the model's grid already, with statistics and codes as a store would keep them.
+
+    Args:
+        bold: (T, V) float32, finite; V the True cells of mask (X, Y, Z) in C order.
+        mask: On the grid of `affine`.
+        affine: (4, 4) of that grid.
+        tr: Seconds.
+        name: Of the scan.
+        contract: Of the model.
+        space, placement: Of the scan and of the grid.
+    """
+    source = Source(name, Path(name), name)
+    return _packed(bold, mask, affine, tr, source, (), None, contract, (space, placement))
 
 
 def find_scans(inputs: Sequence[str | Path], contract: Contract) -> list[Scan]:

@@ -17,7 +17,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from swift.utils import jsonl
 from swift.utils.errors import UserError
@@ -125,5 +124,7 @@ class TrimMetrics(pl.Callback):
                 logger.trim(trainer.global_step)
             elif isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 # The loader of TensorBoard purges by this alone, not by a step that comes again.
+                from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # half a second, of this logger only
+
                 start = SessionLog(status=SessionLog.START)
                 logger.experiment.file_writer.add_event(Event(session_log=start), trainer.global_step + 1)

@@ -6,8 +6,6 @@ files are checked against the hashes below, kept in the cache folder, and ingest
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -16,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from swift.data.ingest.prepare import Recipe
 from swift.data.ingest.sources import Source
 from swift.data.store import format as fmt
 from swift.data.store.writer import tool_version
-from swift.utils.cache import cache_dir, check_revision
+from swift.utils.cache import cache_dir, check_revision, only_here
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.data")
@@ -101,7 +99,7 @@ def fetch_samples(cache: Path | None = None, download: Downloader = pip_download
     """
     wheel = wheel or Wheel()
     folder = (cache or cache_dir()) / "samples" / wheel.requirement.replace("==", "-")
-    with _locked(folder):
+    with only_here(folder):
         if _verified(folder, wheel):
             return folder
         if os.environ.get("SWIFT_OFFLINE", "") not in ("", "0"):
@@ -151,22 +149,6 @@ def _verified(folder: Path, wheel: Wheel) -> bool:
     return whole
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks; ranks of one job come here together."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); set SWIFT_CACHE to a folder of yours") from error
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def sample_sources(folder: Path) -> list[Source]:
     """The two scans with what belongs to them. For sub-HAPPYTEST no whole-brain mask is published: one is computed.
 
@@ -202,7 +184,7 @@ def sample_store(data: DataConfig) -> Path:
     if _complete(path, recipe):
         return path
     check_revision(data.revision, False, path)
-    with _locked(path.parent / f".{path.name}.lock"):
+    with only_here(path.parent / f".{path.name}.lock"):
         if _complete(path, recipe):
             return path
         folder = fetch_samples()

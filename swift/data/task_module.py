@@ -73,7 +73,7 @@ class TargetDataModule(ClipDataModule):
         for scan, value in enumerate(self.labels.values):
             table[scan, : value.size] = value
         self._table = torch.from_numpy(table)
-        self.scaling = self._fit_scaling()
+        self.fit()
 
     # --------------------------------------------------------------------------------------------------- the parts
     def _clips(self) -> tuple[ClipIndex, ClipIndex]:
@@ -245,11 +245,12 @@ class TargetDataModule(ClipDataModule):
         for line in said:
             log.warning("task.allow_seen=true: %s", line)
 
-    def _fit_scaling(self) -> Scaling:
-        if self.labels.kind != "regression":
-            return Scaling()
-        values = self.values_of("train")
-        return Scaling(float(values.mean()), float(values.std()))
+    def fit(self) -> None:
+        """What follows from the labels of the training subjects alone: the scaling of a regression."""
+        self.scaling = Scaling()
+        if self.labels.kind == "regression":
+            values = self.values_of("train")
+            self.scaling = Scaling(float(values.mean()), float(values.std()))
 
     # ----------------------------------------------------------------------------------------------------- loaders
     def indices(self) -> tuple[ClipIndex, ...]:

@@ -182,6 +182,14 @@ class TargetModel(nn.Module):
             return self.head(self.encoder(x, brain), x, brain, courses)
         return self.head(self.encoder(x, brain)[-1], brain, x.shape[-1], courses)
 
+    other_forwards = ("pooled", "decode")
+    """Methods that compute with weights beside `forward`: fully_shard gathers those of the root for them too."""
+
+    def decode(self, pooled: list[Tensor]) -> Tensor:
+        """What a head of maps makes of what `pooled` gave, or of its mean over clips."""
+        assert isinstance(self.head, MapHead)
+        return self.head.decode(pooled)
+
     def pooled(self, x: Tensor, brain: Tensor) -> list[Tensor]:
         """What a head of maps makes of clips before it makes a map, see `MapHead.pooled`."""
         assert isinstance(self.head, MapHead)

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecisi
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from swift.config.launcher import shard_group
@@ -101,6 +101,8 @@ class _Fsdp(CheckpointingStrategy, DDPStrategy):
             mesh = init_device_mesh(kind, (ranks // self.group, self.group), mesh_dim_names=("copies", "shard"))
         for part in (*self.layers(model), *model.blocks(), model):
             fully_shard(part, mesh=mesh, mp_policy=self.mixed)
+        for method in getattr(model, "other_forwards", ()):
+            register_fsdp_forward_method(model, method)
 
     def layers(self, model: Any) -> Iterator[torch.nn.Module]:
         """Linear layers that are gathered by themselves: those of blocks over parallel.unit_mb, or that are over it."""

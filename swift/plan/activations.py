@@ -116,6 +116,15 @@ def decoder_bytes(geometry: Geometry, widths: Widths) -> int:
     return total + rows * geometry.decoder_dim * (widths.stream + widths.product)
 
 
+def head_bytes(geometry: Geometry, widths: Widths) -> int:
+    """A dense head with the final norm of the encoder, and the error of its prediction in fp32."""
+    last, head = geometry.stages[-1], geometry.head
+    assert head is not None
+    total = norm_bytes(last.tokens, last.width, widths) if geometry.final_norm else 0
+    total += head.stream * widths.stream + head.operands * widths.product + head.statistics * widths.statistic
+    return total + 4 * head.outputs
+
+
 def predicted_voxels(geometry: Geometry) -> int:
     """Voxels of a clip that are predicted, all frames."""
     cells = geometry.cells
@@ -208,9 +217,17 @@ def segments(geometry: Geometry, widths: Widths, checkpointing: str, loss: str) 
             working = 2 * stage.merged_rows * 8 * stage.width * widths.stream
             part = Part(f"merging {index}", merging_bytes(stage, widths), working, stage.merging_parameters)
             found.append(alone(part))
-    after = parameters["final norm"] + parameters["decoder"] + parameters.get("maps", 0)
+    after = parameters["final norm"] + parameters.get("maps", 0)
+    if geometry.head is not None:
+        kept = head_bytes(geometry, widths) + maps_bytes(geometry)
+        # The gradient of the cells' channels, before and after the widest convolution.
+        working = 2 * geometry.head.stream // 4 * widths.stream
+        found.append(alone(Part("head and loss", kept, working, after + parameters["head"])))
+        return found
     kept = decoder_bytes(geometry, widths) + loss_bytes(geometry, loss) + maps_bytes(geometry)
-    found.append(alone(Part("decoder and loss", kept, 2 * predicted_voxels(geometry) * 4, after)))
+    found.append(
+        alone(Part("decoder and loss", kept, 2 * predicted_voxels(geometry) * 4, after + parameters["decoder"]))
+    )
     return found
 
 

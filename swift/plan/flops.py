@@ -17,6 +17,7 @@ from torch import Tensor
 from swift.config.schema import TaskConfig
 from swift.models.pooling import brain_tokens
 from swift.plan.geometry import Block, Branch, Geometry, Stage, on_brain
+from swift.plan.map_head import has_gradient
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def decoder_flops(geometry: Geometry) -> Flops:
 def maps_flops(geometry: Geometry) -> Flops:
     """Spatial maps: a Gram matrix a patch, their sum over the visible patches of a time step, reading, drawing.
 
-    Over the whole grid; patches without brain are left out when it runs. Of maps that are not trained there is no
-    backward pass.
+    A head reads their courses and draws nothing. Over the whole grid; patches without brain are left out when it runs.
+    Of maps that are not trained there is no backward pass.
     """
     maps, (_, _, _, frames) = geometry.maps, geometry.volume
     first = geometry.stages[0].grid
@@ -99,7 +100,7 @@ def maps_flops(geometry: Geometry) -> Flops:
     products = 2.0 * geometry.space * maps**2
     sums = 2.0 * first[3] * patches * maps**2
     read = 2.0 * geometry.space * frames * maps
-    draw = 2.0 * voxels * frames * maps
+    draw = 2.0 * voxels * frames * maps if geometry.head is None else 0.0
     forward = products + sums + read + draw
     # Masks and voxels need no gradient: one product there, two where both sides come from the maps; and the gradient of
     # each frame's equations, an outer product.
@@ -107,8 +108,21 @@ def maps_flops(geometry: Geometry) -> Flops:
     return Flops(forward, backward if geometry.maps_trained else 0.0)
 
 
+def map_head_flops(geometry: Geometry, adapt: str) -> Flops:
+    """Of one clip in a dense head: summaries and moments, maps from stages, convolutions."""
+    assert geometry.head is not None
+    stages, parts = len(geometry.stages), []
+    for one in geometry.head.products:
+        known = has_gradient(one.source, adapt, stages)
+        if one.weighed:
+            parts.append(linear(one.rows, one.inputs, one.outputs, known))
+        else:  # both sides come from the same source
+            parts.append(linear(one.rows, one.inputs, one.outputs, known, trained=known))
+    return _sum(parts)
+
+
 def flops_by_part(geometry: Geometry) -> dict[str, Flops]:
-    """Of one clip: patch embedding, stage 1, merging 1, ..., decoder."""
+    """Of one clip: patch embedding, stage 1, merging 1, ..., decoder or head; all of it trained."""
     # Voxels need no gradient.
     parts = {
         "patch embedding": linear(
@@ -119,7 +133,10 @@ def flops_by_part(geometry: Geometry) -> dict[str, Flops]:
         parts[f"stage {index}"] = _sum([block_flops(block) for block in stage.blocks])
         if stage.merged_rows:
             parts[f"merging {index}"] = merging_flops(stage)
-    parts["decoder"] = decoder_flops(geometry)
+    if geometry.head is None:
+        parts["decoder"] = decoder_flops(geometry)
+    else:
+        parts["head"] = map_head_flops(geometry, "scratch")
     if geometry.maps:
         parts["maps"] = maps_flops(geometry)
     return parts
@@ -131,8 +148,8 @@ def model_flops(geometry: Geometry) -> Flops:
 
 
 def encoder_flops(geometry: Geometry) -> dict[str, Flops]:
-    """Of one clip, by part: the encoder without decoder and maps."""
-    return {name: flops for name, flops in flops_by_part(geometry).items() if name not in ("decoder", "maps")}
+    """Of one clip, by part: the encoder without decoder, head and maps."""
+    return {name: flops for name, flops in flops_by_part(geometry).items() if name not in ("decoder", "head", "maps")}
 
 
 def _low_rank(rows: int, inputs: int, outputs: int, rank: int, input_gradient: bool) -> Flops:
@@ -164,12 +181,22 @@ def _lora_flops(geometry: Geometry, rank: int) -> Flops:
 def tuning_flops(geometry: Geometry, task: TaskConfig) -> Flops:
     """Of one clip of a task with a target: the encoder, with no backward pass where it is frozen.
 
-    The head is left out: it sees one row a clip, or one a frame.
+    A head that sees one row a clip, or one a frame, is left out; one of brain maps counts, with the maps it reads.
 
     Args:
         geometry: The model.
         task: Its adaptation, and the rank of low-rank changes.
     """
+    if geometry.head is None:
+        return _encoder_tuning_flops(geometry, task)
+    found = _encoder_tuning_flops(geometry, task) + map_head_flops(geometry, task.adapt)
+    if not geometry.maps:
+        return found
+    read = maps_flops(geometry)
+    return found + Flops(read.forward, read.backward if has_gradient("maps", task.adapt, 0) else 0.0)
+
+
+def _encoder_tuning_flops(geometry: Geometry, task: TaskConfig) -> Flops:
     if task.adapt == "lora":
         return _lora_flops(geometry, task.lora_rank)
     whole = _sum(list(encoder_flops(geometry).values()))

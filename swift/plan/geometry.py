@@ -15,7 +15,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from swift.config.schema import Config, ModelConfig
+from swift.config.schema import Config, ModelConfig, TaskConfig
 from swift.models.attention import KERNEL_SLOTS, WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.cells import scattered_window
@@ -23,9 +23,11 @@ from swift.models.decoders import LinearDecoder, LocalDecoder
 from swift.models.encoder import Stage as StageModule
 from swift.models.encoder import SwinBlock, SwinEncoder
 from swift.models.layers import Residual
+from swift.models.map_heads import build_map_head
 from swift.models.token_sets import token_sets
 from swift.models.visible import CellDecoder, Units, VisibleAutoencoder, units_of
 from swift.models.window_layout import plan_groups
+from swift.plan.map_head import HeadSizes, head_sizes
 from swift.utils.errors import UserError
 
 
@@ -128,7 +130,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A masked autoencoder and its clip."""
+    """A masked autoencoder, or an encoder with a dense head, and its clip."""
 
     volume: tuple[int, ...]
     """Voxels x, y, z and frames."""
@@ -147,6 +149,8 @@ class Geometry:
     """Elements of each parameter, largest first."""
     cells: Cells | None = None
     """Of task.hidden=drop."""
+    head: HeadSizes | None = None
+    """Of a task of brain maps; it stands in for the decoder."""
 
     @property
     def total_parameters(self) -> int:
@@ -354,11 +358,45 @@ def build_geometry(
     return on_brain(found, usual_brain(volume[:3]) if brain is None else brain)
 
 
+def with_map_head(geometry: Geometry, cfg: ModelConfig, task: TaskConfig) -> Geometry:
+    """The same encoder with the dense head of a task, and with spatial maps where the head reads their courses.
+
+    Raises:
+        UserError: cells that do not fit the patches.
+    """
+    volume = geometry.volume
+    try:
+        with torch.device("meta"):
+            encoder, head = SwinEncoder(cfg, volume[:3], volume[3]), build_map_head(cfg, task, volume[:3], volume[3])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = head_sizes(head, volume[3])
+    kept = {name: size for name, size in geometry.parameters.items() if name not in ("decoder", "maps")}
+    # The mask token is pre-training's.
+    kept["mask token, positions"] -= cfg.embed_dim
+    kept["head"] = found.parameters
+    sizes = [parameter.numel() for module in (encoder, head) for parameter in module.parameters()]
+    if task.courses:
+        kept["maps"] = geometry.parameters["maps"]
+        sizes += [cfg.maps * math.prod(volume[:3]), 1]
+    return replace(
+        geometry,
+        head=found,
+        parameters=kept,
+        sizes=tuple(sorted(sizes, reverse=True)),
+        maps=cfg.maps if task.courses else 0,
+        maps_trained=geometry.maps_trained and task.courses,
+    )
+
+
 def geometry_of(cfg: Config) -> Geometry:
-    """Sizes of what a run trains, in pre-training with its decoder.
+    """Sizes of what a run trains, in pre-training with its decoder; of a task of brain maps with its head.
 
     Raises:
         UserError: the architecture does not fit the clip.
     """
     volume = (*cfg.data.grid, cfg.data.frames)
-    return build_geometry(cfg.model, volume, units_of(cfg.model, cfg.task, volume))
+    found = build_geometry(cfg.model, volume, units_of(cfg.model, cfg.task, volume))
+    if cfg.task.target is None or cfg.task.target.kind != "map":
+        return found
+    return with_map_head(found, cfg.model, cfg.task)

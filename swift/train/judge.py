@@ -147,7 +147,7 @@ def _predicted_maps(
         for packed in loader:
             means.add(predict(packed))
         subjects, values = means.gathered()
-        made.append((subjects, strategy.call("maps_of", values)))
+        made.append((subjects, strategy.call("maps_of", values)["maps"]))
 
     def judged() -> dict[str, Any]:
         names = [[data.people[place] for place in subjects.tolist()] for subjects, _ in made]

@@ -88,17 +88,17 @@ class MapModule(FinetuneModule):
         rows = {"subject": batch["subject"], "scores": scores.float()}
         return {name: value[batch["valid"]].cpu().numpy() for name, value in rows.items()}
 
-    def maps_of(self, means: np.ndarray) -> np.ndarray:
-        """(S, D) means over each subject's clips -> (S, K, C) float32 maps."""
+    def maps_of(self, means: np.ndarray) -> dict[str, np.ndarray]:
+        """(S, D) means over each subject's clips -> maps (S, K, C) float32; by name, as ZeRO 3 takes no bare array."""
         head: MapHead = self.model.head
         if self.cfg.task.average == "predictions":
-            return np.asarray(means.reshape(len(means), head.outputs, -1), np.float32)
+            return {"maps": np.asarray(means.reshape(len(means), head.outputs, -1), np.float32)}
         sizes = [math.prod(shape) for shape in head.shapes()]
         made = []
         for row in torch.from_numpy(means.astype(np.float32)).to(self.device):
             parts = [part.view(1, *shape) for part, shape in zip(row.split(sizes), head.shapes(), strict=True)]
-            made.append(self.in_brain(head.decode(parts)).cpu().numpy())
-        return np.concatenate(made)
+            made.append(self.in_brain(self.model.decode(parts)).cpu().numpy())
+        return {"maps": np.concatenate(made)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._means.add(self.predict(batch))
@@ -109,4 +109,4 @@ class MapModule(FinetuneModule):
         self._means = SubjectMeans()
         strategy: Any = self.trainer.strategy
         assert self.map_figures is not None
-        self.choose(self.map_figures(subjects, strategy.call("maps_of", means)))
+        self.choose(self.map_figures(subjects, strategy.call("maps_of", means)["maps"]))

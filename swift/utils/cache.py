@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from swift.utils.errors import UserError
@@ -51,3 +54,25 @@ def cache_dir() -> Path:
             f"cache folder {folder}: cannot be written ({error.strerror}); set SWIFT_CACHE to one"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder of the cache, made if need be; ranks of one job come here together.
+
+    Where the file system has no locks, nobody waits.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); set SWIFT_CACHE to a folder of yours") from error
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -20,12 +20,23 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return map_cohort(tmp_path_factory.mktemp("maps"))
 
 
+COURSES = ["model.maps=4", "task.courses=true"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [["task.loss=contrastive"], ["task.average=features"]])
-def test_two_ranks_train_and_judge_what_one_does(maps: Path, tmp_path: Path, extra: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "extra"),
+    [
+        ("ddp", ["task.loss=contrastive"]),
+        ("zero3", ["task.loss=contrastive", *COURSES]),
+        ("fsdp", ["task.average=features", *COURSES]),
+    ],
+)
+def test_two_ranks_train_and_judge_what_one_does(maps: Path, tmp_path: Path, strategy: str, extra: list[str]) -> None:
+    """Tried with all of ddp, zero1, zero2, zero3 and fsdp; these are kept."""
     own = ["trainer.max_steps=4", "trainer.val_every=2", *extra]
     one = run(tasks.tune_maps, 1, maps, tmp_path / "one", [*own, "data.batch_size=4"])[0]
-    two = run(tasks.tune_maps, 2, maps, tmp_path / "two", [*own, "parallel=ddp", "data.batch_size=2"])[0]
+    two = run(tasks.tune_maps, 2, maps, tmp_path / "two", [*own, f"parallel={strategy}", "data.batch_size=2"])[0]
     assert two["best_step"] == one["best_step"]
     assert two["n"] == one["n"]
     tables = [Predictions.load(tmp_path / name / "predictions" / "test.csv") for name in ("one", "two")]

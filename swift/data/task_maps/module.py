@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from swift.config.schema import TaskConfig
-from swift.config.schema_data import DataConfig
 from swift.data.labels.targets import Labels
 from swift.data.task_maps.grid import MapGrid
 from swift.data.task_maps.store import MapStore, open_maps
@@ -50,16 +47,10 @@ class MapDataModule(TargetDataModule):
             voxel in common.
     """
 
-    def __init__(
-        self,
-        data: DataConfig,
-        task: TaskConfig,
-        store_path: str | os.PathLike[str],
-        seed: int,
-        rank: int | None = None,
-        world: int | None = None,
-    ) -> None:
-        super().__init__(data, task, store_path, seed, rank, world)
+    def fit(self) -> None:
+        """Mean and spread of the training maps, and every subject's deviation."""
+        super().fit()
+        task = self.task
         assert task.map_step is not None
         self.contrasts = self.maps.contrasts
         used = {part: self.subjects_of(part) for part in self.parts}

@@ -6,13 +6,10 @@ another grid make another one. `/00000`, `/00001`, ...: one group a subject, see
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from swift.data.store import format as fmt
 from swift.data.store.spaces import OWN
 from swift.data.task_maps.files import Files, contrasts_of, find_maps, in_folder
 from swift.data.task_maps.place import Key, PlacedMap, grid_key, place_map, plan_maps, usual_grid
-from swift.utils.cache import cache_dir
+from swift.utils.cache import cache_dir, only_here
 from swift.utils.errors import BadScan, UserError
 
 log = logging.getLogger("swift.data")
@@ -108,9 +105,8 @@ def _opened(store: Stores, target: TargetConfig, files: Files) -> MapStore:
     told += [[str(one.path.resolve()), fmt.file_hash(one.path / "manifest.csv")] for one in store.stores]
     told += [[subject, contrast, *_state(file)] for subject, own in files.items() for contrast, file in own.items()]
     folder = cache_dir() / "maps"
-    folder.mkdir(exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.h5"
-    with _locked(folder):  # ranks of one job come here together
+    with only_here(folder):  # ranks of one job come here together
         if not path.exists():
             log.info("bringing the maps of %d subjects to the grid of the store, once: %s", len(files), path)
             _write(path, store, target, files)
@@ -198,15 +194,3 @@ def _put(file: h5py.File, name: str, placed: PlacedMap) -> None:
 def _dataset(group: h5py.Group, name: str, array: np.ndarray) -> None:
     dataset = group.create_dataset(name, data=array, track_times=False)
     dataset.attrs.create("xxh3_64", fmt.array_hash(array))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -9,15 +9,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from swift.evaluate.map_judge import SubjectMeans
 from swift.evaluate.map_scores import correlations
 from swift.evaluate.predictions import Predictions
 from swift.models.heads import TargetModel
+from swift.train.map_task import MapModule
 from swift.utils.errors import UserError
 from tests.maps import map_cohort, map_command, map_data, map_file
 from tests.runs import start
-from tests.small import metrics
+from tests.small import metrics, settings
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,17 @@ def test_means_over_clips_do_not_depend_on_who_saw_them() -> None:
 def test_one_clip_at_a_time_is_refused_for_a_contrast(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.batch_size=1 on 1 rank is one clip at a time, with nobody to tell"):
         start(*map_command(folder, tmp_path / "run", "task.loss=contrastive", "data.batch_size=1"))
+
+
+def test_a_batch_of_one_subject_counts_its_error_alone_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    own = ["task=task_map", "task.map_step=2", "task.loss=contrastive", "data.split=somewhere"]
+    module = MapModule(settings(*own))
+    draw = torch.Generator().manual_seed(0)
+    out, target = torch.randn(3, 1, 7, generator=draw), torch.randn(1, 1, 7, generator=draw).expand(3, -1, -1)
+    alone = {"target": target, "subject": torch.tensor([4, 4, 4])}
+    with caplog.at_level("WARNING"):
+        losses = [float(module.map_loss(out, alone, 0)) for _ in range(2)]
+    wanted = ((out - target) ** 2).mean().item() - 0.5  # the first margin
+    assert losses == pytest.approx([wanted, wanted])
+    said = [record.getMessage() for record in caplog.records if "one subject" in record.getMessage()]
+    assert said == ["step 0: all clips are of one subject: nobody to tell it from, the error alone counts"]

@@ -33,7 +33,8 @@ def draw_trained(points: dict[str, Any], suites: dict[str, dict[str, Any]], out:
         for name, style in zip(LEVELS, ("--", "-.", ":")):
             if line := points.get(f"cohort: {name}"):
                 ax.axhline(line["l1"], color="0.35", lw=0.9, ls=style, label=name)
-        ax.set_ylim(0.628, 0.735)
+        ends = [line["l1"] for name, line in points.items() if line["suite"] == "cohort"]
+        ax.set_ylim(min(ends) - 0.003, 0.735)
         ax.set_xlabel("CPU seconds of training (one thread)")
         ax.set_ylabel("held-out L1")
         ax.set_title("held-out synthetic subjects")
@@ -43,7 +44,7 @@ def draw_trained(points: dict[str, Any], suites: dict[str, dict[str, Any]], out:
         panels = lower.subplots(1, len(suites), squeeze=False)[0]
         for ax, (suite, found) in zip(panels, suites.items()):
             for place, (name, one) in enumerate(reversed(found.items())):
-                colour = VERMILION if name.startswith("trained") else BLUE
+                colour = VERMILION if "trained" in name else BLUE
                 ax.plot([one.low, one.high], [place, place], color=colour, lw=1.5)
                 ax.plot(one.mean, place, "o", color=colour, ms=3.5)
             ax.axvline(0, color="0.6", lw=0.8)

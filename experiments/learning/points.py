@@ -157,6 +157,7 @@ def cohort() -> list[Point]:
 
 
 FINALISTS: dict[str, tuple[tuple[str, ...], dict[str, float | str], int]] = {
+    "maps, untrained": ((MAPS,), {"seconds": 0.0}, 1),
     "maps, rate 3e-3": ((MAPS, "optimizer.lr=3e-3"), {}, 3),
     "maps": ((MAPS,), {}, 1),
     "network": ((), {}, 1),

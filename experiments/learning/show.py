@@ -91,16 +91,21 @@ def compare(lines: list[Line], others: list[Line]) -> Difference:
     rng = np.random.default_rng(0)
     a, b = table(lines), table(others)
 
+    def counts(size: int) -> np.ndarray:
+        """(DRAWS, size): how often each of `size` things is drawn with replacement."""
+        return rng.multinomial(size, np.full(size, 1 / size), DRAWS).astype(float)
+
+    units_drawn, masks_drawn = counts(len(units)), counts(len(masks))
+
+    def levels(part: np.ndarray) -> np.ndarray:
+        drawn = np.einsum("ds,du,dm,sumc->dc", counts(len(part)), units_drawn, masks_drawn, part, optimize=True)
+        return drawn[:, 0] / drawn[:, 1]
+
     def level(values: np.ndarray) -> float:
         total = values.sum((0, 1, 2))
         return float(total[0] / total[1])
 
-    drawn = []
-    for _ in range(DRAWS):
-        which = np.ix_(rng.integers(len(units), size=len(units)), rng.integers(len(masks), size=len(masks)))
-        seeds = [rng.integers(len(part), size=len(part)) for part in (a, b)]
-        drawn.append(level(a[seeds[0]][:, *which]) - level(b[seeds[1]][:, *which]))
-    low, high = np.percentile(drawn, [2.5, 97.5]) if lines is not others else (0.0, 0.0)
+    low, high = np.percentile(levels(a) - levels(b), [2.5, 97.5]) if lines is not others else (0.0, 0.0)
     return Difference(level(a), level(a) - level(b), float(low), float(high))
 
 
@@ -125,7 +130,8 @@ def plain(name: str) -> str:
     """A recipe's name as a reader knows it."""
     if ": " in name:
         return name.split(": ", 1)[1]
-    return "trained: " + name.removeprefix("sample/final/").removeprefix("cohort/")
+    short = name.removeprefix("sample/final/").removeprefix("cohort/")
+    return short if short.endswith("untrained") else f"trained: {short}"
 
 
 def recipe_table(points: dict[str, Line], suite: str) -> list[str]:
@@ -134,7 +140,7 @@ def recipe_table(points: dict[str, Line], suite: str) -> list[str]:
     out = ["| prediction | CPU-s | steps | L1 | seeds | beside low-rank | beside low-rank + local ridge |"]
     out.append("|---|---|---|---|---|---|---|")
     for name, lines in found.items():
-        trained = "steps" in lines[0]
+        trained = lines[0].get("steps", 0) > 0
         ends = [line["l1"] for line in lines]
         cells = [
             plain(name),

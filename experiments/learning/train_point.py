@@ -266,7 +266,8 @@ def train(point: Point, places: list[str], seconds: float | None = None, seeds: 
         look()
     for packed in data.train_dataloader():
         used = spent + time.process_time() - began
-        progress = step / steps if steps else used / budget
+        share = used / budget if budget else 1.0
+        progress = step / steps if steps else share
         if progress >= 1:
             break
         if looks and progress >= len(curve) / looks:

@@ -157,13 +157,11 @@ class FittedScan:
         meta = np.stack([np.arange(count), np.zeros(count), np.asarray(starts), np.ones(count)], axis=1)
         packed = {
             "codes": np.concatenate([self._read(start).reshape(-1) for start in starts]),
-            "index": np.tile(self._cells, count),
-            "a": np.tile(self._a, count),
-            "b": np.tile(self._b, count),
+            "table": np.stack([self._cells, self._a.view(np.int32), self._b.view(np.int32)]),
             "meta": meta.astype(np.int64),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in packed.items()}
-        tensors["voxels"] = [len(self._cells)] * count
+        tensors |= {"voxels": [len(self._cells)] * count, "tables": [tensors["table"]] * count}
         grid, frames = self.contract.grid, self.contract.frames
         return to_dense(tensors, grid, frames, self._background, layout=self._layout)
 

@@ -9,7 +9,7 @@ Nothing of `swift` beside this file, the attention kernel and the GPU benchmarks
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,15 @@ def mark(device: torch.device) -> Any:
     return event
 
 
+def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor changed, a list of tensors with each of them changed; anything else as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [each(one, change) for one in value]
+    return value
+
+
 class Copies:
     """Copies of batches to a device, under way while the host works on.
 
@@ -227,12 +236,14 @@ class Copies:
             return dict(batch)
         while self._held and self._held[0][0].query():
             self._held.popleft()
-        moved, sources = dict(batch), []
-        for field, value in batch.items():
-            if isinstance(value, Tensor):
-                ahead = is_pinned(value)
-                moved[field] = copied(value, device, wait=not ahead)
-                sources += [value] if ahead else []
+        sources: list[Tensor] = []
+
+        def copy(tensor: Tensor) -> Tensor:
+            ahead = is_pinned(tensor)
+            sources.extend([tensor] if ahead else [])
+            return copied(tensor, device, wait=not ahead)
+
+        moved = {field: each(value, copy) for field, value in batch.items()}
         if sources:
             self._held.append((mark(device), sources))
         return moved

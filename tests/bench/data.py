@@ -27,7 +27,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import swift.data.store.reader
+import swift.data.clips.ring
 from swift.data.clips.dataset import ClipDataset, ClipLoader, identity
 from swift.data.clips.index import ClipIndex, ClipSpec
 from swift.data.clips.order import Item, Order, TrainBatches
@@ -242,10 +242,10 @@ def measure(bench: Bench, rounds: int, seconds: float) -> list[Row]:
     for name, (start, clips) in bench.ways().items():
         with ExitStack() as stack:
             if name == "loader, no scan held":
-                # As with thousands of scans. Workers keep what was set when they started.
-                held = swift.data.store.reader.CACHE_BYTES
-                swift.data.store.reader.CACHE_BYTES = 1
-                stack.callback(setattr, swift.data.store.reader, "CACHE_BYTES", held)
+                # As with thousands of scans. A ring keeps what was set when it was made.
+                held = swift.data.clips.ring.TABLE_BYTES
+                swift.data.clips.ring.TABLE_BYTES = 0
+                stack.callback(setattr, swift.data.clips.ring, "TABLE_BYTES", held)
                 bench.store.close()
             stream = start()
             slow = name in ("loader + scatter on CPU", "frames .pt", "gzip HDF5")

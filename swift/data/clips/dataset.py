@@ -1,13 +1,15 @@
 """Packed clips for a DataLoader: a worker reads straight into a batch buffer that the main process shares.
 
 A batch is made by one call of `__getitems__`, without a collate step: codes of all clips one after the other in one
-int16 buffer. The buffers are few and used in turn (`swift.data.clips.ring`): fresh memory costs more than the read.
+int16 buffer, and for each clip the place of its scan's table. The buffers are few and used in turn
+(`swift.data.clips.ring`): fresh memory costs more than the read.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
@@ -52,7 +54,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def make_ring(self, workers: int, batch_size: int) -> Ring:
         """The buffers, made when they are not there or are too small; before workers start."""
-        shape = (workers, batch_size, self.spec.frames, self.voxels)
+        shape = (workers, batch_size, self.spec.frames, self.voxels, len(self.store.scans))
         if self.ring is None or self.ring.shape != shape:
             self.ring = Ring(*shape)
         return self.ring
@@ -62,38 +64,37 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, items: list[Item]) -> Ticket:
         """Read a batch, B items (sample_id, clip), into the next buffer."""
-        worker = get_worker_info()
+        info = get_worker_info()
+        worker = info.id if info else 0
         assert self.ring is not None, "a ClipDataset is read through a ClipLoader"
-        slot, stamp, buffer = self.ring.next(worker.id if worker else 0)
+        slot, stamp, codes = self.ring.next(worker)
         scans, starts = self.index.locate(np.array([max(clip, 0) for _, clip in items], np.int64))
         meta = np.empty((len(items), 4), np.int64)
-        voxels: list[int] = []
-        row = at = 0
+        voxels, tables = [0] * len(items), [0] * len(items)
+        at = 0
         frames = self.spec.frames
         for place, (sample_id, clip) in enumerate(items):
             if clip == PADDING:
                 meta[place] = sample_id, -1, -1, 0
-                voxels.append(0)
                 continue
             scan, start = int(scans[place]), int(starts[place])
             count = self.store.scans[scan].voxels
-            out = buffer["codes"][row : row + frames * count].reshape(frames, count)
+            out = codes[at : at + frames * count].reshape(frames, count)
             self.store.read(scan, start, start + self.spec.span, self.spec.frame_stride, out, self.verify)
-            part = slice(at, at + count)
-            index, a, b = (buffer[name][part] for name in ("index", "a", "b"))
-            self.store.tables(scan, self.normalization, index, a, b)
+            make = partial(self.store.table, scan, self.normalization)
+            tables[place] = self.ring.table(worker, slot, place, scan, count, make)
             meta[place] = sample_id, scan, start, 1
-            voxels.append(count)
-            row, at = row + frames * count, at + count
-        return Ticket(self.ring.number, slot, stamp, row, at, voxels, meta, self.train)
+            voxels[place] = count
+            at += frames * count
+        return Ticket(self.ring.number, slot, stamp, at, voxels, tables, meta, self.train)
 
 
 class ClipLoader(DataLoader[dict[str, Any]]):
     """A DataLoader over a ClipDataset, with `identity` as collate function and a batch_sampler that has a batch_size.
 
-    Gives dictionaries: codes (sum T V,) int16, index (sum V,) int32 flat positions in the grid, a and b (sum V,)
-    float32 with normalized value = code * a + b, meta (B, 4) int64 (sample_id, scan, start, valid), voxels (B ints),
-    train (bool), stamp and ticket (see `swift.data.clips.ring.check_fresh`). Padding rows have no voxels.
+    Gives dictionaries: codes (sum T V,) int16, tables (B tensors (3, V) int32, see `swift.data.clips.scatter`), meta
+    (B, 4) int64 (sample_id, scan, start, valid), voxels (B ints), train (bool), stamp and ticket (see
+    `swift.data.clips.ring.check_fresh`). Padding rows have no voxels.
 
     The tensors lie in buffers that are used again: a batch stays good while at most one later batch has been taken
     (Lightning takes one ahead). Clone it to keep it. With pin_memory they are copies and stay good.
@@ -120,9 +121,8 @@ class SameBatchLoader(ClipLoader):
         items: list[Item] = next(batches)
         ring = self.dataset.make_ring(0, len(items))
         read = ring.batch(self.dataset.__getitems__(items))
-        first = {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in read.items()}
-        if self.pin_memory:
-            first |= {name: device.pinned(one) for name, one in first.items() if isinstance(one, torch.Tensor)}
+        copy = device.pinned if self.pin_memory else torch.clone
+        first = {name: device.each(one, copy) for name, one in read.items()}
         for named in itertools.chain([items], batches):
             meta = first["meta"].clone()
             meta[:, 0] = torch.tensor([sample for sample, _ in named])

@@ -108,10 +108,10 @@ class Stores:
         store, place = self.at(scan)
         return store.read(place, start, stop, step, out, verify)
 
-    def tables(self, scan: int, kind: str, index: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-        """See `Store.tables`."""
+    def table(self, scan: int, kind: str, out: np.ndarray | None = None) -> np.ndarray:
+        """See `Store.table`."""
         store, place = self.at(scan)
-        store.tables(place, kind, index, a, b)
+        return store.table(place, kind, out)
 
     def normalizer(self, scan: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """See `Store.normalizer`."""

@@ -1,6 +1,9 @@
 """From packed brain voxels to the dense grid, on the device that the model runs on.
 
 4 to 8 times fewer bytes cross to the device than of dense clips, and no CPU time goes into zeros.
+
+A scan's table is one (3, V) int32 array: flat positions of its brain voxels in the grid (C order), then the bits of a
+and of b, float32, with normalized value = code * a + b. One array is one copy to a device.
 Legend: B batch, T frames, X Y Z grid, V brain voxels of a clip, N = X * Y * Z.
 """
 
@@ -12,8 +15,8 @@ from typing import Any
 
 import torch
 
-PACKED = ("codes", "index", "a", "b", "meta")
-"""Tensors of a packed batch, see `swift.data.clips.dataset.ClipDataset`."""
+PACKED = ("codes", "tables", "meta")
+"""Tensors of a packed batch, see `swift.data.clips.dataset.ClipLoader`."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def to_dense(
     """Scatter a packed batch.
 
     Args:
-        packed: codes (sum T V,) int16, index (sum V,) int32, a and b (sum V,) float32, meta (B, 4) int64, on one
-            device; voxels: B ints (0: padding row).
+        packed: codes (sum T V,) int16, tables (B times (3, V) int32), meta (B, 4) int64, on one device; voxels: B
+            ints (0: padding row).
         grid: X, Y, Z.
         frames: T.
         background: Value outside the brain; (B,): of each clip.
@@ -69,23 +72,22 @@ def to_dense(
         valid (B,) bool.
     """
     voxels: list[int] = packed["voxels"]
-    codes, index, a, b, meta = (packed[name] for name in PACKED)
+    codes, tables, meta = (packed[name] for name in PACKED)
     cells = grid[0] * grid[1] * grid[2]
     dense = torch.empty((len(voxels), frames, cells), dtype=dtype, device=codes.device)
     dense[:] = background.to(dense)[:, None, None] if isinstance(background, torch.Tensor) else background
     brain = torch.zeros((len(voxels), cells), dtype=torch.bool, device=codes.device)
-    row = at = 0
-    for place, count in enumerate(voxels):
+    at = 0
+    for place, (count, table) in enumerate(zip(voxels, tables, strict=True)):
         if count:
-            part = slice(at, at + count)
-            where, on = layout.cells(index[part].long(), grid)
-            clip = codes[row : row + frames * count].view(frames, count)
-            scale, offset = a[part], b[part]
+            where, on = layout.cells(table[0].long(), grid)
+            clip = codes[at : at + frames * count].view(frames, count)
+            scale, offset = table[1:].view(torch.float32)
             if on is not None:
                 where, clip, scale, offset = where[on], clip[:, on], scale[on], offset[on]
             _scatter(dense[place], where, clip, scale, offset)
             brain[place].index_fill_(0, where, True)
-        row, at = row + frames * count, at + count
+        at += frames * count
     bold = dense.view(len(voxels), frames, *grid).permute(0, 2, 3, 4, 1).unsqueeze(1)
     sample, scan, start, valid = meta.unbind(1)
     return {

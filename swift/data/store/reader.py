@@ -26,8 +26,6 @@ from swift.utils.errors import UserError
 
 __all__ = ["KINDS", "CorruptData", "Damage", "ScanHeader", "ScanInfo", "Store", "StoreWriter"]
 
-CACHE_BYTES = 256 << 20
-
 
 @dataclass(frozen=True)
 class Damage:
@@ -42,7 +40,7 @@ class Damage:
 
 
 ARRAYS = ("mask", "checksum", *fmt.VECTORS)
-_OF_A_PROCESS = ("_layouts", "_kept", "_held", "_spare", "_cells", "_shards")
+_OF_A_PROCESS = ("_layouts", "_spare", "_cells", "_shards")
 
 
 @dataclass
@@ -99,8 +97,6 @@ class Store:
 
     def _empty(self) -> None:
         self._layouts: dict[int, _Layout] = {}
-        self._kept: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._held = 0
         self._spare: dict[str, np.ndarray] = {}
         self._cells: np.ndarray | None = None
         self._shards = OpenShards()
@@ -270,21 +266,19 @@ class Store:
         self._put_normalizer(scan, kind, a, b)
         return a, b
 
-    def tables(self, scan: int, kind: str, index: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-        """Put `indices` (V,) int32 and `normalizer` (V,) float32 into the caller's arrays.
+    def table(self, scan: int, kind: str, out: np.ndarray | None = None) -> np.ndarray:
+        """`indices` and `normalizer` in one: (3, V) int32, positions, then the bits of a and of b (float32).
 
-        They are kept in memory for the next time, scan by scan until CACHE_BYTES are used. None is ever given up for
-        another: where scans come in random order, no choice would be better, and putting them away has its cost.
+        Args:
+            scan, kind: See there.
+            out: To be filled; None: a new array.
         """
-        if kept := self._kept.get((scan, kind)):
-            index[:], a[:], b[:] = kept
-            return
-        self._put_indices(scan, index)
+        if out is None:
+            out = np.empty((3, self.scans[scan].voxels), np.int32)
+        self._put_indices(scan, out[0])
+        a, b = out[1:].view(np.float32)
         self._put_normalizer(scan, kind, a, b)
-        size = index.nbytes + a.nbytes + b.nbytes
-        if self._held + size <= CACHE_BYTES:
-            self._kept[scan, kind] = index.copy(), a.copy(), b.copy()
-            self._held += size
+        return out
 
     def _put_indices(self, scan: int, index: np.ndarray) -> None:
         if self._cells is None:

@@ -184,12 +184,10 @@ def read_again(data: Any, rows: list[tuple[int, int, int, int]]) -> dict[str, Te
         if valid:
             span, stride = data.spec.span, data.spec.frame_stride
             codes.append(data.store.read(scan, start, start + span, stride).ravel())
-            index, (a, b) = np.empty(count, np.int32), np.empty((2, count), np.float32)
-            data.store.tables(scan, data.data.normalization, index, a, b)
-            tables.append((index, a, b))
-    packed: dict[str, Any] = {"codes": torch.from_numpy(np.concatenate(codes)), "voxels": voxels}
-    for name, parts in zip(("index", "a", "b"), zip(*tables)):
-        packed[name] = torch.from_numpy(np.concatenate(parts))
+        tables.append(
+            torch.from_numpy(data.store.table(scan, data.data.normalization) if valid else np.empty((3, 0), np.int32))
+        )
+    packed: dict[str, Any] = {"codes": torch.from_numpy(np.concatenate(codes)), "voxels": voxels, "tables": tables}
     packed["meta"] = torch.tensor(rows, dtype=torch.int64)
     dense = data.scattered(packed)
     return dense if data.augment is None else data.augment(dense)

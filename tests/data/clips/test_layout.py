@@ -19,6 +19,11 @@ from tests.small import settings
 GRID = (4, 5, 3)
 
 
+def of_floats(*values: np.ndarray) -> list[torch.Tensor]:
+    """Bits of float32 as int32, as a table holds them."""
+    return [torch.from_numpy(one.astype(np.float32).view(np.int32)) for one in values]
+
+
 @pytest.mark.parametrize("shift", [(0, 0, 0), (1, 0, -2), (0, -5, 0)])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_every_cell_goes_where_a_loop_puts_it(mirrored: bool, shift: tuple[int, int, int]) -> None:
@@ -32,9 +37,7 @@ def test_every_cell_goes_where_a_loop_puts_it(mirrored: bool, shift: tuple[int, 
             expected[own], inside[own] = volume[x, y, z], True
     packed = {
         "codes": torch.ones(60, dtype=torch.int16),
-        "index": torch.arange(60, dtype=torch.int32),
-        "a": torch.from_numpy(volume.ravel()),
-        "b": torch.zeros(60),
+        "tables": [torch.stack([torch.arange(60, dtype=torch.int32), *of_floats(volume.ravel(), np.zeros(60))])],
         "meta": torch.tensor([[0, 0, 0, 1]]),
         "voxels": [60],
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from swift.data.clips.dataset import ClipDataset, ClipLoader, identity
 from swift.data.clips.index import ClipIndex, ClipSpec
 from swift.data.clips.order import Order, TrainBatches
 from swift.data.clips.ring import SLOTS, Ring, StaleBatch, Ticket, check_fresh
-from swift.data.store.reader import Store
+from swift.data.store.reader import CorruptData, Store
 from tests.data.stores import build, scan
 
 SPEC = ClipSpec(5, 1, 4)
@@ -44,11 +46,11 @@ def loader(made: Path, workers: int, start_method: str | None = None) -> ClipLoa
 
 def values(batch: dict, place: int) -> np.ndarray:
     """(T, V) normalized values of one clip of a packed batch, by plain slicing."""
-    rows = [5 * v for v in batch["voxels"]]
-    row, at = sum(rows[:place]), sum(batch["voxels"][:place])
-    count = batch["voxels"][place]
+    row, count = 5 * sum(batch["voxels"][:place]), batch["voxels"][place]
     codes = batch["codes"][row : row + 5 * count].reshape(5, count).numpy()
-    return codes * batch["a"][at : at + count].numpy() + batch["b"][at : at + count].numpy()
+    np.testing.assert_array_equal(batch["tables"][place][0], np.flatnonzero(scan(int(batch["meta"][place, 1]))[1]))
+    a, b = batch["tables"][place][1:].numpy().view(np.float32)
+    return codes * a + b
 
 
 def expected(batch: dict, place: int) -> np.ndarray:
@@ -99,22 +101,73 @@ def test_pinned_batches_are_copies(made: Path, monkeypatch: pytest.MonkeyPatch) 
         ticket.pin_memory()
 
 
+def test_a_table_is_made_once_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is made again for every batch; what could not be made is not kept; spawned or not."""
+    monkeypatch.setattr(rings, "TABLE_BYTES", 2 * rings.PAGE)
+    ring = Ring(1, 2, 1, 300, 9)  # 3,648 bytes a table: two fit
+    made: list[int] = []
+
+    def place(scan: int, row: int = 0, voxels: int = 300) -> int:
+        def make(table: np.ndarray) -> None:
+            made.append(scan)
+            if scan == 8:
+                raise CorruptData("damaged", "shard", "scan")
+            table[:] = 1000 * len(made) + scan
+
+        return ring.table(0, ring.next(0)[0], row, scan, voxels, make)
+
+    with pytest.raises(CorruptData):
+        place(8)
+    places = [place(scan) for scan in (3, 0, 3, 0, 3)]
+    assert made == [8, 3, 0]
+    assert places == [places[0], places[1]] * 2 + [places[0]]
+    spare = [place(scan, row) for scan, row in ((5, 0), (5, 1))]
+    assert made == [8, 3, 0, 5, 5]
+    assert [int(ring._view(at, 300)[2, 299]) for at in (*places[:2], *spare)] == [2003, 3000, 4005, 5005]
+    assert ring._view(places[0], 300) is ring._view(places[0], 300)
+    # A worker that begins anew knows no turn, but finds the tables.
+    ring._turn, ring._seen = 0, {}
+    assert place(0) == places[1]
+    assert made == [8, 3, 0, 5, 5]
+    assert place(1, voxels=20) == places[1] + 3648  # a small one still fits
+    assert ring.kept_bytes == 2 * rings.PAGE
+
+
+def test_batches_refer_to_tables_instead_of_sending_them(made: Path) -> None:
+    """No table is made twice, and a ticket stays a few hundred bytes however large the brain."""
+    batches = loader(made, 0)
+    dataset = batches.dataset
+    assert isinstance(dataset, ClipDataset)
+    made_of: list[int] = []
+    original = dataset.store.table
+    dataset.store.table = lambda scan, kind, out=None: made_of.append(scan) or original(scan, kind, out)  # type: ignore
+    seen: dict[int, set[int]] = {}
+    for batch in islice(batches, 4 * SLOTS):
+        for number, table in zip(batch["meta"][:, 1].tolist(), batch["tables"], strict=True):
+            seen.setdefault(number, set()).add(table.data_ptr())
+    assert sorted(made_of) == [0, 1, 2]
+    assert all(len(places) == 1 for places in seen.values())
+    assert len(pickle.dumps(dataset.__getitems__([(0, 3), (1, 7)]))) < 600
+
+
 def test_buffers_do_not_overlap_and_go_away() -> None:
-    ring = Ring(2, 3, 5, 7)
-    seen = []
+    ring = Ring(2, 3, 5, 7, 40)
+    seen: list[tuple[int, np.ndarray]] = []
     for worker in (0, 1, 0):
-        slot, stamp, arrays = ring.next(worker)
-        assert stamp == 1
-        assert {name: array.size for name, array in arrays.items()} == {"codes": 105, "index": 21, "a": 21, "b": 21}
-        for array in arrays.values():
-            array[:] = len(seen) + 1
-        seen.append((slot, arrays))
-    assert [slot for slot, _ in seen] == [0, SLOTS + 1, 2]  # turns are those of the process
-    for value, (_, arrays) in enumerate(seen, 1):
-        assert all((array == value).all() for array in arrays.values())
+        slot, stamp, codes = ring.next(worker)
+        assert (stamp, codes.size) == (1, 105)
+        codes[:] = len(seen) + 1
+        for row in range(3):
+            value = 100 + len(seen)
+            place = ring.table(worker, slot, row, len(seen), 7, partial(np.copyto, src=np.int32(value)))
+            seen.append((place, ring._table(place, 7)))
+        seen.append((slot, codes))
+    assert [slot for slot, codes in seen if codes.ndim == 1] == [0, SLOTS + 1, 2]  # turns are those of the process
+    found = [set(array.ravel().tolist()) for _, array in seen]
+    assert found == [{100}, {101}, {102}, {1}, {104}, {105}, {106}, {5}, {108}, {109}, {110}, {9}]
     handle, number = ring.handle, ring.number
     os.fstat(handle)
-    del ring, seen, arrays, array
+    del ring, seen, codes
     gc.collect()
     assert number not in rings._RINGS
     with pytest.raises(OSError, match="Bad file descriptor"):

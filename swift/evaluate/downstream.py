@@ -215,9 +215,21 @@ def _interval(runs: Sequence[Result], score: str, seed: int, draws: int) -> tupl
     if len(values) < draws / 2:
         return math.nan, math.nan, over
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    if high - low <= POINT and any(np.ptp(run.predictions.scores, axis=0).any() for run in runs):
+    if high - low <= POINT and any(_differ(run.predictions) for run in runs):
         return math.nan, math.nan, over  # too few subjects to tell
     return float(low), float(high), over
+
+
+def _differ(predictions: Predictions) -> bool:
+    """Whether units are predicted differently.
+
+    A table of maps holds scores in place of predictions: dice and r differ even where everybody is given the training
+    mean, but then residual r is exactly 0 for all.
+    """
+    scores_ = predictions.scores
+    if predictions.kind == "map":
+        scores_ = scores_[:, [predictions.classes.index("residual_r")]]
+    return bool(np.ptp(scores_, axis=0).any())
 
 
 def _mean_drawn(runs: Sequence[Result], score: str, seed: int, draws: int) -> np.ndarray:

@@ -171,4 +171,4 @@ def test_the_command_judges_all_of_them_on_one_split(folder: Path, tmp_path: Pat
 
     text = markdown(columns_of(results([tmp_path / "run"]), draws=200))
     assert "task_map, residual r (n = 12 + 6)" in text
-    assert "| training mean map | 0.000 " in text
+    assert "| training mean map | 0.000 [0.000, 0.000] |" in text

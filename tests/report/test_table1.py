@@ -221,3 +221,24 @@ def test_a_ranking_needs_two_points_every_task_and_a_pre_training(tmp_path):
     write(tmp_path / "gone", 1.0, adapt="full", init="nowhere/run")
     with pytest.raises(UserError, match="is no run's folder"):
         rank(tmp_path / "gone", tmp_path / "ill00")
+
+
+def test_the_interval_of_the_training_mean_map_is_a_point_and_of_few_hits_unknown(tmp_path, capsys):
+    """Residual r of the mean map is 0 for everybody, whatever Dice says; six hits of six are too few to tell."""
+    rng = np.random.default_rng(0)
+    names = [f"s{i}" for i in range(6)]
+    columns = ["residual_r", "r", "identification", "rank", "diagonality", "dice"]
+    for method, rest, hits in (("training mean map", np.zeros(6), 1 / 6), ("scratch", rng.uniform(0.1, 0.6, 6), 1.0)):
+        values = np.column_stack([rest, rng.uniform(size=6), np.full(6, hits), *rng.uniform(size=(3, 6))])
+        made = Predictions("map", columns, names, [""] * 6, [-1] * 6, np.ones(6), values)
+        folder = tmp_path / method.split()[0]
+        made.save(folder / "predictions" / "test.csv")
+        said = {"scores": {"test": dict(zip(columns, values.mean(0).tolist(), strict=True))}, "threshold": 0.5}
+        about = {"task": "task_map", "method": method, "seed": 0, "split_hash": "a", "n": {"train": 12}}
+        (folder / "summary.json").write_text(json.dumps(about | said))
+    assert report(tmp_path, "--out", tmp_path / "out", "--draws", 200) == 0
+    assert "| training mean map | 0.000 [0.000, 0.000] |" in capsys.readouterr().out
+    assert report(tmp_path, "--out", tmp_path / "out", "--draws", 200, "--score", "identification") == 0
+    text = capsys.readouterr().out
+    assert "| training mean map | 0.167 [0.167, 0.167] |" in text
+    assert "| scratch | **1.000** (too few) |" in text or "| scratch | 1.000 (too few) |" in text

@@ -15,15 +15,15 @@ from swift.report.style import WIDTH, figure
 ROWS = ("best", "median", "worst")
 
 
-def _slice(volume: np.ndarray) -> np.ndarray:
-    """The axial slice in the middle of what has values, left at the left."""
+def _middle(volume: np.ndarray) -> int:
+    """The axial slice in the middle of those that have values."""
     places = np.flatnonzero(np.isfinite(volume).any((0, 1)))
-    return np.asarray(volume[:, :, int(places[len(places) // 2])].T)
+    return int(places[len(places) // 2])
 
 
 def maps_figure(data: str | Path, out: str | Path) -> None:
     """Truth, prediction and both without the training mean, of the best, median and worst subject by residual r; below
-    them C, of maps and of residuals.
+    them C, of maps and of residuals. All of one contrast; a row shows one axial slice, left at the left.
 
     Args:
         data: maps.npz.
@@ -38,14 +38,16 @@ def maps_figure(data: str | Path, out: str | Path) -> None:
     wide = float(np.nanpercentile(np.abs(truth), 99))
     rest = float(np.nanpercentile(np.abs(truth - mean), 99))
     with figure(1.35 * WIDTH, out) as fig:
+        fig.suptitle(f"contrast {arrays['contrast']}")
         grid = fig.add_gridspec(5, 4)
         for row, name in enumerate(ROWS):
+            z = _middle(said[row])
             shown = (truth[row], said[row], truth[row] - mean, said[row] - mean)
             titles = ("true map", "predicted map", "true residual", "predicted residual")
             for place, (volume, title) in enumerate(zip(shown, titles, strict=True)):
                 axis = fig.add_subplot(grid[row, place])
                 limit = wide if place < 2 else rest
-                picture = axis.imshow(_slice(volume), origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
+                picture = axis.imshow(volume[:, :, z].T, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
                 axis.set_xticks([])
                 axis.set_yticks([])
                 if row == 0:

@@ -13,12 +13,12 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from swift.data.ingest.nifti import as_stored
 from swift.data.ingest.place import GridPlan, Sampler
 from swift.data.store import format as fmt
 from swift.data.store.spaces import box_affine
 from swift.data.task_maps.module import MapDataModule
 from swift.evaluate.map_scores import MapPredictions, judge_contrast, judged, table_of
-from swift.utils.errors import UserError
 
 
 class SubjectMeans:
@@ -80,15 +80,15 @@ def predictions_of(data: MapDataModule, names: list[str], predicted: np.ndarray)
     truth = np.stack([data.map_of(name) for name in names])
     retest = None
     if data.retest is not None:
-        missing = [name for name in names if name not in data.retest.subjects]
-        if missing:
-            raise UserError(f"task.target.retest: no usable second map of subject {missing[0]}")
-        retest = np.stack([data.map_of(name, data.retest) for name in names])
+        nothing = np.full_like(truth[0], np.nan)
+        known = data.retest.subjects
+        retest = np.stack([data.map_of(name, data.retest) if name in known else nothing for name in names])
     return MapPredictions.shared(names, data.contrasts, truth, predicted, data.mean, retest)
 
 
 def write_maps(data: MapDataModule, names: list[str], predicted: np.ndarray, folder: Path) -> None:
-    """Write SUBJECT_contrast-NAME_map.nii.gz of (S, K, V) maps, on the grid of each subject's own map; NaN outside.
+    """Write SUBJECT_contrast-NAME_map.nii.gz of (S, K, V) maps, on the grid and in the voxel order of each subject's
+    own map; NaN outside.
 
     Raises:
         UserError: a file cannot be written.
@@ -111,9 +111,10 @@ def write_maps(data: MapDataModule, names: list[str], predicted: np.ndarray, fol
             dense[data.space.voxels] = values
             out = np.full(placed.shape, np.nan, np.float32)
             out[sampler.mask] = sampler(dense.reshape(grid))
-            image = nib.Nifti1Image(out, placed.affine)
-            image.set_sform(placed.affine, code=4)
-            image.set_qform(placed.affine, code=4)
+            stored, affine = as_stored(out, placed.affine, placed.ornt)
+            image = nib.Nifti1Image(stored, affine)
+            image.set_sform(affine, code=4)
+            image.set_qform(affine, code=4)
             with fmt.atomic(folder / f"{name}_contrast-{contrast}_map.nii.gz") as temp:
                 temp.write_bytes(_zipped(image))
 
@@ -134,10 +135,11 @@ def leave(data: MapDataModule, names: list[str], predicted: np.ndarray, maps: Ma
         maps: The same where all have a value.
         folder: Of the run.
     """
-    one, _ = judged(maps)
+    one, each = judged(maps)
     table_of(maps, one).save(folder / "predictions" / "test.csv")
     write_maps(data, names, predicted, folder / "predictions" / "maps")
-    order = np.argsort(-one.values["residual_r"], kind="stable")
+    shown = each[data.contrasts[0]]  # the figure is of one contrast: its maps, its scores
+    order = np.argsort(-shown.values["residual_r"], kind="stable")
     chosen = [int(order[0]), int(order[len(order) // 2]), int(order[-1])]
     dense = np.full((3, len(chosen), int(np.prod(data.store.grid))), np.nan, np.float32)
     dense[0][:, data.space.voxels] = np.stack([data.map_of(names[place])[0] for place in chosen])
@@ -150,9 +152,9 @@ def leave(data: MapDataModule, names: list[str], predicted: np.ndarray, maps: Ma
         truth=dense[0].reshape(-1, *data.store.grid),
         predicted=dense[1].reshape(-1, *data.store.grid),
         mean=dense[2].reshape(-1, *data.store.grid)[0],
-        residual_r=one.values["residual_r"][chosen],
+        residual_r=shown.values["residual_r"][chosen],
         subjects=np.array([names[place] for place in chosen]),
         contrast=np.array(data.contrasts[0]),
-        raw=one.raw,
-        residual=one.residual,
+        raw=shown.raw,
+        residual=shown.residual,
     )

@@ -24,6 +24,8 @@ CONSTANT = 1e-6
 """A map that varies by less than this part of the mean map does is constant: its correlations count as 0."""
 SCORES = ("residual_r", "r", "identification", "rank", "diagonality", "dice")
 """Means over subjects of one value a subject; higher is better."""
+CEILINGS = ("ceiling_r", "ceiling_residual_r")
+"""What a second measurement reaches, of the subjects that have one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class MapPredictions:
         contrasts: (K,) names.
         truth, predicted: (N, K, V).
         mean: (K, V) of the training subjects.
-        retest: (N, K, V) a second measurement; None: none.
+        retest: (N, K, V) a second measurement, NaN for a subject without one; None: nobody has one.
     """
 
     subjects: list[str]
@@ -56,6 +58,10 @@ class MapPredictions:
     ) -> MapPredictions:
         """Leave out the voxels where a true map has no value (NaN): outside the brain nobody is right or wrong.
 
+        Args:
+            subjects, contrasts, truth, predicted, mean: Of all voxels.
+            retest: NaN all over for a subject without a second map.
+
         Raises:
             UserError: fewer than 2 subjects, a subject twice, no voxel in common.
         """
@@ -66,7 +72,9 @@ class MapPredictions:
             raise UserError(f"maps of subject {twice[0]}: twice; every subject must be there exactly once")
         known = np.isfinite(truth).all((0, 1))
         if retest is not None:
-            known &= np.isfinite(retest).all((0, 1))
+            has = np.isfinite(retest).any((1, 2))
+            known &= np.isfinite(retest[has]).all((0, 1))
+            retest = retest if has.any() else None
         if not known.any():
             raise UserError("the maps have no voxel in common")
         again = None if retest is None else retest[..., known]
@@ -92,7 +100,7 @@ class Judged:
     """What is known of one contrast, or of the mean of several.
 
     Attributes:
-        values: Score -> (N,) one value a subject.
+        values: Score -> (N,) one value a subject; ceilings are NaN for a subject without a second map.
         slope: (2, N): products of true and predicted residual, and squares of the predicted; their sums' ratio is the
             calibration slope.
         dice: (10, N) overlap at each of TOPS.
@@ -133,8 +141,11 @@ def judge_contrast(
         "dice": overlap.mean(0),
     }
     if retest is not None:
-        values["ceiling_r"] = np.diag(correlations(truth, retest))
-        values["ceiling_residual_r"] = np.diag(correlations(true_rest, retest - mean, least))
+        has = np.isfinite(retest).all(1)
+        for name in CEILINGS:
+            values[name] = np.full(n, np.nan)
+        values["ceiling_r"][has] = np.diag(correlations(truth[has], retest[has]))
+        values["ceiling_residual_r"][has] = np.diag(correlations(true_rest[has], retest[has] - mean, least))
     a, b = (rest - rest.mean(1, keepdims=True) for rest in (true_rest, said_rest))
     b = np.where(said_rest.std(1, keepdims=True) <= max(least, 1e-12), 0.0, b)
     slope = np.stack([(a * b).sum(1, dtype=np.float64), (b * b).sum(1, dtype=np.float64)])
@@ -180,16 +191,21 @@ def slope_of(slope: np.ndarray, weights: np.ndarray | None = None) -> Any:
 
 def scores_of(one: Judged) -> dict[str, float]:
     """Means over subjects, and the slope."""
-    return {name: float(values.mean()) for name, values in one.values.items()} | {"slope": float(slope_of(one.slope))}
+    return {name: float(np.nanmean(values)) for name, values in one.values.items()} | {
+        "slope": float(slope_of(one.slope))
+    }
 
 
 def intervals_of(one: Judged, seed: int, draws: int) -> dict[str, tuple[float, float]]:
     """95 % intervals of `scores_of` by a bootstrap over subjects; whom a map is told from stays as it is."""
     names = list(one.values)
     table = np.stack([one.values[name] for name in names])
+    has = np.isfinite(table)
+    table = np.where(has, table, 0)
     parts, slopes = [], []
     for weights in draw_weights(np.arange(table.shape[1]), seed, draws):
-        parts.append(table @ weights.T / weights.sum(1))
+        count = has @ weights.T
+        parts.append(np.divide(table @ weights.T, count, out=np.full(count.shape, np.nan), where=count > 0))
         slopes.append(slope_of(one.slope, weights))
     drawn = dict(zip(names, np.concatenate(parts, axis=1), strict=True)) | {"slope": np.concatenate(slopes)}
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
@@ -244,6 +260,10 @@ def judge(val: MapPredictions, test: MapPredictions, seed: int = 0, draws: int =
     of_test, each = judged(test)
     ranges = intervals_of(of_test, seed, draws)
     n = {"val": len(val.subjects), "test": len(test.subjects)}
+    again = {
+        part: 0 if maps.retest is None else int(np.isfinite(maps.retest).any((1, 2)).sum())
+        for part, maps in (("val", val), ("test", test))
+    }
     return {
         "kind": "map",
         "per": "subject",
@@ -262,6 +282,7 @@ def judge(val: MapPredictions, test: MapPredictions, seed: int = 0, draws: int =
         },
         "contrasts": {name: _contrast(one, seed, draws) for name, one in each.items()},
         "dice": {f"{share:.2f}": float(row.mean()) for share, row in zip(TOPS, of_test.dice, strict=True)},
+        "retest": again,
         "voxels": {"val": val.mean.shape[1], "test": test.mean.shape[1]},
         "bootstrap": {
             "level": LEVEL,

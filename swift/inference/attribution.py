@@ -21,11 +21,10 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, inv_ornt_aff, ornt_transform
 from torch import Tensor, nn
 
 from swift.config.check_target import class_names
-from swift.data.ingest.nifti import Volumes
+from swift.data.ingest.nifti import Volumes, as_stored
 from swift.inference.fit_scan import FittedScan
 from swift.inference.model import Trained
 from swift.utils.errors import UserError
@@ -47,7 +46,7 @@ def choose_target(trained: Trained, wanted: str | None) -> int | None:
         wanted: Name of a class; None: the positive one of two.
 
     Raises:
-        UserError: a pre-trained model, one that needs maps of the scan, or no such class.
+        UserError: a pre-trained model, one of brain maps, one that needs maps of the scan, or no such class.
     """
     target = trained.config.task.target
     if target is None:
@@ -59,6 +58,10 @@ def choose_target(trained: Trained, wanted: str | None) -> int | None:
         raise UserError(
             f"{trained.source} reads courses of maps that belong to each scan of its training (model.maps_of=scan): "
             "attribution takes models of model.maps_of=shared, or of task.courses=false"
+        )
+    if target.kind == "map":
+        raise UserError(
+            f"{trained.source} predicts maps (task={trained.config.task.name}): attribution takes a class or a number"
         )
     if target.kind == "regression":
         if wanted is not None:
@@ -373,7 +376,5 @@ def on_own_grid(values: np.ndarray, scan: FittedScan) -> nib.Nifti1Image:
     image = resample_from_to(image, (origin.shape, origin.affine), order=1, mode="constant", cval=0.0)
     if not isinstance(origin, Volumes):
         return image
-    ras = np.array([[0, 1], [1, 1], [2, 1]])
-    stored = apply_orientation(np.asarray(image.dataobj), ornt_transform(ras, origin.ornt))
-    affine = origin.affine @ np.linalg.inv(inv_ornt_aff(origin.ornt, origin.stored_shape))
-    return nib.Nifti1Image(np.ascontiguousarray(stored, dtype=np.float32), affine)
+    stored, affine = as_stored(np.asarray(image.dataobj, dtype=np.float32), origin.affine, origin.ornt)
+    return nib.Nifti1Image(stored, affine)

@@ -19,6 +19,7 @@ from swift.evaluate.map_scores import (
     permuted,
     scores_of,
 )
+from swift.evaluate.resampling import draw_weights
 from swift.utils.errors import UserError
 
 N, V = 9, 60
@@ -170,6 +171,27 @@ def test_the_summary_names_chance_and_the_units() -> None:
     assert set(said["contrasts"]) == {"c0", "c1"}
     assert said["p"]["residual_r"] == pytest.approx(1 / 2001)
     assert said["scores"]["test"]["residual_r"] == pytest.approx(scores_of(judged(maps)[0])["residual_r"])
+
+
+def test_the_ceiling_is_of_those_who_have_a_second_map() -> None:
+    whole = maps_of(contrasts=2)
+    assert whole.retest is not None
+    some = whole.retest.copy()
+    some[[1, 4]] = np.nan
+    maps = MapPredictions.shared(whole.subjects, whole.contrasts, whole.truth, whole.predicted, whole.mean, some)
+    assert maps.truth.shape == whole.truth.shape  # who has none costs no voxel
+    found, all_ = judged(maps)[0], judged(whole)[0]
+    has = np.delete(np.arange(N), [1, 4])
+    for name in ("ceiling_r", "ceiling_residual_r"):
+        assert scores_of(found)[name] == pytest.approx(all_.values[name][has].mean())
+    assert scores_of(found)["residual_r"] == scores_of(all_)["residual_r"]
+    weights = next(iter(draw_weights(np.arange(N), 0, 500)))
+    drawn = [(w[has] @ all_.values["ceiling_r"][has]) / w[has].sum() for w in weights]
+    np.testing.assert_allclose(intervals_of(found, 0, 500)["ceiling_r"], np.quantile(drawn, [0.025, 0.975]))
+    assert judge(whole, maps, 0, 100)["retest"] == {"val": N, "test": N - 2}
+    some[:] = np.nan
+    nobody = MapPredictions.shared(whole.subjects, whole.contrasts, whole.truth, whole.predicted, whole.mean, some)
+    assert nobody.retest is None
 
 
 def test_one_subject_and_twins_are_refused() -> None:

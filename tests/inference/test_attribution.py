@@ -261,3 +261,13 @@ def test_maps_of_a_scan_cannot_be_made_for_another() -> None:
     with pytest.raises(UserError, match=r"^run reads courses of maps that belong to each scan"):
         choose_target(trained["scan"], None)
     assert choose_target(trained["shared"], None) == 1
+
+
+@pytest.mark.parametrize("wanted", [None, "yes"])
+def test_a_model_of_maps_is_refused(wanted: str | None) -> None:
+    cfg = settings("task=task_map", "task.target.maps=maps", "data.split=unused.json")
+    trained = Trained("run", nn.Identity(), cfg, CONTRACT, 1, {})
+    with pytest.raises(
+        UserError, match=r"^run predicts maps \(task=task_map\): attribution takes a class or a number$"
+    ):
+        choose_target(trained, wanted)

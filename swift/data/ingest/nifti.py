@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt2axcodes
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt2axcodes, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
 from swift.data.ingest.tr import resolve_tr
@@ -153,6 +153,22 @@ def read_volume(plan: Volumes) -> np.ndarray:
     """The single volume of a 3D image: float32 (X, Y, Z), RAS+."""
     (volume,) = iter_frames(plan)
     return volume
+
+
+def as_stored(values: np.ndarray, affine: np.ndarray, ornt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a volume back into the voxel order of a file: what `Volumes` did to it, undone.
+
+    Args:
+        values: (X, Y, Z) in RAS+ order.
+        affine: (4, 4) voxel (RAS+ order) to world mm.
+        ornt: Of `Volumes`.
+
+    Returns:
+        The volume as stored, and the affine of the file.
+    """
+    ras = np.array([[0, 1], [1, 1], [2, 1]])
+    stored = np.ascontiguousarray(apply_orientation(values, ornt_transform(ras, ornt)))
+    return stored, affine @ np.linalg.inv(inv_ornt_aff(ornt, stored.shape))
 
 
 def _read_header(path: Path) -> nib.Nifti1Header:

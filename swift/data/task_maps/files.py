@@ -43,7 +43,9 @@ def find_maps(scans: Sequence[ScanInfo], target: TargetConfig) -> Files:
 
 
 def in_folder(setting: str, folder: str, subjects: Iterable[str], target: TargetConfig) -> Files:
-    """Files whose names begin with a subject, and hold the contrast as one of their parts (X or contrast-X).
+    """Files whose names begin with a subject, and hold the contrast between underscores (X or contrast-X).
+
+    Of contrasts of which one holds another (face, face_vs_house), a file belongs to the longest that fits.
 
     Args:
         setting: That named the folder, for messages.
@@ -67,10 +69,8 @@ def in_folder(setting: str, folder: str, subjects: Iterable[str], target: Target
         lengths = [n for n in range(len(parts), 0, -1) if "_".join(parts[:n]) in wanted]
         if not lengths:
             continue
-        subject, rest = "_".join(parts[: lengths[0]]), parts[lengths[0] :]
-        for contrast in contrasts:
-            if target.contrasts and not {contrast, f"contrast-{contrast}"} & set(rest):
-                continue
+        subject, rest = "_".join(parts[: lengths[0]]), "_".join(["", *parts[lengths[0] :], ""])
+        for contrast in _named(rest, contrasts) if target.contrasts else contrasts:
             own = found.setdefault(subject, {})
             if contrast in own:
                 raise UserError(
@@ -79,6 +79,12 @@ def in_folder(setting: str, folder: str, subjects: Iterable[str], target: Target
                 )
             own[contrast] = file
     return found
+
+
+def _named(rest: str, contrasts: Sequence[str]) -> list[str]:
+    """Contrasts that a name says, and that are no part of another one there; rest: its parts with _ around each."""
+    fits = [name for name in contrasts if f"_{name}_" in rest or f"_contrast-{name}_" in rest]
+    return [name for name in fits if not any(name != other and f"_{name}_" in f"_{other}_" for other in fits)]
 
 
 def _from_columns(scans: Sequence[ScanInfo], target: TargetConfig) -> Files:

@@ -27,6 +27,8 @@ ALIKE = 1e-6
 """Maps are alike that differ by no more than such a part of what their mean varies over the brain."""
 LEAST_SUBJECTS = 2
 """Of each part: one subject has nobody to be told from."""
+SHARED = 0.9
+"""Below this part of the voxels a warning says that a part is judged on few of them."""
 
 
 class MapDataModule(TargetDataModule):
@@ -43,8 +45,8 @@ class MapDataModule(TargetDataModule):
         people: Subjects with a map, sorted; `subject` of a batch counts them.
 
     Raises:
-        UserError: what TargetDataModule refuses; a part with one subject; training maps that are all alike, or have no
-            voxel in common.
+        UserError: what TargetDataModule refuses; a part with one subject; training maps that are all alike; maps of a
+            part that have no voxel in common; second maps of nobody who is judged.
     """
 
     def fit(self) -> None:
@@ -61,6 +63,7 @@ class MapDataModule(TargetDataModule):
                     "least 2 are needed, or there is nobody to tell a map from: make another split"
                 )
         self.space = MapGrid(self._common(used["train"]), task.map_step)
+        self._check_judged({part: used[part] for part in ("val", "test")})
         train = [self.map_of(name) for name in used["train"]]
         self.mean = _mean(train)
         self.std = _spread(self.space.coarse(one - self.mean) for one in train)
@@ -106,6 +109,37 @@ class MapDataModule(TargetDataModule):
         if not brain.any():
             raise UserError(f"task={self.task.name}: the training maps have no voxel in common")
         return brain.reshape(self.store.grid)
+
+    def _check_judged(self, used: dict[str, list[str]]) -> None:
+        """Warn of what shrinks a judgement, before anything is trained: voxels that one lacks, missing second maps."""
+        for part, names in used.items():
+            maps = {name: [self.map_of(name)] for name in names}
+            if self.retest is not None:
+                for name in set(names) & set(self.retest.subjects):
+                    maps[name].append(self.map_of(name, self.retest))
+            lacks = np.stack([~np.isfinite(np.concatenate(maps[name])).all(0) for name in names])
+            share = float((~lacks.any(0)).mean())
+            if share >= SHARED:
+                continue
+            alone = (lacks & (lacks.sum(0) == 1)).sum(1)  # voxels that all others have
+            worst = max(range(len(names)), key=lambda place: (alone[place], lacks[place].sum()))
+            said = (
+                f"the maps of the {part} part share {share:.0%} of the {lacks.shape[1]} voxels, where alone they are "
+                f"judged; {names[worst]} costs most and lacks {lacks[worst].mean():.0%}"
+            )
+            if share == 0:
+                raise UserError(f"task={self.task.name}: {said}; leave it out, or mend its map")
+            log.warning("%s", said)
+        if self.retest is None:
+            return
+        again = {part: len(set(names) & set(self.retest.subjects)) for part, names in used.items()}
+        if not sum(again.values()):
+            raise UserError(
+                f"task.target.retest={self.target.retest}: no subject of the val and test parts has a usable second map"
+            )
+        for part, count in again.items():
+            if count < len(used[part]):
+                log.warning("ceiling: %d of %d subjects of the %s part have a second map", count, len(used[part]), part)
 
     def describe(self) -> dict[str, Any]:
         """What a model of these maps must be given to make predictions of its outputs: plain values."""

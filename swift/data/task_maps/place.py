@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swift.data.ingest.nifti import Volumes, plan_volume, read_volume
+from swift.data.ingest.nifti import Volumes, plan_volume, read_volume, strip_suffix
 from swift.data.ingest.place import Sampler, plan_grid
 from swift.data.store.spaces import MNI_CODE, placement_of
 from swift.utils.errors import BadScan
@@ -29,12 +29,14 @@ class PlacedMap:
     index: (V,) int32 flat places in the store's grid, ascending.
     affine: (4, 4) of the files, RAS+, voxel to mm.
     shape: Voxels of the files, RAS+.
+    ornt: (3, 2) turns the files' own voxel order into RAS+.
     """
 
     values: np.ndarray
     index: np.ndarray
     affine: np.ndarray
     shape: tuple[int, ...]
+    ornt: np.ndarray
 
 
 def grid_key(plan: Volumes) -> Key:
@@ -56,7 +58,7 @@ def plan_maps(files: Mapping[str, Path], space: str | None, placement: str) -> l
     plans = []
     for file in files.values():
         plan = plan_volume(file)
-        said = next((part[6:] for part in file.name.split("_") if part.startswith("space-")), None)
+        said = next((part[6:] for part in strip_suffix(file).split("_") if part.startswith("space-")), None)
         named = said or (space or ("MNI" if plan.code == MNI_CODE else ""))
         if not named:
             raise BadScan(f"{file.name}: neither name nor header say its space; name it with task.target.space=")
@@ -103,4 +105,4 @@ def place_map(
     if covered < LEAST_COVERED:
         raise BadScan(f"{name}: covers {covered:.0%} of the subject's brain: another space, or a part of the brain")
     index = np.flatnonzero(sampler.mask & brain).astype(np.int32)
-    return PlacedMap(values[:, inside], index, plans[0].affine, tuple(plans[0].shape))
+    return PlacedMap(values[:, inside], index, plans[0].affine, tuple(plans[0].shape), plans[0].ornt)

@@ -29,8 +29,8 @@ from swift.utils.errors import BadScan, UserError
 
 log = logging.getLogger("swift.data")
 
-VERSION = 1
-ARRAYS = ("values", "index", "affine", "shape")
+VERSION = 2
+ARRAYS = ("values", "index", "affine", "shape", "ornt")
 
 
 class MapStore:
@@ -73,11 +73,12 @@ class MapStore:
         """
         with fmt.open_hdf5(self.path) as file:
             group = file[self.subjects[subject]]
-            arrays = {}
+            arrays: dict[str, Any] = {}
             for name in ARRAYS:
                 arrays[name] = fmt.safe_dataset(group, name, str(self.path))[...]
                 self._check(arrays[name], int(group[name].attrs["xxh3_64"]), f"{name} of subject {subject}")
-        return PlacedMap(arrays["values"], arrays["index"], arrays["affine"], tuple(arrays["shape"].tolist()))
+        arrays["shape"] = tuple(arrays["shape"].tolist())
+        return PlacedMap(**arrays)
 
 
 def open_maps(store: Stores, target: TargetConfig) -> tuple[MapStore, MapStore | None]:
@@ -134,7 +135,8 @@ def _brains(store: Stores, subjects: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _write(path: Path, store: Stores, target: TargetConfig, files: Files) -> None:
-    """Each subject's group holds values (K, V) float32, index (V,) int32, affine (4, 4) and shape (3,) of its files.
+    """Each subject's group holds values (K, V) float32, index (V,) int32; affine (4, 4), shape (3,) and ornt (3, 2) of
+    its files.
 
     Raises:
         BadScan: no map can be used: what is wrong with the first.
@@ -186,6 +188,7 @@ def _put(file: h5py.File, name: str, placed: PlacedMap) -> None:
         "index": placed.index,
         "affine": placed.affine,
         "shape": np.asarray(placed.shape),
+        "ornt": placed.ornt,
     }
     for key, array in arrays.items():
         _dataset(group, key, array)

@@ -15,6 +15,7 @@ from swift.data.clips.mixture import Stores
 from swift.data.store.format import CorruptData
 from swift.data.synthetic.task_maps import subject_map
 from swift.data.task_maps.store import MapStore, open_maps
+from swift.evaluate.map_judge import predictions_of
 from swift.utils.errors import UserError
 from tests.cohort import SPEC
 from tests.maps import map_cohort, map_data, map_file, rewrite
@@ -133,6 +134,20 @@ def test_maps_of_another_space_are_refused(folder: Path) -> None:
     assert len(opened(folder, space="MNI152NLin6Asym").subjects) == SPEC.n_subjects
 
 
+def test_a_contrast_may_hold_underscores_and_a_space_may_end_the_name(folder: Path) -> None:
+    for subject in range(1, SPEC.n_subjects + 1):
+        map_file(folder, subject).rename(folder / "maps" / f"sub-{subject:04d}_face_vs_house.nii.gz")
+        own = map_file(folder, subject, "unrelated")
+        own.rename(folder / "maps" / f"sub-{subject:04d}_contrast-face_space-MNI152NLin6Asym.nii.gz")
+    maps = opened(folder, contrasts=["face", "face_vs_house"])
+    assert maps.failed == {}
+    brain = Stores([folder / "store"]).mask(2)
+    for channel, planted in enumerate(("unrelated", "coupling")):
+        wanted = np.where(brain, subject_map(SPEC, 2, planted), np.nan)
+        np.testing.assert_array_equal(dense(maps, "sub-0003", channel), wanted.astype(np.float32))
+    assert len(opened(folder, contrasts=["face_vs_house"]).subjects) == SPEC.n_subjects
+
+
 def test_missing_contrasts_and_subjects_are_left_out_and_twins_refused(folder: Path) -> None:
     map_file(folder, 4, "unrelated").unlink()
     for path in (folder / "maps").glob("sub-0005*"):
@@ -209,3 +224,54 @@ def test_maps_that_are_all_alike_are_refused(folder: Path) -> None:
         rewrite(map_file(folder, subject), np.broadcast_to(np.arange(1.0, 13), SPEC.grid))
     with pytest.raises(UserError, match="training maps of coupling are alike"):
         map_data(folder)
+
+
+def test_a_poor_map_that_shrinks_a_part_is_named_before_training(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of six subjects lacks a third of its map; then each of two lacks the half that the other has."""
+    one = map_file(folder, 3)
+    rewrite(one, np.where(np.arange(12)[:, None, None] < 4, np.nan, np.asarray(nib.load(one).dataobj)))
+    data = map_data(folder)
+    (part,) = (part for part in data.parts if "sub-0003" in data.subjects_of(part))
+    assert part != "train"
+    names = data.subjects_of(part)
+    known = np.stack([np.isfinite(data.map_of(name)).all(0) for name in names])
+    share = known.all(0).mean()
+    assert share < 0.85 < known[[name != "sub-0003" for name in names]].all(0).mean()
+    lacks = 1 - known[names.index("sub-0003")].mean()
+    assert (
+        f"the maps of the {part} part share {share:.0%} of the {known.shape[1]} voxels, where alone they are judged; "
+        f"sub-0003 costs most and lacks {lacks:.0%}"
+    ) in caplog.text
+    assert caplog.text.count("costs most") == 1
+    half = np.arange(known.shape[1]) % 2 == 0
+    plain = data.map_of
+
+    def halved(name: str, store: MapStore | None = None) -> np.ndarray:
+        return np.where(half if name == names[0] else ~half, plain(name, store), np.nan)
+
+    data.map_of = halved  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"the maps of the test part share 0% of .*; leave it out, or mend its map"):
+        data._check_judged({"test": names[:2]})
+
+
+def test_second_maps_of_some_are_enough_and_of_nobody_are_refused(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = map_data(folder, f"task.target.retest={folder / 'retest'}")
+    used = {part: data.subjects_of(part) for part in ("val", "test")}
+    assert "ceiling" not in caplog.text
+    assert data.retest is not None
+    every = data.retest.subjects
+    data.retest.subjects = {name: every[name] for name in data.subjects_of("train")}
+    with pytest.raises(UserError, match="no subject of the val and test parts has a usable second map"):
+        data._check_judged(used)
+    data.retest.subjects = {used["test"][2]: every[used["test"][2]]}
+    data._check_judged(used)
+    assert "ceiling: 0 of 6 subjects of the val part have a second map" in caplog.text
+    assert "ceiling: 1 of 6 subjects of the test part have a second map" in caplog.text
+    maps = predictions_of(data, used["test"], np.stack([data.map_of(name) for name in used["test"]]))
+    assert maps.retest is not None
+    assert np.isfinite(maps.retest).all((1, 2)).tolist() == [False, False, True, False, False, False]
+    assert predictions_of(data, used["val"], np.stack([data.map_of(name) for name in used["val"]])).retest is None

@@ -192,11 +192,12 @@ class BrainmarksModel(nn.Module):
         """(E,) and (L, E) of one scan."""
         voxels, device = int(packed["voxels"]), self.tokens.device
         index, a, b = (packed[name][:voxels].to(device) for name in ("index", "a", "b"))
+        table = torch.stack([index.int(), *(value.float().view(torch.int32) for value in (a, b))])
         pooled, tokens = [], []
         for codes in packed["codes"][..., :voxels].split(self.clips):
             count = len(codes)
             some: dict[str, Any] = {"codes": codes.to(device).reshape(-1), "voxels": [voxels] * count}
-            some |= {name: value.repeat(count) for name, value in (("index", index), ("a", a), ("b", b))}
+            some["tables"] = [table] * count
             some["meta"] = torch.zeros((count, 4), dtype=torch.long, device=device)
             background = float(packed["background"])
             clips = to_dense(some, self.contract.grid, self.contract.frames, background, layout=self.layout)

@@ -7,7 +7,11 @@ from typing import Any
 
 from swift.report.style import BLUE, COLOURS, VERMILION, figure, gridded
 
-LEVELS = ("low-rank (training subjects)", "low-rank (training subjects) + local ridge", "bound, own maps known")
+LEVELS = (
+    "low-rank (training subjects)",
+    "low-rank (training subjects) + local ridge",
+    "bound, training subjects' covariance",
+)
 
 
 def draw_trained(points: dict[str, Any], suites: dict[str, dict[str, Any]], out: Path) -> None:
@@ -33,14 +37,15 @@ def draw_trained(points: dict[str, Any], suites: dict[str, dict[str, Any]], out:
         for name, style in zip(LEVELS, ("--", "-.", ":")):
             if line := points.get(f"cohort: {name}"):
                 ax.axhline(line["l1"], color="0.35", lw=0.9, ls=style, label=name)
-        ends = [line["l1"] for name, line in points.items() if line["suite"] == "cohort"]
-        ax.set_ylim(min(ends) - 0.003, 0.735)
+        drawn = [line["l1"] for name, line in points.items() if name.removeprefix("cohort: ") in LEVELS]
+        drawn += [line["l1"] for name, line in points.items() if name.startswith("cohort/")]
+        ax.set_ylim(min(drawn) - 0.003, 0.735)
         ax.set_xlabel("CPU seconds of training (one thread)")
         ax.set_ylabel("held-out L1")
         ax.set_title("held-out synthetic subjects")
         gridded(ax)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6.5)
-        titles = {"cohort": "held-out synthetic subjects", "sample": "the demo's held-out clips, ten masks"}
+        titles = {"cohort": "held-out synthetic subjects", "sample": "the demo's clips, ten masks"}
         panels = lower.subplots(1, len(suites), squeeze=False)[0]
         for ax, (suite, found) in zip(panels, suites.items()):
             for place, (name, one) in enumerate(reversed(found.items())):

@@ -5,6 +5,7 @@ In percent of the mean image everything but noise is low rank, so the signal is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +139,25 @@ def _drift_parts(spec: CohortSpec, subject: int, run: int, mask: np.ndarray) -> 
     return polynomials, spec.drift * weights[:, None] * np.sqrt(0.5) * (fields + whole)
 
 
+def noise_autocorrelation(tr: float) -> float:
+    """Of the smooth noise, from a frame to the next; `tr` in s."""
+    return float(0.3 ** (tr / 2))
+
+
+def smooth_bases(spec: CohortSpec, low: Sequence[int], high: Sequence[int]) -> space.Bases:
+    """Kernels of the smooth noise on the voxels low to high - 1 of each axis, (voxels, lattice) each.
+
+    The noise of a frame is white noise on the lattice times these; B B' of each axis is its correlation.
+    """
+    width = max(spec.smoothness / np.sqrt(8 * np.log(2)), 0.6 * spec.spacing)
+    bases = []
+    for start, stop in zip(low, high):
+        line = (np.arange(start, stop) - (start + stop - 1) / 2) * spec.spacing
+        bases.append(space.kernels(line, width, max(1.4 * width, spec.spacing), line[-1] + 2 * width))
+    bx, by, bz = bases
+    return bx, by, bz
+
+
 def _add_smooth_noise(
     out: np.ndarray,
     spec: CohortSpec,
@@ -150,15 +170,10 @@ def _add_smooth_noise(
     rng = stream(spec.seed, "smooth", *key)
     inside = np.nonzero(mask)
     low, high = [i.min() for i in inside], [i.max() + 1 for i in inside]
-    width = max(spec.smoothness / np.sqrt(8 * np.log(2)), 0.6 * spec.spacing)
-    bases = []
-    for start, stop in zip(low, high):
-        line = (np.arange(start, stop) - (start + stop - 1) / 2) * spec.spacing
-        bases.append(space.kernels(line, width, max(1.4 * width, spec.spacing), line[-1] + 2 * width))
-    bx, by, bz = bases
+    bx, by, bz = smooth_bases(spec, low, high)
     box = [stop - start for start, stop in zip(low, high)]
     flat = np.ravel_multi_index(tuple(i - start for i, start in zip(inside, low)), box)
-    phi = np.float32(0.3 ** (tr / 2))
+    phi = np.float32(noise_autocorrelation(tr))
     innovation = np.sqrt(1 - phi**2, dtype=np.float32)
     lattice = (bx.shape[1], by.shape[1], bz.shape[1])
     state = rng.standard_normal(lattice, dtype=np.float32)

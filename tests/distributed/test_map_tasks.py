@@ -33,7 +33,7 @@ COURSES = ["model.maps=4", "task.courses=true"]
     ],
 )
 def test_two_ranks_train_and_judge_what_one_does(maps: Path, tmp_path: Path, strategy: str, extra: list[str]) -> None:
-    """Tried with all of ddp, zero1, zero2, zero3 and fsdp; these are kept."""
+    """Tried with ddp, zero1, zero2, zero3 and fsdp; these are kept."""
     own = ["trainer.max_steps=4", "trainer.val_every=2", *extra]
     one = run(tasks.tune_maps, 1, maps, tmp_path / "one", [*own, "data.batch_size=4"])[0]
     two = run(tasks.tune_maps, 2, maps, tmp_path / "two", [*own, f"parallel={strategy}", "data.batch_size=2"])[0]

@@ -101,6 +101,7 @@ class TokenSet:
         self.eighth: Tensor | None = None
         self.parents = 0
         self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._lengths: dict[tuple[object, ...], tuple[tuple[int, int], ...]] = {}
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         # Sets are kept: tables made in inference mode (a validation) could not be used in training.
@@ -155,11 +156,14 @@ class TokenSet:
 
     def window_sizes(self, window: tuple[int, ...], shifted: bool, frames: int) -> tuple[tuple[int, int], ...]:
         """(windows, tokens of one) for each length of windows of x, y, z, t tokens; arguments as in `layout`."""
-        shifts = [w // 2 if shifted else 0 for w in window]
-        _, _, lengths = self._windows(window, shifts, self.grid)
-        runs = axis_runs(frames, window[3], shifts[3])
-        found = zip(*np.unique(lengths, return_counts=True))
-        return tuple((int(count) * run.windows, int(n) * run.size) for n, count in found for run in runs)
+        key = (window, shifted, frames)
+        if key not in self._lengths:
+            shifts = [w // 2 if shifted else 0 for w in window]
+            _, _, lengths = self._windows(window, shifts, self.grid)
+            runs = axis_runs(frames, window[3], shifts[3])
+            found = zip(*np.unique(lengths, return_counts=True))
+            self._lengths[key] = tuple((int(m) * run.windows, int(n) * run.size) for n, m in found for run in runs)
+        return self._lengths[key]
 
     def layout(
         self, window: tuple[int, ...], shifted: bool, frames: int, table: tuple[int, ...], multiple: int = 1
@@ -207,11 +211,20 @@ class TokenSet:
         return Layout(found, self._tensor(np.maximum(taken, 0)), self._tensor(slot))
 
 
-@lru_cache(maxsize=KEPT)
-def _sets(packed: bytes, shape: tuple[int, ...], stages: int, device: torch.device) -> tuple[TokenSet, ...]:
-    present: np.ndarray = (
-        np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
-    )
+def sets_of(present: np.ndarray, stages: int, device: torch.device) -> tuple[TokenSet, ...]:
+    """The places of every stage, made anew.
+
+    A clip without a place (padding of the last batch) keeps its first one, so that it is a clip like others.
+
+    Args:
+        present: bool (B, x, y, z), which patches have a brain voxel.
+        stages: How many.
+        device: Of the tables.
+    """
+    empty = ~present.any((1, 2, 3))
+    if empty.any():
+        present = present.copy()
+        present[empty, 0, 0, 0] = True
     found = [TokenSet(present, device)]
     for _ in range(1, stages):
         pads = [(0, 0), *((0, n % 2) for n in present.shape[1:])]
@@ -223,10 +236,14 @@ def _sets(packed: bytes, shape: tuple[int, ...], stages: int, device: torch.devi
     return tuple(found)
 
 
-def token_sets(brain: Tensor, patch: Sequence[int], stages: int) -> tuple[TokenSet, ...]:
-    """The places of every stage.
+@lru_cache(maxsize=KEPT)
+def _kept(packed: bytes, shape: tuple[int, ...], stages: int, device: torch.device) -> tuple[TokenSet, ...]:
+    present = np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
+    return sets_of(present, stages, device)
 
-    A clip without a brain voxel (padding of the last batch) keeps its first place, so that it is a clip like others.
+
+def token_sets(brain: Tensor, patch: Sequence[int], stages: int) -> tuple[TokenSet, ...]:
+    """The places of every stage, kept for when a batch comes again (`sets_of`).
 
     Args:
         brain: bool (B, X, Y, Z).
@@ -234,8 +251,4 @@ def token_sets(brain: Tensor, patch: Sequence[int], stages: int) -> tuple[TokenS
         stages: How many.
     """
     present = brain_tokens(brain, patch, 0).cpu().numpy()
-    empty = ~present.any((1, 2, 3))
-    if empty.any():
-        present = present.copy()
-        present[empty, 0, 0, 0] = True
-    return _sets(np.packbits(present).tobytes(), present.shape, stages, brain.device)
+    return _kept(np.packbits(present).tobytes(), present.shape, stages, brain.device)

@@ -10,8 +10,12 @@ the windows that are really computed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from swift.config.schema import TaskConfig
@@ -212,16 +216,23 @@ def step_flops(geometry: Geometry, task: TaskConfig) -> Flops:
 
 
 class BrainCosts:
-    """FLOPs and patch tokens of a clip with tokens=brain, from its mask; worked out once for each set of patches."""
+    """FLOPs and patch tokens of clips with tokens=brain; worked out once for each set of patches, while it is kept."""
+
+    KEPT = 4096
 
     def __init__(self, geometry: Geometry, task: TaskConfig) -> None:
         self._geometry, self._task = geometry, task
-        self._known: dict[bytes, tuple[float, int]] = {}
+        self._of = lru_cache(self.KEPT)(self._work_out)
 
-    def __call__(self, brain: Tensor) -> tuple[float, int]:
-        """Of a mask bool (X, Y, Z) on the CPU."""
-        key = brain_tokens(brain[None], self._geometry.patch, 0).numpy().tobytes()
-        if key not in self._known:
-            found = on_brain(self._geometry, brain[None])
-            self._known[key] = step_flops(found, self._task).total, found.tokens
-        return self._known[key]
+    def patches(self, brain: Tensor) -> Tensor:
+        """Masks bool (B, X, Y, Z) -> which patches have a brain voxel, bool (B, x, y, z), on the same device."""
+        return brain_tokens(brain, self._geometry.patch, 0)
+
+    def __call__(self, patches: Tensor) -> tuple[float, int]:
+        """Of one clip's patches, bool (x, y, z), on the CPU."""
+        return self._of(np.packbits(patches.numpy()).tobytes(), tuple(patches.shape))
+
+    def _work_out(self, packed: bytes, shape: tuple[int, ...]) -> tuple[float, int]:
+        present = np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
+        found = on_brain(self._geometry, torch.from_numpy(present)[None])
+        return step_flops(found, self._task).total, found.tokens

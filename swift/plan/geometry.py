@@ -24,7 +24,8 @@ from swift.models.encoder import Stage as StageModule
 from swift.models.encoder import SwinBlock, SwinEncoder
 from swift.models.layers import Residual
 from swift.models.map_heads import build_map_head
-from swift.models.token_sets import token_sets
+from swift.models.pooling import brain_tokens
+from swift.models.token_sets import sets_of
 from swift.models.visible import CellDecoder, Units, VisibleAutoencoder, units_of
 from swift.models.window_layout import plan_groups
 from swift.plan.map_head import HeadSizes, head_sizes
@@ -267,14 +268,14 @@ def usual_brain(grid: tuple[int, ...]) -> Tensor:
     return found
 
 
-def on_brain(geometry: Geometry, brain: Tensor) -> Geometry:
+def on_brain(geometry: Geometry, present: Tensor) -> Geometry:
     """The sizes of tokens=brain for one clip.
 
     Args:
         geometry: Of the whole box.
-        brain: bool (1, X, Y, Z), on the CPU.
+        present: bool (1, x, y, z), which patches have a brain voxel, on the CPU.
     """
-    sets = token_sets(brain, geometry.patch, len(geometry.stages))
+    sets = sets_of(present.numpy(), len(geometry.stages), present.device)
     stages = []
     for index, (stage, where) in enumerate(zip(geometry.stages, sets)):
         frames = stage.grid[3]
@@ -355,7 +356,7 @@ def build_geometry(
     )
     if cfg.tokens == "box" or units is not None:
         return found
-    return on_brain(found, usual_brain(volume[:3]) if brain is None else brain)
+    return on_brain(found, brain_tokens(usual_brain(volume[:3]) if brain is None else brain, found.patch, 0))
 
 
 def with_map_head(geometry: Geometry, cfg: ModelConfig, task: TaskConfig) -> Geometry:

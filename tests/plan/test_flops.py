@@ -65,7 +65,8 @@ def test_brain_tokens(variant: str, decoder: str) -> None:
     box = build_geometry(config(variant, "padded", decoder=decoder), volume)
     assert all(stage.tokens < whole.tokens for stage, whole in zip(geometry.stages, box.stages))
     costs = BrainCosts(build_geometry(cfg, volume), composed(COMPOSED)[0].task)
-    assert costs(brain[0]) == costs(brain[0].clone()) == (predicted.total, geometry.tokens)
+    patches = costs.patches(brain)[0]
+    assert costs(patches) == costs(patches.clone()) == (predicted.total, geometry.tokens)
 
 
 def test_the_usual_brain_has_the_shares_of_measured_ones() -> None:

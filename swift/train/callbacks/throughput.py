@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
+from swift.plan.flops import BrainCosts
 from swift.utils import device
 
 
@@ -60,8 +62,8 @@ class Throughput(pl.Callback):
         peak: FLOP/s of one device, None where it is not known.
         every: Optimizer steps between logged points.
         clock: Gives monotonic seconds.
-        of_brain: FLOPs and tokens of one clip from its mask, bool (X, Y, Z), where they depend on it: all ranks are
-            then taken to do what this one does. None: `flops` and `tokens` for all.
+        of_brain: FLOPs and tokens of one clip where they depend on its mask: all ranks are then taken to do what this
+            one does. None: `flops` and `tokens` for all.
     """
 
     def __init__(
@@ -71,10 +73,10 @@ class Throughput(pl.Callback):
         peak: float | None,
         every: int,
         clock: Callable[[], float] = time.perf_counter,
-        of_brain: Callable[[Tensor], tuple[float, int]] | None = None,
+        of_brain: BrainCosts | None = None,
     ) -> None:
-        self._of_brain, self._seen = of_brain, 0
-        self._work = [0.0, 0]
+        self._of_brain = of_brain
+        self._patches: list[Tensor] = []
         self.flops, self.tokens, self.peak, self.every = flops, tokens, peak, every
         self._clock = clock
         self.timer: FetchTimer | None = None
@@ -96,7 +98,7 @@ class Throughput(pl.Callback):
 
     def _begin(self, trainer: pl.Trainer) -> None:
         self._began, self._left_out, self._clips, self._first = self._now(trainer), 0.0, 0, trainer.global_step
-        self._work, self._seen = [0.0, 0], 0
+        self._patches = []
         if self.timer is not None:
             self.timer.seconds = 0.0
 
@@ -129,20 +131,13 @@ class Throughput(pl.Callback):
         """Count a micro-batch; log what is due."""
         self._clips += int(batch["sample_id"].shape[0]) * trainer.world_size
         if self._of_brain is not None:
-            self._add(self._of_brain, batch["brain"].cpu())
+            # Stays on the device until it is logged: fetching it here would wait for the backward pass.
+            self._patches.append(self._of_brain.patches(batch["brain"]))
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         if self._step % self.every == 0 and not self._paused:
             self._log(trainer)
-
-    def _add(self, of_brain: Callable[[Tensor], tuple[float, int]], brains: Tensor) -> None:
-        """The mean of the clips since `_begin` is what a clip costs."""
-        for brain in brains:
-            flops, tokens = of_brain(brain)
-            self._work = [self._work[0] + flops, self._work[1] + tokens]
-            self._seen += 1
-        self.flops, self.tokens = self._work[0] / self._seen, round(self._work[1] / self._seen)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the rest."""
@@ -152,6 +147,11 @@ class Throughput(pl.Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         seconds = self._now(trainer) - self._began - self._left_out
         steps = self._step - self._first
+        if self._of_brain is not None and self._patches:
+            # The mean of the clips since `_begin` is what a clip costs.
+            work = [self._of_brain(one) for one in torch.cat(self._patches).cpu()]
+            flops, tokens = (sum(part) / len(work) for part in zip(*work))
+            self.flops, self.tokens = flops, round(tokens)
         if seconds > 0:
             values = self.values(seconds, steps, self._clips, trainer.world_size)
             for logger in trainer.loggers:

@@ -109,13 +109,14 @@ class AbsolutePosition(nn.Module):
             x: Tokens.
             at: Takes the entries of the tokens that x has, (X, Y, Z, C) -> the shape of x without T; None: it has all.
         """
-        if at is not None:
-            return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[-2]]
-        if x.shape[1:4] != self.space.shape[:3] or x.shape[4] > self.time.shape[0]:
+        fits = x.shape[-2] <= self.time.shape[0] and (at is not None or x.shape[1:4] == self.space.shape[:3])
+        if not fits:
             raise ValueError(
-                f"token grid {tuple(x.shape[1:5])} does not fit the learned positions of "
+                f"tokens of {tuple(x.shape[1:-1])} do not fit the learned positions of "
                 f"{(*self.space.shape[:3], self.time.shape[0])}: model.position=rope has no tables"
             )
+        if at is not None:
+            return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[-2]]
         return x + self.space.unsqueeze(3) + self.time[: x.shape[4]]
 
 
@@ -134,12 +135,13 @@ class AxialPosition(nn.Module):
     def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table. `at`: as of `AbsolutePosition`."""
         tables = [getattr(self, axis) for axis in "xyzt"]
+        lengths = x.shape[1:5] if at is None else [0, 0, 0, x.shape[-2]]  # `at` looks at the grid itself
+        for axis, length, table in zip("xyzt", lengths, tables):
+            if length > table.shape[0]:
+                raise ValueError(f"{length} tokens along {axis}, but the position table has {table.shape[0]}")
         if at is not None:
             space = tables[0][:, None, None] + tables[1][:, None] + tables[2]
             return x + at(space).unsqueeze(-2) + tables[3][: x.shape[-2]]
-        for axis, length, table in zip("xyzt", x.shape[1:5], tables):
-            if length > table.shape[0]:
-                raise ValueError(f"{length} tokens along {axis}, but the position table has {table.shape[0]}")
         tx, ty, tz, tt = (table[:length] for table, length in zip(tables, x.shape[1:5]))
         return x + (tx[:, None, None, None] + ty[:, None, None] + tz[:, None] + tt)
 

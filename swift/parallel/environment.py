@@ -103,7 +103,7 @@ class Gpus(Accelerator):
         """The device of every rank of this node.
 
         Raises:
-            UserError: there are fewer than ranks.
+            UserError: there are several, but fewer than ranks.
         """
         return [layer.of_local_rank("gpu", "trainer.accelerator", rank) for rank in range(int(devices))]
 
@@ -143,7 +143,7 @@ def build_accelerator(kind: str, place: Place) -> Accelerator:
         place: This rank.
 
     Raises:
-        UserError: more ranks on this node than devices.
+        UserError: more ranks on this node than devices, where it sees several.
     """
     if kind == "cpu":
         return CPUAccelerator()

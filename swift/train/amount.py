@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from swift.config.schema import Config
 
 DEMO_MODEL = "tiny"
@@ -25,7 +27,7 @@ def amount(cfg: Config, data: Any, ranks: int) -> tuple[str, str]:
         A line of subjects, scans, clips, clips an epoch and epochs; and a warning, "" where none is due.
     """
     index = data.train_index
-    scans = {int(scan) for scan in index.scan}
+    scans = np.unique(index.scan).tolist()
     subjects = {data.store.scans[scan].subject for scan in scans}
     step = cfg.data.batch_size * cfg.trainer.accumulate * ranks
     seen = cfg.trainer.max_steps * step

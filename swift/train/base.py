@@ -102,13 +102,14 @@ class TrainingModule(pl.LightningModule):
         if self.cfg.model.tokens == "box":
             return torch.ones_like(found)
         for row in (batch["valid"] & ~found).nonzero()[:, 0].tolist():
-            self.brainless.add(int(batch["sample_id"][row]))
+            clip, scan, start = (int(batch[name][row]) for name in ("sample_id", "scan", "start"))
+            if clip in self.brainless:
+                continue
+            self.brainless.add(clip)
             log.warning(
-                "step %d: clip %d (scan %d, from frame %d) has no brain voxel and so no token: left out of the loss "
-                "(%d such clips so far)",
-                self.global_step,
-                *(int(batch[name][row]) for name in ("sample_id", "scan", "start")),
-                len(self.brainless),
+                "step %d: clip %d (scan %d, from frame %d) has no brain voxel and so no token: left out (%d such clips "
+                "so far)",
+                *(self.global_step, clip, scan, start, len(self.brainless)),
             )
         return found
 

@@ -172,12 +172,16 @@ def ranks_to_start(cfg: Config) -> int:
         raise UserError(
             f"parallel.nodes={cfg.parallel.nodes}: ranks on several nodes are started by srun or torchrun, not here"
         )
-    ranks = cfg.parallel.devices
-    if not ranks:
-        from swift.parallel.setup import accelerator_of
-        from swift.utils import device
+    from swift.parallel.setup import accelerator_of
+    from swift.utils import device
 
-        ranks = device.count() if accelerator_of(cfg) != "cpu" else 1
+    ranks, on_cpu = cfg.parallel.devices, accelerator_of(cfg) == "cpu"
+    if not ranks:
+        ranks = 1 if on_cpu else device.count()
+    if not on_cpu and ranks > device.count():
+        raise UserError(
+            f"parallel.devices={ranks}: torch sees {device.seen()} here; take as many, or trainer.accelerator=cpu"
+        )
     return ranks if ranks > 1 else 0
 
 

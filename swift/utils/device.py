@@ -87,7 +87,7 @@ def of_local_rank(wanted: str, setting: str, local_rank: int) -> torch.device:
     """The device of a rank: by its number on the node, or the only one that its launcher lets it see.
 
     Raises:
-        UserError: that device is not here, or there are fewer than ranks.
+        UserError: that device is not here, or there are several, but fewer than ranks. One may be each rank's own.
     """
     kind = require(wanted, setting)
     there = count()

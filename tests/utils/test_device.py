@@ -17,7 +17,7 @@ from swift.parallel.environment import CudaGpus, Gpus, build_accelerator
 from swift.parallel.ranks import Place
 from swift.parallel.setup import resolve
 from swift.parallel.strategies import build_strategy
-from swift.train.run import train
+from swift.train.run import ranks_to_start, train
 from swift.utils import device
 from swift.utils.errors import UserError
 from tests.small import command, composed, metrics, settings
@@ -85,6 +85,17 @@ def test_ranks_take_devices_in_order_or_the_one_they_see(monkeypatch: pytest.Mon
     show(monkeypatch, "cuda", 1)
     assert isinstance(build_accelerator("cuda", place), CudaGpus)
     assert Gpus.get_parallel_devices(Gpus.parse_devices(3)) == [torch.device("cuda", 0)] * 3
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_swift_starts_no_more_ranks_than_there_are_devices(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
+    """One visible device may be each rank's own, but only where a launcher has started them."""
+    show(monkeypatch, "cuda", seen)
+    given = ["parallel=ddp", "trainer.precision=32"]
+    with pytest.raises(UserError, match=rf"parallel.devices=3: torch sees {seen} x cuda \(cuda-0\) here; take as many"):
+        ranks_to_start(settings(*given, "parallel.devices=3"))
+    assert ranks_to_start(settings(*given, f"parallel.devices={seen}")) == (seen if seen > 1 else 0)
+    assert ranks_to_start(settings(*given, "parallel.devices=3", "trainer.accelerator=cpu")) == 3
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("cuda", "nccl"), ("xpu", "xccl")])

@@ -252,8 +252,10 @@ def check_mup(cfg: Config) -> None:
 def check_trainer(cfg: TrainerConfig) -> None:
     """Raise UserError for counts that no run can have."""
     _check_choices("trainer", cfg)
-    for name in ("max_steps", "val_every", "log_every", "accumulate", "keep_checkpoints"):
+    for name in ("max_steps", "val_every", "accumulate", "keep_checkpoints"):
         require(getattr(cfg, name) >= 1, f"trainer.{name}", getattr(cfg, name), "must be at least 1")
+    every = cfg.log_every
+    require(every is None or every >= 1, "trainer.log_every", every, "must be at least 1, or null")
     for name in ("val_batches", "clip_norm", "threads", "checkpoint_every", "phases_every"):
         require(getattr(cfg, name) >= 0, f"trainer.{name}", getattr(cfg, name), "must not be negative")
 

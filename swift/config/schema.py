@@ -260,8 +260,9 @@ class TrainerConfig:
     """Optimizer steps between validations."""
     val_batches: int
     """Batches a validation at most; 0: all. Tasks with a target always take all."""
-    log_every: int
-    """Optimizer steps between logged points."""
+    log_every: Optional[int]
+    """Optimizer steps between logged points, where the host waits for the device; null: 2 on a CPU, else 50, and in a
+    run of fewer than 1,000 steps a twentieth of them."""
     accumulate: int
     """Micro-batches an optimizer step."""
     clip_norm: float

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from swift.config.schema import Config
+from swift.config.schema import Config, TrainerConfig
 from swift.parallel.ranks import Place, current_place
 from swift.plan.geometry import Geometry, geometry_of
 from swift.utils import device
@@ -16,7 +16,7 @@ class Setup:
     """The settings of a run and what follows from them here.
 
     Attributes:
-        cfg: The settings.
+        cfg: The settings; trainer.log_every is a number.
         place: This process among the ranks of the run.
         accelerator: Kind of the device of every rank: cpu, cuda or xpu.
         precision: Lightning's name of the precision: 32-true or bf16-mixed.
@@ -34,6 +34,13 @@ class Setup:
         """Whether products are computed in bf16."""
         return self.precision == "bf16-mixed"
 
+    @property
+    def log_every(self) -> int:
+        """Optimizer steps between logged points."""
+        every = self.cfg.trainer.log_every
+        assert every is not None
+        return every
+
 
 def resolve(cfg: Config) -> Setup:
     """Work out device, precision and sizes.
@@ -43,7 +50,18 @@ def resolve(cfg: Config) -> Setup:
     """
     accelerator = accelerator_of(cfg)
     geometry = geometry_of(cfg)
+    cfg = replace(cfg, trainer=replace(cfg.trainer, log_every=_log_every(cfg.trainer, accelerator)))
     return Setup(cfg, current_place(), accelerator, _precision(cfg, accelerator), geometry)
+
+
+def _log_every(trainer: TrainerConfig, accelerator: str) -> int:
+    """Optimizer steps between logged points: what is asked for, else what a device can stand.
+
+    On a GPU the host works ahead, and reading a number makes it wait for all the work it has queued.
+    """
+    if trainer.log_every is not None:
+        return trainer.log_every
+    return 2 if accelerator == "cpu" else max(1, min(50, trainer.max_steps // 20))
 
 
 def accelerator_of(cfg: Config) -> str:

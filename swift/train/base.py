@@ -113,13 +113,20 @@ class TrainingModule(pl.LightningModule):
             )
         return found
 
+    @property
+    def logs(self) -> bool:
+        """Whether the numbers of this optimizer step are logged; between such steps none is read from the device."""
+        every = self.cfg.trainer.log_every
+        assert every is not None, "settings of a Setup"
+        return self.global_step % every == 0
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log loss, rate and gradient norm (before clipping) of an optimizer step, over its micro-batches and ranks."""
         # Lightning has divided the loss of a micro-batch by their number.
         self._step_loss = outputs["loss"] if self._step_loss is None else self._step_loss + outputs["loss"]
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        if self.global_step % self.cfg.trainer.log_every == 0:
+        if self.logs:
             self.log("train/loss", self._step_loss, sync_dist=True)
             self.log("train/lr", self._rate)
             strategy: Any = self.trainer.strategy

@@ -185,7 +185,7 @@ class PretrainModule(TrainingModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
         data = getattr(self.trainer, "datamodule", None)
         # The figures of a step that is logged wait for the device anyway.
-        if data is not None and self.global_step % self.cfg.trainer.log_every == 0:
+        if data is not None and self.logs:
             self.unseen.tell(data.store)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -85,6 +85,7 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir)
     before = checkpoint_to_go_on_from(cfg)
     setup = resolve(cfg)
+    cfg = setup.cfg
     module = build_module(setup, empty=True)
     parameters = module.parameter_count
     if cfg.init and not before:
@@ -147,7 +148,7 @@ def leave(summary: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     else:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if cfg.trainer.figures:
-        if summary["steps"] >= min(cfg.trainer.log_every, cfg.trainer.val_every):  # else no loss was written
+        if summary["steps"] >= min(cfg.trainer.log_every or 1, cfg.trainer.val_every):  # else no loss was written
             loss_curve([run_dir], run_dir / "figures" / "loss.png")
         if cfg.task.target is not None and cfg.task.target.kind == "map":
             maps_figure(run_dir / "figures" / "maps.npz", run_dir / "figures" / "maps.png")

@@ -227,7 +227,7 @@ def build_throughput(setup: Setup) -> Throughput:
     if setup.accelerator != "cpu":
         known = recognise(device.name(), device.total_memory())
     peak = known.peak("bf16" if setup.narrow else "32") if known else None
-    task, every = setup.cfg.task, setup.cfg.trainer.log_every
+    task, every = setup.cfg.task, setup.log_every
     of_brain = None if setup.cfg.model.tokens == "box" else BrainCosts(geometry, task)
     return Throughput(step_flops(geometry, task).total, geometry.tokens, peak, every, of_brain=of_brain)
 
@@ -289,7 +289,7 @@ def build_trainer(setup: Setup, overrides: Sequence[str]) -> pl.Trainer:
         # A task is judged by subjects, and every one counts.
         limit_val_batches=(cfg.trainer.val_batches or 1.0) if cfg.task.target is None else 1.0,
         num_sanity_val_steps=0,
-        log_every_n_steps=cfg.trainer.log_every,
+        log_every_n_steps=setup.log_every,
         logger=build_loggers(cfg, run_dir),
         callbacks=[
             *build_callbacks(setup, overrides),

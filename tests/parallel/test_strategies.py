@@ -217,6 +217,21 @@ def test_offload_without_a_compiler_says_what_to_install(tmp_path: Path, monkeyp
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "asked", "steps", "every"),
+    [
+        *[("cpu", "null", 100_000, 2), ("cpu", "7", 100, 7), ("gpu", "7", 100_000, 7)],
+        *[("gpu", "null", 100_000, 50), ("gpu", "null", 1000, 50), ("gpu", "null", 999, 49), ("gpu", "null", 3, 1)],
+    ],
+)
+def test_a_gpu_logs_less_often(kind: str, asked: str, steps: int, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "kind_here", lambda: "xpu")
+    monkeypatch.setattr(device, "has_bf16", lambda kind: False)
+    words = (f"trainer.accelerator={kind}", f"trainer.log_every={asked}", f"trainer.max_steps={steps}")
+    setup = resolve(settings(*words))
+    assert setup.log_every == setup.cfg.trainer.log_every == every
+
+
 def test_bf16_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, it is one line; `auto` takes float32. A CPU computes it in software."""
     assert resolve(settings("trainer.precision=bf16", "trainer.accelerator=cpu")).precision == "bf16-mixed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from swift.models.masking import mask_voxels
 from swift.models.visible import Units
 from swift.parallel.checkpoint.files import Manifest, candidates
 from swift.parallel.setup import resolve
+from swift.train.callbacks.progress import ClipProgress
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data, build_module, build_trainer
 from tests.small import GRID, command, composed, metrics, settings
@@ -360,3 +362,25 @@ def test_a_checkpoint_carries_its_settings(store: Path, tmp_path: Path) -> None:
     assert content["config"]["model"]["patch_size"] == [4, 4, 4, 2]
     assert content["config"]["data"]["normalization"] == module.cfg.data.normalization
     assert content["config"]["task"]["mask_ratio"] == 0.8
+
+
+def test_no_number_is_read_between_logged_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses lie on the meta device, where reading one is an error: on a GPU it would make the host wait."""
+    module, bar = build_module(resolve(settings("trainer.log_every=3"))), ClipProgress(line_seconds=1e9)
+    loss = torch.ones((), device="meta")
+    with pytest.raises(RuntimeError, match=r"item\(\)|meta"):
+        float(loss)
+    logged: list[tuple[int, str]] = []
+    trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0, world_size=1, strategy=SimpleNamespace())
+    trainer.strategy.gradient_norm = lambda: loss
+    monkeypatch.setattr(PretrainModule, "trainer", trainer)
+    monkeypatch.setattr(PretrainModule, "global_step", property(lambda _: trainer.global_step))
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.append((trainer.global_step, name)))
+    bar._shown = bar._mark = bar._clock()
+    for number in range(12):
+        trainer.global_step = (number + 1) // 2
+        outputs, batch = {"loss": loss / 2}, {"sample_id": torch.zeros(4, device="meta")}
+        module.on_train_batch_end(outputs, batch, number)
+        bar.on_train_batch_end(trainer, module, outputs, batch, number)  # type: ignore[arg-type]
+    names = ("train/loss", "train/lr", "train/grad_norm", "step")
+    assert logged == [(step, name) for step in (3, 6) for name in names]

@@ -109,7 +109,7 @@ def peeled(bench: Bench, model: str, clips: int, level: str) -> Row:
         gradient_clip_val=cfg.trainer.clip_norm or math.inf,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        log_every_n_steps=cfg.trainer.log_every,
+        log_every_n_steps=setup.log_every,
         logger=build_loggers(cfg, run_dir) if depth >= LEVELS.index("+logging") else False,
         callbacks=[*callbacks, clock],
         enable_checkpointing=False,

@@ -184,6 +184,12 @@ def linear_layers(block: Block) -> list[int]:
     return found
 
 
+def unit_size(block: Block, limit: float) -> int:
+    """Parameters of a block that are gathered at once, see `gathered_unit`."""
+    layers = linear_layers(block)
+    return block.parameters if block.parameters <= limit else max(layers) + block.parameters - sum(layers)
+
+
 def gathered_unit(geometry: Geometry, limit: float) -> int:
     """Parameters of the largest unit that fully_shard gathers at once, beside what belongs to no unit.
 
@@ -194,12 +200,7 @@ def gathered_unit(geometry: Geometry, limit: float) -> int:
         limit: Parameters of a block above which its layers are gathered one by one.
     """
     units = [size for size in mergings(geometry) if size > limit]
-    for stage in geometry.stages:
-        for block in stage.blocks:
-            layers = linear_layers(block)
-            whole = block.parameters <= limit
-            units.append(block.parameters if whole else max(layers) + block.parameters - sum(layers))
-    return max(units)
+    return max(units + [unit_size(block, limit) for stage in geometry.stages for block in stage.blocks])
 
 
 def gathers(sharding: Sharding) -> bool:
@@ -238,20 +239,50 @@ def optimizer_bytes(geometry: Geometry, sharding: Sharding) -> float:
     return 8 * total / sharding.holders
 
 
-def buffer_bytes(geometry: Geometry, sharding: Sharding) -> float:
-    """Buckets, gathered weights and the largest gradient on its way into a bucket."""
+def unit_buffers(geometry: Geometry, sharding: Sharding, moment: str) -> float:
+    """What fully_shard gathers and reduces while a block runs backward, as seen on running ranks.
+
+    The next block is gathered, and what belongs to no unit; the block's gradients are whole, in the type of its
+    weights, and copied in float32 to be sent (its own weights are let go before that, and are no larger); the copy of
+    the block before lies there until then.
+
+    Args:
+        geometry: The model.
+        sharding: fsdp or hsdp.
+        moment: Name of a moment of the backward pass.
+    """
+    width = 2 if sharding.bf16 else 4
+    limit = sharding.unit / width
+    # A merging over the limit is a unit of its own.
+    rest = outside_blocks(geometry) - sum(size for size in mergings(geometry) if size > limit)
+    names = [f"stage {i}, block {j}" for i, s in enumerate(geometry.stages, 1) for j in range(1, len(s.blocks) + 1)]
+    blocks = [block for stage in geometry.stages for block in stage.blocks]
+    sizes = [unit_size(block, limit) for block in blocks]
+    if moment not in names:
+        # Beside a block: one gathered, the gradients of one on their way, and those of what belongs to no unit.
+        return max(sizes) * (width + 4) + rest * (2 * width + 4)
+    at = names.index(moment)
+    split = sizes[at] < blocks[at].parameters
+    following = sizes[at - 1] if at and not split else sizes[at] * split
+    before = sizes[at + 1] if at + 1 < len(sizes) and not split else sizes[at] * split
+    return (following + rest) * width + sizes[at] * (width + 4) + 4 * before
+
+
+def buffer_bytes(geometry: Geometry, sharding: Sharding, moment: str = "") -> float:
+    """Buckets, gathered weights and the largest gradient on its way into a bucket.
+
+    Args:
+        geometry: The model.
+        sharding: How it is spread.
+        moment: Of the backward pass, which decides under fsdp and hsdp.
+    """
     total, largest, element = geometry.total_parameters, geometry.sizes[0], sharding.element
     if sharding.strategy == "single":
         return 0.0
     if sharding.strategy == "ddp":
         return 4.0 * total
     if sharding.sharded:
-        width = 2 if sharding.bf16 else 4
-        block, rest = gathered_unit(geometry, sharding.unit / width), outside_blocks(geometry)
-        # A merging over the limit is a unit of its own.
-        rest -= sum(size for size in mergings(geometry) if size > sharding.unit / width)
-        # The next block is gathered while one computes; its gradients are reduced in fp32.
-        return (2 * block + rest) * width + block * (width + 4)
+        return unit_buffers(geometry, sharding, moment)
     if sharding.zero_stage < 3:
         return (2 if sharding.overlap else 1) * sharding.reduce_bucket + largest * element
     if not gathers(sharding):
@@ -348,7 +379,7 @@ def backward_memory(geometry: Geometry, sharding: Sharding, moment: Moment, micr
         optimizer_bytes(geometry, sharding),
         gradient_bytes(geometry, sharding, moment.gradients),
         micro_batch * (moment.activations + batch_bytes(geometry)) + held_bytes(geometry, sharding, micro_batch),
-        buffer_bytes(geometry, sharding) + casts,
+        buffer_bytes(geometry, sharding, moment.name) + casts,
         f"backward pass of {moment.name}",
         host_bytes(geometry, sharding),
     )

@@ -22,7 +22,9 @@ from swift.plan.memory import (
     memory,
     mergings,
     optimizer_bytes,
+    secondary_bytes,
     step_memory,
+    unit_size,
     weight_bytes,
 )
 from tests.distributed.ranks import run
@@ -72,6 +74,14 @@ def test_states_of_groups_are_those_of_one_group() -> None:
     assert memory(GEOMETRY, whole, 2) == memory(GEOMETRY, replace(fsdp, ranks=8), 2)
 
 
+def test_a_second_copy_of_the_weights_lies_there_until_the_step_is_over() -> None:
+    hpz = replace(ZERO["zero3"], bf16=True, group=2)
+    assert secondary_bytes(GEOMETRY, hpz) == 2 * P / 2
+    assert secondary_bytes(GEOMETRY, ZERO["zero3"]) == 0
+    assert step_memory(GEOMETRY, hpz).total == step_memory(GEOMETRY, replace(hpz, group=0)).total + P
+    assert memory(GEOMETRY, hpz, 2).total == memory(GEOMETRY, replace(hpz, group=0), 2).total + P
+
+
 def test_units_are_blocks_or_their_layers() -> None:
     """Counted on the model itself: the largest block, or the largest linear layer and what else a block has."""
     model = on_meta(config("factorized", "divisible"), VOLUME)
@@ -92,9 +102,14 @@ def test_units_are_blocks_or_their_layers() -> None:
     apart = max(layers[largest]) + blocks[largest] - sum(layers[largest])
     assert gathered_unit(GEOMETRY, between) == max(rest, apart)
     hsdp = replace(BASE, strategy="hsdp", ranks=8, group=4)
-    freed = buffer_bytes(GEOMETRY, hsdp) - buffer_bytes(GEOMETRY, replace(hsdp, unit=0.0))
-    # Two gathered units and one of gradients as wide again in fp32; mergings no longer stay gathered.
-    assert freed == 16 * (max(blocks.values()) - max(expected, *merged)) + 4 * sum(merged)
+    # As blocks: the next gathered, the one's gradients twice, and those of the one before.
+    last, second = (block.parameters for block in (GEOMETRY.stages[-1].blocks[-1], GEOMETRY.stages[-1].blocks[-2]))
+    name = f"stage {len(GEOMETRY.stages)}, block {len(GEOMETRY.stages[-1].blocks)}"
+    rest = P - sum(blocks.values())
+    assert buffer_bytes(GEOMETRY, hsdp, name) == 4 * (second + rest + 2 * last)
+    # As layers: each beside another of its block; mergings no longer stay gathered.
+    layer = unit_size(GEOMETRY.stages[-1].blocks[-1], 0)
+    assert buffer_bytes(GEOMETRY, replace(hsdp, unit=0.0), name) == 4 * (layer + rest - sum(merged) + 3 * layer)
 
 
 def test_accumulation_holds_gradients() -> None:
@@ -179,3 +194,25 @@ def test_states_of_real_engines(stage: int, ranks: int, bf16: int, accumulate: i
     for name in ("states", "backward_peak", "step_peak"):
         assert predicted[name] == pytest.approx(measured[name], rel=0.1), (name, predicted, measured)
     assert predicted["states"] == pytest.approx(measured["resident"], rel=0.1), (predicted, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("bf16", "unit_mb"), [(False, None), (True, None), (False, 2.0)])
+def test_states_of_groups_of_ranks(bf16: bool, unit_mb: float | None) -> None:
+    """fully_shard on 2 x 2 gloo ranks, as training shards the model: all tensors within 10 % of the plan (hsdp)."""
+    measured = run(engine_memory.measure_groups, 4, 2, bf16, unit_mb)[0]
+    predicted = engine_memory.predict_groups(4, 2, bf16, unit_mb)
+    for name, value in predicted.items():
+        assert value == pytest.approx(measured[name], rel=0.1), (name, predicted, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("bf16", [False, True])
+def test_states_of_zero_with_a_second_copy(bf16: bool) -> None:
+    """ZeRO 3 on four gloo ranks with groups of two (hpZ)."""
+    measured = run(engine_memory.measure, 4, 3, bf16, 1, 2)[0]
+    predicted = engine_memory.predict(3, 4, bf16, 1, 2)
+    for name in ("states", "backward_peak", "step_peak"):
+        assert predicted[name] == pytest.approx(measured[name], rel=0.1), (name, predicted, measured)

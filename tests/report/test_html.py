@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swift.report import __main__ as report
+from swift.report.figures.html import page
 from swift.report.figures.loss import loss_curve
 from tests import browser as browsers
 from tests.browser import CHROMIUM, Browser
@@ -184,3 +185,14 @@ def test_a_browser_that_says_nothing_is_given_up(tmp_path):
     with pytest.raises(TimeoutError, match="did not answer within 5 s"):
         Browser(fake(tmp_path, "no"), answer=5)
     assert left_over(tmp_path) == ([], False)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_failed_check_of_a_study_stands_before_its_figures(passed: bool, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "summary.json").write_text(json.dumps({"passed": passed, "checks": {"moves < 1": passed}}))
+    text = page([tmp_path], "studies")
+    assert ("CHECK FAILED" in text) is not passed
+    assert ("FAILED: moves &lt; 1" in text) is not passed
+    if not passed:
+        assert text.index("CHECK FAILED") < text.index("table.csv")

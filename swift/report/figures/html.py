@@ -177,9 +177,28 @@ def run_section(run: Run) -> str:
     return "".join(parts)
 
 
+def verdict(folder: Path) -> str:
+    """What a study checked by itself: a failed check stands before its figures, so that none passes for a result."""
+    try:
+        told = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(told, dict) or not isinstance(told.get("passed"), bool):
+        return ""
+    checks = told.get("checks")
+    items = (
+        [f"{'passed' if ok else 'FAILED'}: {name}" for name, ok in checks.items()] if isinstance(checks, dict) else []
+    )
+    head = (
+        "Checks of this study passed." if told["passed"] else "CHECK FAILED: what follows does not show what it claims."
+    )
+    return f"<p><strong>{escape(head)}</strong></p>" + "".join(f"<p>{escape(item)}</p>" for item in items)
+
+
 def study_section(folder: Path) -> str:
     """Figures and tables of a folder that is no run."""
-    parts = [embedded(path) for path in sorted(folder.glob("*.png"))]
+    parts = [verdict(folder)]
+    parts += [embedded(path) for path in sorted(folder.glob("*.png"))]
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8", errors="replace") as stream:
             rows = list(csv.reader(stream))

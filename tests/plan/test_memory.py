@@ -205,14 +205,3 @@ def test_states_of_groups_of_ranks(bf16: bool, unit_mb: float | None) -> None:
     predicted = engine_memory.predict_groups(4, 2, bf16, unit_mb)
     for name, value in predicted.items():
         assert value == pytest.approx(measured[name], rel=0.1), (name, predicted, measured)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("bf16", [False, True])
-def test_states_of_zero_with_a_second_copy(bf16: bool) -> None:
-    """ZeRO 3 on four gloo ranks with groups of two (hpZ)."""
-    measured = run(engine_memory.measure, 4, 3, bf16, 1, 2)[0]
-    predicted = engine_memory.predict(3, 4, bf16, 1, 2)
-    for name in ("states", "backward_peak", "step_peak"):
-        assert predicted[name] == pytest.approx(measured[name], rel=0.1), (name, predicted, measured)

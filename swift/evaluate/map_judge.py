@@ -19,6 +19,7 @@ from swift.data.store import format as fmt
 from swift.data.store.spaces import box_affine
 from swift.data.task_maps.module import MapDataModule
 from swift.evaluate.map_scores import MapPredictions, judge_contrast, judged, table_of
+from swift.utils.errors import UserError
 
 
 class SubjectMeans:
@@ -41,6 +42,8 @@ class SubjectMeans:
             parts = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, self._sums)
         subjects = sorted({subject for part in parts for subject in part})
+        if not subjects:
+            raise UserError("task.target.kind=map: no clip of a part holds a brain voxel: nobody to predict a map of")
         means = []
         for subject in subjects:
             found = [part[subject] for part in parts if subject in part]

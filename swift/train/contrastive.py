@@ -67,7 +67,8 @@ def distances(out: Tensor, target: Tensor, subject: Tensor, seed: Sequence[int])
     own = mean_over_subjects(squared(out, target), place, count)
     if count < 2:
         return own, None
-    first = torch.stack([(place == one).nonzero()[0, 0] for one in range(count)])
+    numbers = torch.arange(len(place), device=place.device)
+    first = torch.full_like(people, len(place)).scatter_reduce(0, place, numbers, "amin")
     other = torch.from_numpy(partners(count, seed)).to(place.device)[place]
     return own, mean_over_subjects(squared(out, target[first[other]]), place, count)
 

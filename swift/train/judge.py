@@ -6,6 +6,7 @@ The same clips, ranks and precision as in a validation, so that the last validat
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from swift.evaluate.reconstruction import compare
 from swift.evaluate.scores import judge as judge_predictions
 from swift.parallel.checkpoint import files as checkpoint
 from swift.train.callbacks.signals import Heartbeat
+
+log = logging.getLogger("swift")
 
 
 def judge(trainer: Any) -> dict[str, Any]:
@@ -142,11 +145,16 @@ def _predicted_maps(
 ) -> Callable[[], dict[str, Any]]:
     """The same of maps: RUN/predictions/maps and RUN/figures/maps.npz of the test part."""
     made = []
-    for loader in (data.val_dataloader(), data.test_dataloader()):
+    for part, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         means = SubjectMeans()
         for packed in loader:
             means.add(predict(packed))
         subjects, values = means.gathered()
+        missing = set(data.subjects_of(part)) - {data.people[place] for place in subjects.tolist()}
+        if missing and strategy.is_global_zero:
+            log.warning(
+                "the %s part is judged without %s: no clip with a brain voxel", part, ", ".join(sorted(missing))
+            )
         made.append((subjects, strategy.call("maps_of", values)["maps"]))
 
     def judged() -> dict[str, Any]:

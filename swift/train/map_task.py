@@ -51,21 +51,28 @@ class MapModule(FinetuneModule):
         self.cells = self.cells.to(out.device)
         return out.flatten(2)[:, :, self.cells]
 
-    def map_loss(self, out: Tensor, batch: Batch, batch_idx: int) -> Tensor:
+    def map_loss(self, out: Tensor, batch: Batch, batch_idx: int, kept: Tensor | None = None) -> Tensor:
         """l2: mean over clips of the squared error in the brain; contrastive: over the global batch.
 
         Args:
             out: (B, K, C).
             batch: With target and subject.
             batch_idx: Of the micro-batch, whose clips alone make pairs.
+            kept: bool (B,), clips that count; None: all.
         """
         task = self.cfg.task
         if task.loss == "l2":
-            return squared(out, batch["target"]).mean()
+            each = squared(out, batch["target"])
+            return each.mean() if kept is None else torch.where(kept, each, 0.0).sum() / kept.sum().clamp(min=1)
         step, steps = self.global_step, self.cfg.trainer.max_steps
         seed = (self.cfg.seed, step, batch_idx % self.cfg.trainer.accumulate)
-        whole = gathered(out, gradient=True)
-        own, other = distances(whole, gathered(batch["target"]), gathered(batch["subject"]), seed)
+        parts = [gathered(out, gradient=True), gathered(batch["target"]), gathered(batch["subject"])]
+        if kept is not None:
+            counted = gathered(kept)
+            if not counted.any():
+                return out.sum() * 0.0
+            parts = [part[counted] for part in parts]
+        own, other = distances(*parts, seed)
         if other is None and not self._said_alone:
             self._said_alone = True
             log.warning("step %d: all clips are of one subject: nobody to tell it from, the error alone counts", step)
@@ -75,7 +82,8 @@ class MapModule(FinetuneModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.begin_step(batch_idx)
         # Once a step: what is logged is what is stepped on.
-        return self.map_loss(self.in_brain(self.outputs(batch)), batch, batch_idx)
+        kept = None if self.cfg.model.tokens == "box" else self.has_brain(batch)
+        return self.map_loss(self.in_brain(self.outputs(batch)), batch, batch_idx, kept)
 
     # --------------------------------------------------------------------------------------------------- judgement
     def predict(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -86,7 +94,8 @@ class MapModule(FinetuneModule):
         else:
             scores = self.in_brain(self.outputs(batch)).flatten(1)
         rows = {"subject": batch["subject"], "scores": scores.float()}
-        return {name: value[batch["valid"]].cpu().numpy() for name, value in rows.items()}
+        kept = batch["valid"] & self.has_brain(batch)
+        return {name: value[kept].cpu().numpy() for name, value in rows.items()}
 
     def maps_of(self, means: np.ndarray) -> dict[str, np.ndarray]:
         """(S, D) means over each subject's clips -> maps (S, K, C) float32; by name, as ZeRO 3 takes no bare array."""
@@ -109,4 +118,7 @@ class MapModule(FinetuneModule):
         self._means = SubjectMeans()
         strategy: Any = self.trainer.strategy
         assert self.map_figures is not None
-        self.choose(self.map_figures(subjects, strategy.call("maps_of", means)["maps"]))
+        # In the precision of the judgement, which decodes as a validation step does.
+        with self.trainer.precision_plugin.val_step_context():
+            maps = strategy.call("maps_of", means)["maps"]
+        self.choose(self.map_figures(subjects, maps))

@@ -68,10 +68,15 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     from swift.parallel.setup import resolve
     from swift.train.callbacks.nonfinite import Trace, describe
     from swift.train.init_weights import weights_at
-    from swift.train.wiring import build_module
+    from swift.train.wiring import build_data, build_module, give_maps
     from swift.utils import device as here
 
     cfg = settings(facts)
+    if cfg.task.loss == "contrastive" and facts["world"] > 1:
+        raise UserError(
+            f"{path}: the loss of task.loss=contrastive is of the clips of all {facts['world']} ranks, and a kept "
+            "batch holds those of one: it cannot be run again"
+        )
     where, exact = weights_of(path, facts) if source is None else (source, False)
     torch.set_num_threads(facts["threads"])
     torch.use_deterministic_algorithms(facts["deterministic"])
@@ -88,6 +93,9 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
                 raise UserError(f"weights {where}: have no {name}")
             parameter.view(-1).copy_(weights.read(name, 0, parameter.numel()))
     stand_in(module, facts)
+    if cfg.model.maps and cfg.model.maps_of == "scan" and (cfg.task.target is None or cfg.task.courses):
+        # The file does not hold them: they are made again from the training frames of the store.
+        give_maps(module, build_data(cfg))
     module.to(device).train()
     on_device = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     narrow = facts["precision"] == "bf16-mixed"
@@ -145,8 +153,12 @@ def weights_of(path: Path, facts: dict[str, Any]) -> tuple[Path, bool]:
 
 def stand_in(module: Any, facts: dict[str, Any]) -> None:
     """Give a module what its training step asks a Trainer for, as it was then; it logs nothing."""
+    import torch
+
     if facts["target"]:
         module.target_info = facts["target"]
+    if facts.get("cells"):
+        module.cells = torch.tensor(facts["cells"])
     module._trainer = SimpleNamespace(
         global_step=facts["step"] - 1,
         global_rank=facts["rank"],

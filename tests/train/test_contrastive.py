@@ -38,6 +38,18 @@ def test_both_distances_against_a_loop() -> None:
     assert other.item() == pytest.approx(mean_of(partner))
 
 
+def test_first_clips_are_found_without_a_search_for_each_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*_: object) -> None:
+        raise AssertionError("nonzero waits for the device, once a subject")
+
+    out, target = torch.zeros(5, 1, 2), torch.arange(5.0)[:, None, None].expand(5, 1, 2)
+    monkeypatch.setattr(torch.Tensor, "nonzero", search)
+    _, other = distances(out, target, torch.tensor([7, 3, 7, 3, 3]), (0,))
+    # Of two subjects each has the other: 7 gets clip 1 of 3 (error 1), 3 gets clip 0 of 7 (error 0).
+    assert other is not None
+    assert float(other) == 0.5
+
+
 def test_two_clips_of_a_subject_are_never_a_negative_pair() -> None:
     """The released code pairs the clips of a batch: of equal maps then, whose distance it pushes apart."""
     for count in (2, 3, 5, 40):

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+import swift.train.wiring
 from swift.evaluate.map_judge import SubjectMeans
 from swift.evaluate.map_scores import correlations
 from swift.evaluate.predictions import Predictions
 from swift.models.heads import TargetModel
+from swift.train import replay
 from swift.train.map_task import MapModule
 from swift.utils.errors import UserError
+from tests.distributed import plants
 from tests.maps import map_cohort, map_command, map_data, map_file
 from tests.runs import start
 from tests.small import metrics, settings
@@ -131,3 +134,34 @@ def test_a_batch_of_one_subject_counts_its_error_alone_and_says_so_once(caplog: 
     assert losses == pytest.approx([wanted, wanted])
     said = [record.getMessage() for record in caplog.records if "one subject" in record.getMessage()]
     assert said == ["step 0: all clips are of one subject: nobody to tell it from, the error alone counts"]
+
+
+@pytest.mark.parametrize("loss", ["l2", "contrastive"])
+def test_clips_without_brain_do_not_count(loss: str) -> None:
+    """With tokens=brain such a clip has an invented token, whose prediction nothing may be learned from."""
+    module = MapModule(settings("task=task_map", "task.map_step=2", f"task.loss={loss}", "data.split=somewhere"))
+    draw = torch.Generator().manual_seed(0)
+    out, target = (torch.randn(4, 1, 7, generator=draw) for _ in range(2))
+    batch = {"target": target, "subject": torch.tensor([4, 4, 6, 7])}
+    kept = torch.tensor([True, False, True, True])
+    rest = {name: value[kept] for name, value in batch.items()}
+    out.requires_grad_()
+    found = module.map_loss(out, batch, 0, kept)
+    assert float(found) == pytest.approx(float(module.map_loss(out[kept], rest, 0)))
+    found.backward()
+    assert out.grad is not None
+    assert out.grad[kept].abs().sum((1, 2)).all()
+    assert not out.grad[1].any()
+    nobody = module.map_loss(out, batch, 0, torch.zeros(4, dtype=torch.bool))
+    assert float(nobody) == 0
+
+
+def test_a_kept_batch_can_be_run_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = swift.train.wiring.build_callbacks
+    planted = plants.Plants([(2, 0, "nan")])
+    monkeypatch.setattr(swift.train.wiring, "build_callbacks", lambda *args: [planted, *original(*args)])
+    start(*map_command(folder, tmp_path / "run", "trainer.max_steps=3", "trainer.accelerator=cpu"))
+    (file,) = (tmp_path / "run" / "guard").glob("step-0000002/batch-rank-*.safetensors")
+    done = replay.replay(file)
+    assert done.exact
+    assert done.same

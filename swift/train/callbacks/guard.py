@@ -246,6 +246,7 @@ class Guard(pl.Callback):
         groups = trainer.optimizers[0].param_groups
         state: dict[str, Any] = {}
         trainer.lightning_module.on_save_checkpoint(state)
+        cells = getattr(trainer.lightning_module, "cells", None)
         return {
             "step": trainer.global_step,
             "rank": trainer.global_rank,
@@ -265,6 +266,8 @@ class Guard(pl.Callback):
             "config": asdict(self.cfg),
             # Of a task: the scale of its labels.
             "target": state.get("target"),
+            # Of a task of brain maps: which of the head's cells lie in the brain.
+            "cells": cells.tolist() if cells is not None else None,
         }
 
     def _record(

@@ -21,6 +21,7 @@ from swift.utils import jsonl
 from tests.cohort import cohort, task_command
 from tests.distributed import plants
 from tests.runs import start, weights
+from tests.small import command
 
 pytestmark = [pytest.mark.usefixtures("alone")]
 
@@ -222,6 +223,19 @@ def test_a_task_with_a_target_is_guarded_too(tmp_path: Path, monkeypatch: pytest
     assert done.exact
     assert done.same
     assert done.first["layer"] == said["first"]["layer"] == "model.encoder.patch_embed.proj"
+
+
+def test_a_scans_own_maps_are_made_again_for_a_replay(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept batch does not hold them."""
+    original = swift.train.wiring.build_callbacks
+    planted = plants.Plants([(2, 0, "nan")])
+    monkeypatch.setattr(swift.train.wiring, "build_callbacks", lambda *args: [planted, *original(*args)])
+    start(*command(store, tmp_path / "run", "model.maps=2", "trainer.max_steps=3", "trainer.accelerator=cpu"))
+    done = replay.replay(batch_file(tmp_path / "run", 2))
+    assert done.exact
+    assert done.same
 
 
 def test_a_bad_weight_ends_the_run_as_leaving_out_cannot_help(store: Path, tmp_path: Path) -> None:

@@ -66,13 +66,13 @@ class MapModule(FinetuneModule):
             return each.mean() if kept is None else torch.where(kept, each, 0.0).sum() / kept.sum().clamp(min=1)
         step, steps = self.global_step, self.cfg.trainer.max_steps
         seed = (self.cfg.seed, step, batch_idx % self.cfg.trainer.accumulate)
-        parts = [gathered(out, gradient=True), gathered(batch["target"]), gathered(batch["subject"])]
+        whole, target, subject = gathered(out, gradient=True), gathered(batch["target"]), gathered(batch["subject"])
         if kept is not None:
             counted = gathered(kept)
             if not counted.any():
                 return out.sum() * 0.0
-            parts = [part[counted] for part in parts]
-        own, other = distances(*parts, seed)
+            whole, target, subject = whole[counted], target[counted], subject[counted]
+        own, other = distances(whole, target, subject, seed)
         if other is None and not self._said_alone:
             self._said_alone = True
             log.warning("step %d: all clips are of one subject: nobody to tell it from, the error alone counts", step)

@@ -148,7 +148,10 @@ def kept_by_visible(model: VisibleAutoencoder, loss: str = "l1") -> int:
     return saved_bytes(lambda: hidden_loss(units, model(x, shown), x, brain, shown, loss), model)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None, **_: Any) -> Tensor:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    assert mask is None, "this kernel takes none"
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, False, False, scale=scale)[0]
 
 

@@ -81,8 +81,9 @@ def replay(path: Path, source: Path | None = None) -> Replayed:
     torch.set_num_threads(facts["threads"])
     torch.use_deterministic_algorithms(facts["deterministic"])
     torch.set_float32_matmul_precision(facts["matmul"])
-    device = here.torch_device(here.kind_here() if facts["device"] == here.kind_here() else "cpu")
-    module = build_module(resolve(cfg))
+    setup = resolve(cfg)
+    device = here.torch_device(setup.accelerator)
+    module = build_module(setup)
     try:
         weights, _ = weights_at(where, module)
     except ValueError as error:
@@ -124,13 +125,16 @@ def settings(facts: dict[str, Any]) -> Any:
     from omegaconf import DictConfig, OmegaConf
 
     from swift.config.compose import strategy_settings, typed
+    from swift.utils import device
 
     tree = OmegaConf.create(facts["config"])
     assert isinstance(tree, DictConfig)
     tree.parallel = strategy_settings("single")
     tree.launcher = None
     cfg = typed(tree)
-    return replace(cfg, trainer=replace(cfg.trainer, accelerator="cpu" if facts["device"] == "cpu" else "auto"))
+    # On the same kind of device if it is here, else on the CPU.
+    there = facts["device"] if facts["device"] == device.kind_here() else "cpu"
+    return replace(cfg, trainer=replace(cfg.trainer, accelerator=there))
 
 
 def weights_of(path: Path, facts: dict[str, Any]) -> tuple[Path, bool]:

@@ -167,7 +167,7 @@ class PretrainModule(TrainingModule):
         """The loss of a model with mask tokens; on brain tokens only hidden patches reach the head."""
         model: MaskedAutoencoder = self.model
         bold, brain, mask, kind = batch["bold"], batch["brain"], self.draw_mask(batch), self.cfg.task.loss
-        rows = model.hidden_rows(bold, mask, brain)
+        rows = model.hidden_rows(bold, mask, brain) if self.cfg.model.tokens == "brain" else None
         if rows is None:
             prediction = self.reconstruct_under(batch, mask)
             return reconstruction_loss(prediction, bold, self.counted_voxels(batch, mask), kind)

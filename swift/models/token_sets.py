@@ -236,10 +236,15 @@ def sets_of(present: np.ndarray, stages: int, device: torch.device) -> tuple[Tok
     return tuple(found)
 
 
+def unpacked(packed: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """Bits of `np.packbits`, which a cache can look up, as bool again."""
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape))
+    return bits.astype(bool).reshape(shape)
+
+
 @lru_cache(maxsize=KEPT)
 def _kept(packed: bytes, shape: tuple[int, ...], stages: int, device: torch.device) -> tuple[TokenSet, ...]:
-    present = np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
-    return sets_of(present, stages, device)
+    return sets_of(unpacked(packed, shape), stages, device)
 
 
 def token_sets(brain: Tensor, patch: Sequence[int], stages: int) -> tuple[TokenSet, ...]:

@@ -10,7 +10,6 @@ the windows that are really computed.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from swift.config.schema import TaskConfig
 from swift.models.pooling import brain_tokens
+from swift.models.token_sets import unpacked
 from swift.plan.geometry import Block, Branch, Geometry, Stage, on_brain
 from swift.plan.map_head import has_gradient
 
@@ -233,6 +233,5 @@ class BrainCosts:
         return self._of(np.packbits(patches.numpy()).tobytes(), tuple(patches.shape))
 
     def _work_out(self, packed: bytes, shape: tuple[int, ...]) -> tuple[float, int]:
-        present = np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
-        found = on_brain(self._geometry, torch.from_numpy(present)[None])
+        found = on_brain(self._geometry, torch.from_numpy(unpacked(packed, shape))[None])
         return step_flops(found, self._task).total, found.tokens

@@ -259,8 +259,9 @@ def unit_buffers(geometry: Geometry, sharding: Sharding, moment: str) -> float:
     blocks = [block for stage in geometry.stages for block in stage.blocks]
     sizes = [unit_size(block, limit) for block in blocks]
     if moment not in names:
-        # Beside a block: one gathered, the gradients of one on their way, and those of what belongs to no unit.
-        return max(sizes) * (width + 4) + rest * (2 * width + 4)
+        # Beside a block: one unit gathered, the gradients of one on their way, and those of what belongs to no unit. A
+        # merging may be the largest unit.
+        return gathered_unit(geometry, limit) * (width + 4) + rest * (2 * width + 4)
     at = names.index(moment)
     split = sizes[at] < blocks[at].parameters
     following = sizes[at - 1] if at and not split else sizes[at] * split

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -144,20 +142,3 @@ def traced(store: Path, run_dir: Path, overrides: list[str]) -> None:
     trainer.callbacks.insert(0, Trace(run_dir))
     folder = run_dir / CHECKPOINTS
     trainer.fit(module, datamodule=data, ckpt_path=folder if checkpoint.exists(folder) else None, weights_only=True)
-
-
-def watched(store: Path, run_dir: Path, overrides: list[str]) -> list[tuple[str, str]]:
-    """Train, and say which files of the store and of the run this rank opened, in order: (mode, path below either)."""
-    seen: list[tuple[str, str]] = []
-
-    def note(event: str, args: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(args[0], (str, Path)):
-            return
-        for root in (store, run_dir):
-            if str(args[0]).startswith(f"{root}/"):
-                writes = bool(args[2] & (os.O_WRONLY | os.O_RDWR))
-                seen.append(("write" if writes else "read", str(args[0]).removeprefix(f"{root}/")))
-
-    sys.addaudithook(note)
-    fitted(*build(store, run_dir, overrides), run_dir, None)
-    return list(seen)

@@ -110,6 +110,10 @@ def test_units_are_blocks_or_their_layers() -> None:
     # As layers: each beside another of its block; mergings no longer stay gathered.
     layer = unit_size(GEOMETRY.stages[-1].blocks[-1], 0)
     assert buffer_bytes(GEOMETRY, replace(hsdp, unit=0.0), name) == 4 * (layer + rest - sum(merged) + 3 * layer)
+    # While a merging runs backward, one that is larger than any layer is the unit that is gathered.
+    assert max(merged) > unit_size(GEOMETRY.stages[0].blocks[0], 0)
+    beside = buffer_bytes(GEOMETRY, replace(hsdp, unit=0.0), "merging 1")
+    assert beside == 8 * max(expected, *merged) + 12 * (rest - sum(merged))
 
 
 def test_accumulation_holds_gradients() -> None:

@@ -177,6 +177,17 @@ def test_masks_follow_the_settings() -> None:
     assert last.flatten(1, 3).any(1).tolist() == [[False, False, False, True]] * 2
 
 
+def check_loss(module: Any, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    """The module's loss of a batch and all its gradients are those of `expected`."""
+    torch.testing.assert_close(module.loss(batch), expected)
+    module.loss(batch).backward()
+    ours = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    expected.backward()
+    for (name, parameter), gradient in zip(module.named_parameters(), ours, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
 @pytest.mark.parametrize("options", [[], ["task.loss=l2"], ["task.loss=smooth_l1", "model.patch_size=[5,2,2,3]"]])
 def test_the_loss_of_hidden_brain_patches_is_that_of_the_whole_prediction(options: list[str]) -> None:
     """A padding row, a brain of one voxel, patches that reach beyond the grid and the clip."""
@@ -187,13 +198,7 @@ def test_the_loss_of_hidden_brain_patches_is_that_of_the_whole_prediction(option
     assert module.model.hidden_rows(batch["bold"], module.draw_mask(batch), batch["brain"]) is not None
     prediction, mask = module.reconstruct(batch)
     expected = reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
-    torch.testing.assert_close(module.loss(batch), expected)
-    module.loss(batch).backward()
-    ours = [parameter.grad.clone() for parameter in module.parameters()]
-    module.zero_grad()
-    expected.backward()
-    for (name, parameter), gradient in zip(module.named_parameters(), ours, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+    check_loss(module, batch, expected)
 
 
 # --- hidden units that the encoder never sees ---------------------------------------------------------------------
@@ -216,13 +221,7 @@ def test_the_loss_of_hidden_cells_is_that_of_the_whole_prediction(options: list[
     difference = (prediction - batch["bold"])[:, 0]
     each = LOSSES[module.cfg.task.loss](difference, torch.zeros_like(difference), reduction="none")
     expected = torch.stack([each[row][counted[row]].mean() for row in (0, 2)]).mean()
-    torch.testing.assert_close(module.loss(batch), expected)
-    module.loss(batch).backward()
-    ours = [parameter.grad.clone() for parameter in module.parameters()]
-    module.zero_grad()
-    expected.backward()
-    for (name, parameter), gradient in zip(module.named_parameters(), ours, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+    check_loss(module, batch, expected)
 
 
 def test_models_are_judged_under_one_mask() -> None:

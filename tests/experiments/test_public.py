@@ -79,6 +79,8 @@ class Study:
             return
         if name == "swift.baselines":
             rest = ["--only", "constant,fc", *rest]
+        elif rest[0] == "ingest":
+            rest += ["--workers", "1"]  # one more process would import torch once more
         main = importlib.import_module(
             "swift.evaluate.__main__" if name == "swift.baselines" else f"{name}.__main__"
         ).main

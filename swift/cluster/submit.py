@@ -21,7 +21,7 @@ from pathlib import Path
 from swift.cluster.batch_system import ask, limits, queue
 from swift.cluster.job_files import freeze_run
 from swift.cluster.job_text import SUFFIX, array_script, job_script, pack_script, site_files
-from swift.config.compose import FROZEN, differences, load_frozen, whole_paths, writable
+from swift.config.compose import FROZEN, as_begun, differences, load_frozen, whole_paths, writable
 from swift.config.launcher import check_ranks, dealt, frozen_device, seconds
 from swift.config.schema import Config, LauncherConfig
 from swift.utils import jsonl
@@ -65,7 +65,7 @@ def prepare(cfg: Config, overrides: Sequence[str], make_data: Callable[[Config],
     check_ranks(cfg)
     _check_site(launcher)
     run = _run_dir(cfg)
-    frozen = _as_it_will_run(cfg, run)
+    frozen = as_begun(_as_it_will_run(cfg, run), run)
     if not writable(run):
         raise UserError(f"run_dir={run} cannot be written: choose another")
     _check_same_run(run, frozen)

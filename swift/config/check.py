@@ -208,8 +208,6 @@ def check_tokens(cfg: Config) -> None:
     dropped = cfg.task.target is None and cfg.task.hidden == "drop"
     legal = "task.hidden=drop shows units of the brain only, and computes all of their tokens: take model.tokens=box"
     require(not dropped, "model.tokens", "brain", legal)
-    legal = "brains differ in their tokens, and each would be a graph of its own: take false, or model.tokens=box"
-    require(not cfg.parallel.compile, "parallel.compile", True, legal)
 
 
 def check_optimizer(cfg: OptimizerConfig) -> None:
@@ -270,6 +268,24 @@ def check_guard(cfg: GuardConfig) -> None:
         require(0 <= value < math.inf, f"guard.{name}", value, "must be a finite number, not negative")
 
 
+def cannot_compile(cfg: Config) -> tuple[str, object, str] | None:
+    """The setting with which blocks cannot be compiled, its value and what is legal; None: there is none."""
+    parallel, compiled = cfg.parallel, ("parallel.compile", True)
+    if cfg.model.tokens == "brain":
+        legal = "brains differ in their tokens, and each would be a graph of its own: take false, or model.tokens=box"
+        return *compiled, legal
+    if cfg.task.target is None and cfg.task.hidden == "drop":
+        return *compiled, "is not built with task.hidden=drop: its third stage has tokens of other places in every clip"
+    if parallel.activation_checkpointing == "selective":
+        how = "selective checkpointing cannot look into a compiled block; use block or none, or parallel.compile=false"
+        return "parallel.activation_checkpointing", "selective", how
+    if parallel.zero_stage == 3:
+        return *compiled, "ZeRO 3 gathers weights inside a block, which is no graph then: take false, or parallel=zero2"
+    if parallel.unit_mb is not None:
+        return *compiled, "a block gathered layer by layer is no graph: take false, or parallel.unit_mb=null"
+    return None
+
+
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
@@ -296,9 +312,6 @@ def check_parallel(cfg: ParallelConfig) -> None:
         )
     legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
     require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
-    legal = "selective checkpointing cannot look into a compiled block; use block or none, or parallel.compile=false"
-    selective = cfg.activation_checkpointing == "selective"
-    require(not (cfg.compile and selective), "parallel.activation_checkpointing", "selective", legal)
     legal = "only parallel=fsdp and hsdp gather by unit"
     require(cfg.unit_mb is None or cfg.name in ("fsdp", "hsdp"), "parallel.unit_mb", cfg.unit_mb, legal)
     for name in ("reduce_bucket_mb", "gather_bucket_mb", "unit_mb", "timeout_minutes"):
@@ -335,7 +348,7 @@ def check(cfg: Config, model: bool = True) -> None:
     check_parallel(cfg.parallel)
     check_trainer(cfg.trainer)
     check_guard(cfg.guard)
-    legal = "is not built with task.hidden=drop: its third stage has tokens of other places in every clip"
-    require(not (cfg.parallel.compile and cfg.task.hidden == "drop"), "parallel.compile", True, legal)
+    if cfg.parallel.compile and (found := cannot_compile(cfg)):
+        require(False, *found)
     if cfg.launcher:
         check_launcher(cfg.launcher)

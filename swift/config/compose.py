@@ -218,6 +218,27 @@ def differences(before: Config, after: Config) -> list[str]:
     return sorted(name for name in old if old[name] != new[name])
 
 
+LEFT_OPEN = (("trainer", "log_every"), ("parallel", "compile"))
+"""Settings whose null a run replaces by what suits its machine, and freezes."""
+
+
+def as_begun(cfg: Config, run_dir: Path) -> Config:
+    """The settings with what they leave open as the run of a folder has settled it, if there is one that has begun.
+
+    Raises:
+        UserError: its settings cannot be read.
+    """
+    if not (run_dir / FROZEN).exists():
+        return cfg
+    before = load_frozen(run_dir, [])
+    for section, name in LEFT_OPEN:
+        part = getattr(cfg, section)
+        if getattr(part, name) is None:
+            settled = getattr(getattr(before, section), name)
+            cfg = replace(cfg, **{section: replace(part, **{name: settled})})
+    return cfg
+
+
 def writable(folder: Path) -> bool:
     """Whether `folder` can be written, or could be made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from swift.config.check import cannot_compile
 from swift.config.schema import Config, TrainerConfig
 from swift.parallel.ranks import Place, current_place
 from swift.plan.geometry import Geometry, geometry_of
@@ -16,11 +17,12 @@ class Setup:
     """The settings of a run and what follows from them here.
 
     Attributes:
-        cfg: The settings; trainer.log_every is a number.
+        cfg: The settings; trainer.log_every is a number, parallel.compile is true or false.
         place: This process among the ranks of the run.
         accelerator: Kind of the device of every rank: cpu, cuda or xpu.
         precision: Lightning's name of the precision: 32-true or bf16-mixed.
         geometry: Sizes of the model that is trained.
+        why: A line on compiling its blocks, where that is not plain from the settings; else empty.
     """
 
     cfg: Config
@@ -28,6 +30,7 @@ class Setup:
     accelerator: str
     precision: str
     geometry: Geometry
+    why: str = ""
 
     @property
     def narrow(self) -> bool:
@@ -46,12 +49,36 @@ def resolve(cfg: Config) -> Setup:
     """Work out device, precision and sizes.
 
     Raises:
-        UserError: a device or a precision that is not here, or an architecture that does not fit the grid.
+        UserError: a device, a precision or a compiler that is not here, or an architecture that does not fit the grid.
     """
     accelerator = accelerator_of(cfg)
     geometry = geometry_of(cfg)
-    cfg = replace(cfg, trainer=replace(cfg.trainer, log_every=_log_every(cfg.trainer, accelerator)))
-    return Setup(cfg, current_place(), accelerator, _precision(cfg, accelerator), geometry)
+    compiled, why = _compile(cfg, accelerator)
+    trainer = replace(cfg.trainer, log_every=_log_every(cfg.trainer, accelerator))
+    cfg = replace(cfg, trainer=trainer, parallel=replace(cfg.parallel, compile=compiled))
+    return Setup(cfg, current_place(), accelerator, _precision(cfg, accelerator), geometry, why)
+
+
+def _compile(cfg: Config, accelerator: str) -> tuple[bool, str]:
+    """Whether blocks are compiled, and a line that says so where the settings leave it open on a GPU.
+
+    A CPU gains little by it and would wait for a C++ compiler in every first step.
+
+    Raises:
+        UserError: asked for where there is no compiler.
+    """
+    wanted, lacks = cfg.parallel.compile, device.lacks_for_compile(accelerator)
+    if wanted and lacks:
+        raise UserError(f"parallel.compile=true: torch.compile needs {lacks}, or use false")
+    if wanted is not None or accelerator == "cpu":
+        return bool(wanted), ""
+    if found := cannot_compile(cfg):
+        name, value, reason = found
+        named = "" if name == "parallel.compile" else f"{name}={value}: "
+        return False, f"parallel.compile=false: {named}{reason}"
+    if lacks:
+        return False, f"parallel.compile=false: torch.compile needs {lacks}; training goes on without, slower"
+    return True, "parallel.compile=true, as on every GPU unless it is set: the first steps take up to a minute longer"
 
 
 def _log_every(trainer: TrainerConfig, accelerator: str) -> int:

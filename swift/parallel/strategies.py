@@ -7,7 +7,6 @@ DeepSpeed runs on a CPU too (gloo), which is what the tests use; Lightning's own
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -304,8 +303,6 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
     cfg, place, accelerator, precision = setup.cfg, setup.place, setup.accelerator, setup.precision
     parallel = cfg.parallel
     check_place(parallel, place)
-    if parallel.compile and accelerator == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise UserError("parallel.compile=true: torch.compile needs a C++ compiler on a CPU; install g++, or use false")
     plugin: Precision = _Float32()
     if precision == "bf16-mixed":
         plugin = _Bf16("bf16-mixed", accelerator)

@@ -146,10 +146,11 @@ def _work(cfg: Config, device: Any) -> tuple[Callable[[], None], Callable[[], No
     from swift.train.wiring import build_module
     from swift.utils import device as here
 
-    module = build_module(resolve(cfg)).to(device).train()
+    setup = resolve(cfg)
+    module = build_module(setup).to(device).train()
     assert isinstance(module, PretrainModule)
     model, volume = module.model, (*cfg.data.grid, cfg.data.frames)
-    prepare_blocks(model, cfg.parallel)
+    prepare_blocks(model, setup.cfg.parallel)
     optimizer = build_optimizer(model, cfg.optimizer, module.widths)
     parameters = list(model.parameters())
     with device:

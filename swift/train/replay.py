@@ -132,9 +132,10 @@ def settings(facts: dict[str, Any]) -> Any:
     tree.parallel = strategy_settings("single")
     tree.launcher = None
     cfg = typed(tree)
-    # On the same kind of device if it is here, else on the CPU.
+    # On the same kind of device if it is here, else on the CPU. Compiled blocks cannot be looked into.
     there = facts["device"] if facts["device"] == device.kind_here() else "cpu"
-    return replace(cfg, trainer=replace(cfg.trainer, accelerator=there))
+    trainer, parallel = replace(cfg.trainer, accelerator=there), replace(cfg.parallel, compile=False)
+    return replace(cfg, trainer=trainer, parallel=parallel)
 
 
 def weights_of(path: Path, facts: dict[str, Any]) -> tuple[Path, bool]:

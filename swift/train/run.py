@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from swift.config.compose import CHECKPOINTS, FROZEN, differences, load_frozen, typed, writable
+from swift.config.compose import CHECKPOINTS, FROZEN, as_begun, differences, load_frozen, typed, writable
 from swift.config.schema import Config
 from swift.parallel.ranks import current_place, start_ranks
 from swift.train.run_lock import only_training_in
@@ -62,6 +62,8 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: something the user can mend; nothing was trained.
     """
+    if not cfg.resume:
+        cfg = as_begun(cfg, Path(cfg.run_dir))
     ranks, place = ranks_to_start(cfg), current_place()
     # The first rank holds the lock for all; or what has started them, on one machine.
     owner = place.rank == 0 and place.source != "swift"
@@ -93,6 +95,8 @@ def train_here(cfg: Config, overrides: Sequence[str]) -> dict[str, Any]:
     data = build_data(cfg)
     tell(module, data)
     log.info("%s: model %s, %s parameters, run directory %s", cfg.task.name, cfg.model.name, f"{parameters:,}", run_dir)
+    if setup.why:
+        log.info("%s", setup.why)
     line, warning = amount(cfg, data, current_place().world)
     log.info("%s", line)
     if warning:

@@ -8,6 +8,9 @@ Nothing of `swift` beside this file, the attention kernel and the GPU benchmarks
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,6 +102,26 @@ def of_local_rank(wanted: str, setting: str, local_rank: int) -> torch.device:
 def has_bf16(kind: str) -> bool:
     """Whether devices of a kind compute in bf16 in hardware; of the CPU, which mostly has not, it is not asked."""
     return kind != "cpu" and bool(_module().is_bf16_supported(including_emulation=False))
+
+
+def lacks_for_compile(kind: str) -> str | None:
+    """What torch.compile does not find on this machine for devices of a kind, and how to get it; None: nothing.
+
+    Inductor writes C++ for a CPU and Triton for a GPU, and Triton's launchers are C: both with Python's headers.
+    """
+    if kind == "cpu":
+        setting, known, lack = "CXX", ("g++", "clang++"), "a C++ compiler on a CPU; install g++"
+    else:
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton on a GPU, and none that knows this one is installed; install triton"
+        setting, known, lack = "CC", ("gcc", "clang"), "a C compiler on a GPU; install gcc"
+    if not os.environ.get(setting) and not any(map(shutil.which, known)):
+        return lack
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers; install python3-dev"
+    return None
 
 
 def software() -> str | None:

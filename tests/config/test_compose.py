@@ -253,6 +253,13 @@ WRONG: list[tuple[list[str], str, str]] = [
         "parallel.activation_checkpointing=selective",
         "use block or none, or parallel.compile=false",
     ),
+    (["parallel=zero3", "parallel.compile=true"], "parallel.compile=True", "take false, or parallel=zero2"),
+    (
+        ["parallel=fsdp", "parallel.unit_mb=9", "parallel.compile=true"],
+        "parallel.compile=True",
+        "parallel.unit_mb=null",
+    ),
+    (["parallel.compile=maybe"], "parallel.compile=maybe", "must be true or false, or null"),
     (["parallel.gather_bucket_mb=-1"], "parallel.gather_bucket_mb=-1.0", "above 0"),
     (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0.0", "above 0"),
     (["seed=-1"], "seed=-1", "[0, 4294967295]"),

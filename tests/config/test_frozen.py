@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from swift.config.compose import conf_dir, differences, freeze, load_frozen, typed, whole_paths, writable
+from swift.config.compose import as_begun, conf_dir, differences, freeze, load_frozen, typed, whole_paths, writable
 from swift.utils.errors import UserError
 from tests.small import composed
 
@@ -143,6 +143,20 @@ def test_a_damaged_frozen_file_is_named(tmp_path: Path, content: str | bytes | N
     with pytest.raises(UserError, match=says) as caught:
         load_frozen(tmp_path, [])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settled", [(7, True), (2, False)])
+def test_what_a_command_leaves_open_is_what_its_run_has_settled(run_dir: Path, settled: tuple[int, bool]) -> None:
+    cfg = load_frozen(run_dir, [])
+    assert (cfg.trainer.log_every, cfg.parallel.compile) == (None, None)  # as of a job that has not begun
+    assert as_begun(cfg, run_dir) == as_begun(cfg, run_dir / "none") == cfg
+    trainer, parallel = replace(cfg.trainer, log_every=settled[0]), replace(cfg.parallel, compile=settled[1])
+    begun = replace(cfg, trainer=trainer, parallel=parallel)
+    freeze(begun, run_dir / "config.yaml")
+    assert as_begun(cfg, run_dir) == begun
+    # What is typed is typed: another value is named as a difference.
+    typed_in = replace(cfg, parallel=replace(cfg.parallel, compile=not settled[1]))
+    assert differences(begun, as_begun(typed_in, run_dir)) == ["parallel.compile"]
 
 
 def test_differences_are_named_to_the_last_level(run_dir: Path) -> None:

@@ -10,16 +10,17 @@ import psutil
 import pytest
 import torch
 
+from swift.config.compose import typed
 from swift.parallel.environment import Ranks, check_place
 from swift.parallel.ranks import LAUNCH, SETTINGS, Place, current_place, first_to_report
 from swift.parallel.setup import resolve
-from swift.parallel.strategies import build_strategy, cpu_adam, deepspeed_config
+from swift.parallel.strategies import cpu_adam, deepspeed_config
 from swift.plan.geometry import build_geometry
 from swift.plan.memory import reduce_bucket
 from swift.train.wiring import build_module
 from swift.utils import device
 from swift.utils.errors import UserError
-from tests.small import settings
+from tests.small import composed, settings
 
 ALONE = Place(0, 0, 1, 1, "none")
 SLURM = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
@@ -199,10 +200,74 @@ def test_a_bucket_left_open_holds_the_largest_gradient_where_that_saves_memory()
     assert reduce_bucket(settings("parallel=zero1"), 1000, bf16=False) == 1e8
 
 
-def test_compiling_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"parallel.compile=true: torch.compile needs a C\+\+ compiler"):
-        build_strategy(resolve(settings("parallel.compile=true", "trainer.accelerator=cpu")))
+@pytest.mark.parametrize(
+    ("kind", "tools", "needs"),
+    [
+        ("cpu", [], "a C++ compiler on a CPU; install g++, or use false"),
+        ("cpu", ["gcc"], "a C++ compiler on a CPU; install g++, or use false"),
+        ("cpu", ["g++"], "Python's headers; install python3-dev, or use false"),
+        ("gpu", ["gcc"], "Triton on a GPU, and none that knows this one is installed; install triton, or use false"),
+        ("gpu", ["triton", "g++"], "a C compiler on a GPU; install gcc, or use false"),
+        ("gpu", ["triton", "gcc"], "Python's headers; install python3-dev, or use false"),
+        ("gpu", ["triton", "gcc", "Python.h"], None),
+        ("cpu", ["clang++", "Python.h"], None),
+    ],
+)
+def test_compiling_without_a_compiler_is_one_line(
+    kind: str, tools: list[str], needs: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "kind_here", lambda: "xpu")
+    monkeypatch.setattr(device, "has_bf16", lambda kind: True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: "triton" in tools)
+    for name in tools:
+        (tmp_path / name).touch(mode=0o755)
+    for name, value in {"PATH": str(tmp_path), "CC": "", "CXX": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    given = f"trainer.accelerator={kind}"
+    if needs is None:
+        assert resolve(settings("parallel.compile=true", given)).cfg.parallel.compile is True
+    else:
+        with pytest.raises(UserError) as caught:
+            resolve(settings("parallel.compile=true", given))
+        assert str(caught.value) == f"parallel.compile=true: torch.compile needs {needs}"
+    # Left open, a run goes on without: a CPU in any case, a GPU with a line that says so.
+    setup = resolve(settings(given))
+    assert setup.cfg.parallel.compile is (kind == "gpu" and needs is None)
+    if kind == "cpu":
+        assert setup.why == ""
+    else:
+        assert setup.why.startswith(f"parallel.compile={str(needs is None).lower()}")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["model.tokens=brain"], "parallel.compile=false: brains differ in their tokens"),
+        (["task.hidden=drop", "task.mask_kind=tube"], "parallel.compile=false: is not built with task.hidden=drop"),
+        (
+            ["parallel.activation_checkpointing=selective"],
+            "parallel.compile=false: parallel.activation_checkpointing=selective: selective checkpointing cannot look",
+        ),
+        (["parallel=zero3"], "parallel.compile=false: ZeRO 3 gathers weights inside a block"),
+        (["parallel=fsdp", "parallel.unit_mb=9"], "parallel.compile=false: a block gathered layer by layer"),
+        *[([f"parallel={name}"], "parallel.compile=true, as on every GPU") for name in ("single", "ddp", "zero1")],
+        (["parallel=fsdp", "parallel.activation_checkpointing=block"], "parallel.compile=true, as on every GPU"),
+        *[([f"parallel.compile={given}"], "") for given in ("true", "false")],
+    ],
+)
+def test_a_gpu_compiles_unless_the_settings_rule_it_out(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "kind_here", lambda: "cuda")
+    monkeypatch.setattr(device, "has_bf16", lambda kind: True)
+    monkeypatch.setattr(device, "lacks_for_compile", lambda kind: None)
+    setup = resolve(typed(composed("data=store", "data.path=none", *words)))
+    assert setup.why.startswith(why)
+    assert bool(setup.why) == bool(why)
+    assert setup.cfg.parallel.compile is ("compile=true" in why or words == ["parallel.compile=true"])
+    # Written down, that is what the run goes on with, wherever that is.
+    assert resolve(setup.cfg).cfg.parallel.compile is setup.cfg.parallel.compile
 
 
 def test_offload_without_a_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

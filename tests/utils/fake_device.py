@@ -76,6 +76,7 @@ class FakeXpu:
             "name": lambda index=0: NAME,
             "total_memory": lambda index=0: MEMORY,
             "has_bf16": lambda kind: kind == "xpu",
+            "lacks_for_compile": lambda kind: "a compiler",
             "software": lambda: "oneAPI 2026",
             "on_host": lambda where: False,
             "synchronize": lambda where: self.finish(),

@@ -71,6 +71,7 @@ def run_settings(bench: Bench, model: str, clips: int, steps: int, level: str) -
         f"trainer.max_steps={steps}",
         f"trainer.val_every={10 * steps}",
         f"trainer.accelerator={'gpu' if bench.gpu else 'cpu'}",
+        "parallel.compile=false",  # as the bare step
         "trainer.figures=false",
         f"run_dir={bench.folder / 'loop'}",
     )

@@ -68,6 +68,7 @@ def run_of(bench: Bench, name: str) -> Path:
             "data.workers=0",
             "data.batch_size=2",
             f"parallel={name}",
+            "parallel.compile=false",  # ZeRO 3 cannot, and the losses of all are compared
             *([] if name == "single" else ["parallel.devices=1"]),
             f"trainer.max_steps={STEPS}",
             f"trainer.checkpoint_every={SAVED}",

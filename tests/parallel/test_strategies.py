@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from swift.config.compose import typed
+from swift.config.schema import Config
 from swift.parallel.environment import Ranks, check_place
 from swift.parallel.ranks import LAUNCH, SETTINGS, Place, current_place, first_to_report
 from swift.parallel.setup import resolve
@@ -20,7 +22,7 @@ from swift.plan.memory import reduce_bucket
 from swift.train.wiring import build_module
 from swift.utils import device
 from swift.utils.errors import UserError
-from tests.small import composed, settings
+from tests.small import settings
 
 ALONE = Place(0, 0, 1, 1, "none")
 SLURM = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_STEP_ID": "0"}
@@ -200,6 +202,12 @@ def test_a_bucket_left_open_holds_the_largest_gradient_where_that_saves_memory()
     assert reduce_bucket(settings("parallel=zero1"), 1000, bf16=False) == 1e8
 
 
+@cache
+def plain() -> Config:
+    """Settings of a small run."""
+    return settings()
+
+
 @pytest.mark.parametrize(
     ("kind", "tools", "needs"),
     [
@@ -224,15 +232,17 @@ def test_compiling_without_a_compiler_is_one_line(
     for name, value in {"PATH": str(tmp_path), "CC": "", "CXX": ""}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    given = f"trainer.accelerator={kind}"
+    cfg = plain()
+    cfg = replace(cfg, trainer=replace(cfg.trainer, accelerator=kind))
+    asked = replace(cfg, parallel=replace(cfg.parallel, compile=True))
     if needs is None:
-        assert resolve(settings("parallel.compile=true", given)).cfg.parallel.compile is True
+        assert resolve(asked).cfg.parallel.compile is True
     else:
         with pytest.raises(UserError) as caught:
-            resolve(settings("parallel.compile=true", given))
+            resolve(asked)
         assert str(caught.value) == f"parallel.compile=true: torch.compile needs {needs}"
     # Left open, a run goes on without: a CPU in any case, a GPU with a line that says so.
-    setup = resolve(settings(given))
+    setup = resolve(cfg)
     assert setup.cfg.parallel.compile is (kind == "gpu" and needs is None)
     if kind == "cpu":
         assert setup.why == ""
@@ -241,31 +251,35 @@ def test_compiling_without_a_compiler_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("section", "given", "why"),
     [
-        (["model.tokens=brain"], "parallel.compile=false: brains differ in their tokens"),
-        (["task.hidden=drop", "task.mask_kind=tube"], "parallel.compile=false: is not built with task.hidden=drop"),
+        ("model", {"tokens": "brain"}, "parallel.compile=false: brains differ in their tokens"),
+        ("task", {"hidden": "drop"}, "parallel.compile=false: is not built with task.hidden=drop"),
         (
-            ["parallel.activation_checkpointing=selective"],
+            "parallel",
+            {"activation_checkpointing": "selective"},
             "parallel.compile=false: parallel.activation_checkpointing=selective: selective checkpointing cannot look",
         ),
-        (["parallel=zero3"], "parallel.compile=false: ZeRO 3 gathers weights inside a block"),
-        (["parallel=fsdp", "parallel.unit_mb=9"], "parallel.compile=false: a block gathered layer by layer"),
-        *[([f"parallel={name}"], "parallel.compile=true, as on every GPU") for name in ("single", "ddp", "zero1")],
-        (["parallel=fsdp", "parallel.activation_checkpointing=block"], "parallel.compile=true, as on every GPU"),
-        *[([f"parallel.compile={given}"], "") for given in ("true", "false")],
+        ("parallel", {"name": "zero3", "zero_stage": 3}, "parallel.compile=false: ZeRO 3 gathers weights inside"),
+        ("parallel", {"name": "fsdp", "unit_mb": 9.0}, "parallel.compile=false: a block gathered layer by layer"),
+        ("parallel", {"name": "zero2", "zero_stage": 2}, "parallel.compile=true, as on every GPU"),
+        ("parallel", {"name": "fsdp", "activation_checkpointing": "block"}, "parallel.compile=true, as on every GPU"),
+        ("parallel", {"compile": True}, ""),
+        ("parallel", {"compile": False}, ""),
     ],
 )
 def test_a_gpu_compiles_unless_the_settings_rule_it_out(
-    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+    section: str, given: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "kind_here", lambda: "cuda")
     monkeypatch.setattr(device, "has_bf16", lambda kind: True)
     monkeypatch.setattr(device, "lacks_for_compile", lambda kind: None)
-    setup = resolve(typed(composed("data=store", "data.path=none", *words)))
+    monkeypatch.setattr("swift.parallel.setup.geometry_of", lambda cfg: None)  # a drop model wants a larger grid
+    cfg = plain()
+    setup = resolve(replace(cfg, **{section: replace(getattr(cfg, section), **given)}))
     assert setup.why.startswith(why)
     assert bool(setup.why) == bool(why)
-    assert setup.cfg.parallel.compile is ("compile=true" in why or words == ["parallel.compile=true"])
+    assert setup.cfg.parallel.compile is ("compile=true" in why or given.get("compile", False))
     # Written down, that is what the run goes on with, wherever that is.
     assert resolve(setup.cfg).cfg.parallel.compile is setup.cfg.parallel.compile
 

@@ -18,6 +18,7 @@ from swift.parallel.setup import resolve
 from swift.train.__main__ import run
 from swift.train.init_weights import start_from
 from swift.train.wiring import build_module
+from tests.forked import python_m
 from tests.small import composed, metrics
 
 ROOT = Path(swift.__file__).resolve().parents[1]
@@ -67,7 +68,12 @@ class StopAt(pl.Callback):
 
 
 def shell(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m swift.train` in a folder."""
+    """`python -m swift.train` in a folder, forked from a process that has imported it."""
+    return python_m("swift.train", *arguments, cwd=folder, env=environment())
+
+
+def shell_from_nothing(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-m", "swift.train", *arguments], cwd=folder, env=environment(), capture_output=True, text=True
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from swift.config.compose import conf_dir, typed
 from swift.config.schema import Config
@@ -40,8 +43,24 @@ def small_store(folder: Path) -> Path:
     return folder
 
 
+PLACE = re.compile(r"(data\.path|run_dir)=(/[\w/.-]+)")
+"""A setting that differs from test to test and changes nothing else."""
+
+
 def composed(*overrides: str) -> DictConfig:
-    """Hydra's tree for these overrides, as `python -m swift.train` gets it."""
+    """Hydra's tree for these overrides, as `python -m swift.train` gets it; composed once, but for the places."""
+    places = [found.groups() for found in map(PLACE.fullmatch, overrides) if found]
+    rest = tuple(override for override in overrides if not PLACE.fullmatch(override))
+    if any(override.startswith(f"{name}=") for name, _ in places for override in rest):
+        return copy.deepcopy(_composed(overrides))
+    tree = copy.deepcopy(_composed(rest))
+    for name, place in places:
+        OmegaConf.update(tree, name, place)
+    return tree
+
+
+@functools.lru_cache(maxsize=100)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base=None):
         return compose("config", list(overrides))
 

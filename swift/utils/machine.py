@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ def packages() -> dict[str, str]:
         loaded = {module.partition(".")[0] for module in sys.modules}
         by_module = metadata.packages_distributions()
         names = sorted({name for module in loaded for name in by_module.get(module, [])})
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = MISSING
-    return versions
+    return {name: _version(name) for name in names}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return MISSING
 
 
 def host() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from swift.cluster.submit import point_dir
 from swift.config.compose import load_frozen, typed
 from swift.config.launcher import dealt, frozen_device
 from swift.utils.errors import UserError
+from tests.forked import python_m
 from tests.small import DATA, MODEL, TRAINER, composed, small_store
 
 SBATCH = """#!/bin/bash
@@ -56,10 +58,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(run: Path, store: Path, *words: str) -> subprocess.CompletedProcess[str]:
     flags = [word for word in words if word == "-m"]
-    command = [sys.executable, "-m", "swift.train", *flags, "data=store", f"data.path={store}", f"run_dir={run}"]
+    command = [*flags, "data=store", f"data.path={store}", f"run_dir={run}"]
     small = [*MODEL, *DATA, *TRAINER, "parallel=ddp", "+launcher=frontier", "launcher.machine=null"]
     rest = [word for word in words if word != "-m"]
-    return subprocess.run([*command, *small, *rest], capture_output=True, text=True, cwd=run.parent)
+    return python_m("swift.train", *command, *small, *rest, cwd=run.parent, env=dict(os.environ))
 
 
 ACCOUNT = "launcher.account=abc123"
@@ -219,8 +221,8 @@ def test_a_refusal_of_the_batch_system_is_passed_on(cluster: Path, store: Path, 
 def test_the_memory_is_checked_by_the_plan(cluster: Path, tmp_path: Path) -> None:
     store = tmp_path / "not-there-yet"  # so the grid is that of the published sizes
     big = ["model=14b5", "parallel=ddp", "launcher.machine=frontier", "launcher.nodes=1"]
-    command = [sys.executable, "-m", "swift.train", "data=store", f"data.path={store}", f"run_dir={tmp_path}/run", *big]
-    done = subprocess.run([*command, "+launcher=frontier", ACCOUNT], capture_output=True, text=True)
+    words = ["data=store", f"data.path={store}", f"run_dir={tmp_path}/run", *big, "+launcher=frontier", ACCOUNT]
+    done = python_m("swift.train", *words, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == 2
     assert "model=14b5 parallel=ddp does not fit frontier: micro-batch 1 needs" in done.stderr
     assert not (cluster / "calls").exists()

@@ -17,22 +17,14 @@ from typing import Any
 
 from swift.parallel.ranks import SETTINGS
 
-SERVER_IMPORTS = [
-    "torch",
-    "lightning.pytorch",
-    "deepspeed",
-    # What DeepSpeed imports when it is set up: it loads the whole compiler of torch.
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "tests.distributed.jobs",
-]
 
-
-def _context() -> Any:
+def context() -> Any:
+    """The server that forks; it imports `tests.distributed.preload` when it starts."""
     # DeepSpeed chooses its device when it is imported, and prints what it chose.
     os.environ.update(DS_ACCELERATOR="cpu", DEEPSPEED_LOG_LEVEL="error", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SERVER_IMPORTS)
-    return context
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.distributed.preload"])
+    return found
 
 
 def _rank(job: Callable[..., Any], args: Sequence[Any], env: dict[str, str], log: str, pipe: Connection) -> None:
@@ -73,15 +65,15 @@ class Running:
             port = probe.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         shared |= {"LOCAL_WORLD_SIZE": str(ranks), SETTINGS: "unused"} | (env or {})
-        context = _context()
+        server = context()
         self._folder = tempfile.TemporaryDirectory()
         self.processes: list[Any] = []
         self._pipes: list[Any] = []
         for rank in range(ranks):
-            mine, other = context.Pipe(duplex=False)
+            mine, other = server.Pipe(duplex=False)
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             log = str(Path(self._folder.name) / f"{rank}.log")
-            process = context.Process(target=_rank, args=(job, args, own, log, other), daemon=True)
+            process = server.Process(target=_rank, args=(job, args, own, log, other), daemon=True)
             process.start()
             other.close()
             self._pipes.append(mine)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from swift.inference import embedding_parts
 from swift.inference.embed_cli import main
 from swift.inference.embedding import Embedder, Embedding
 from tests.data import scans
+from tests.forked import Forked, python_m
 from tests.inference.test_embed_cli import embed, npz
 from tests.runs import environment
 
@@ -170,18 +169,17 @@ def test_ranks_share_the_scans_out(
     assert many.num_rows == COUNT - 1
 
 
-SLOWLY = """
-import sys, time
-from swift.inference import embedding, embedding_parts
-from swift.inference.embed_cli import main
-embedding_parts.SECONDS = 0.0
-original = embedding.Embedding.prepare
-def slowly(self, scan):
-    time.sleep(1)
-    return original(self, scan)
-embedding.Embedding.prepare = slowly
-main(sys.argv[1:])
-"""
+def slowly(arguments: list[str]) -> None:
+    """`python -m swift.embed`, with a second's rest before each scan."""
+    embedding_parts.SECONDS = 0.0
+    original = Embedding.prepare
+
+    def prepare(self: Embedding, scan: Any) -> Any:
+        time.sleep(1)
+        return original(self, scan)
+
+    Embedding.prepare = prepare  # type: ignore[method-assign]
+    main(arguments)
 
 
 @pytest.mark.slow
@@ -189,9 +187,8 @@ def test_four_processes_and_a_kill(finished: Path, files: Path, tmp_path: Path) 
     out = tmp_path / "many.npz"
     arguments = [str(finished), str(files), "--quiet", "--device", "cpu", "--per", "clip", "--out"]
 
-    def start(part: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", SLOWLY, *arguments, str(out), "--part", f"{part}/4"]
-        return subprocess.Popen(command, env=environment())
+    def start(part: int) -> Forked:
+        return Forked(slowly, [*arguments, str(out), "--part", f"{part}/4"], cwd=tmp_path, env=environment())
 
     processes = [start(part) for part in (1, 2, 3, 4)]
     folder = tmp_path / ".many.npz.parts"
@@ -206,7 +203,6 @@ def test_four_processes_and_a_kill(finished: Path, files: Path, tmp_path: Path) 
     assert "0000008" not in left
     assert start(4).wait(300) == 1  # it ends last, and so says that a scan has failed
     one = tmp_path / "one.npz"
-    done = subprocess.run([sys.executable, "-m", "swift.embed", *arguments, str(one)], env=environment(), check=False)
-    assert done.returncode == 1
+    assert python_m("swift.embed", *arguments, str(one), cwd=tmp_path, env=environment()).returncode == 1
     same(out, one)
     assert not folder.exists()

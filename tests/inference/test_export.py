@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from swift.parallel.setup import resolve
 from swift.train.init_weights import start_from
 from swift.train.wiring import build_module
 from swift.utils.errors import UserError
+from tests.forked import Forked
 from tests.runs import environment, weights
 from tests.small import settings
 
@@ -204,23 +207,19 @@ def test_the_list_of_subjects_belongs_to_its_file(exported: Path, finished: Path
         export(finished, out)
 
 
-DIES = """
-import os, signal, sys
-from pathlib import Path
-from swift.inference.export import export
+def dies(run: Path, out: Path, how: str) -> None:
+    """An export that ends when the file with the weights is to get its name."""
+    put = Path.replace
 
-put = Path.replace
+    def replace(self: Path, target: Path) -> Path:
+        if str(target) == str(out):
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        return put(self, target)
 
-def replace(self, target):
-    if str(target) == sys.argv[2]:
-        if sys.argv[3] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise KeyboardInterrupt
-    return put(self, target)
-
-Path.replace = replace
-export(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
+    Path.replace = replace  # type: ignore[method-assign]
+    export(run, out)
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -228,8 +227,7 @@ def test_an_export_that_ended_between_list_and_weights_is_done_again(
     how: str, finished: Path, exported: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "model.safetensors"
-    died = subprocess.run([sys.executable, "-c", DIES, str(finished), str(out), how], env=environment(), timeout=300)
-    assert died.returncode != 0
+    assert Forked(dies, finished, out, how, cwd=tmp_path, env=environment()).wait() != 0
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ([".model.safetensors.partial", "model.subjects.json"] if how == "kill" else [])
     export(finished, out)

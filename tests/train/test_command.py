@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 
+import swift.train.wiring
 from swift.config.compose import load_frozen, typed
 from swift.data.store.writer import StoreWriter
 from swift.parallel.ranks import Place
@@ -24,7 +26,8 @@ from swift.train.wiring import build_module
 from swift.utils import jsonl
 from swift.utils.errors import UserError
 from tests.data import stores
-from tests.runs import QUIET, assert_same_run, environment, restarts, shell, start, state_of
+from tests.forked import Forked, as_command
+from tests.runs import QUIET, assert_same_run, environment, restarts, shell, shell_from_nothing, start, state_of
 from tests.small import command, composed, metrics, settings
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -182,7 +185,7 @@ def test_a_model_larger_than_the_machine(store: Path, tmp_path: Path, monkeypatc
 
 # --- the command line itself --------------------------------------------------------------------------------------
 def test_help_says_what_can_be_typed(tmp_path: Path) -> None:
-    done = shell(tmp_path, "model=51m", "--help")
+    done = shell_from_nothing(tmp_path, "model=51m", "--help")
     assert done.returncode == 0
     assert done.stderr == ""
     rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
@@ -230,26 +233,27 @@ def test_a_mistyped_command_ends_with_2_and_no_traceback(tmp_path: Path, argumen
     assert list(tmp_path.iterdir()) == []
 
 
+def dies_in_step_5(overrides: list[str]) -> None:
+    """The command, which kills itself before the optimizer has stepped."""
+
+    class Kill(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: object) -> None:
+            if trainer.global_step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    build = swift.train.wiring.build_callbacks
+    swift.train.wiring.build_callbacks = lambda *args: [*build(*args), Kill()]
+    as_command("swift.train", *overrides)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(store: Path, tmp_path: Path, finished: Path) -> None:
     """kill -9 in the middle of step 5, then the same command on the command line."""
-    again = command(store, tmp_path / "run")
-    killer = (
-        "import os, signal, sys; import swift.train.wiring; import lightning.pytorch as pl\n"
-        "from swift.train.__main__ import main\n"
-        "class Kill(pl.Callback):\n"
-        "    def on_before_optimizer_step(self, trainer, *args):\n"
-        "        if trainer.global_step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "build = swift.train.wiring.build_callbacks\n"
-        "swift.train.wiring.build_callbacks = lambda *args: [*build(*args), Kill()]\n"
-        "main()\n"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", killer, *again], cwd=tmp_path, env=environment(), capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL
+    again = command(store, tmp_path / "run", QUIET)
+    killed = Forked(dies_in_step_5, again, cwd=tmp_path, env=environment())
+    assert killed.wait() == -signal.SIGKILL
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 3, 4]
-    done = shell(tmp_path, *again)
+    done = shell_from_nothing(tmp_path, *again)
     assert done.returncode == 0, done.stderr
     # The lines of swift's own log reach the terminal, whatever Hydra does to logging.
     assert f"pretrain: model tiny, 29,072 parameters, run directory {tmp_path / 'run'}" in done.stderr
@@ -266,27 +270,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(store: Path, tmp_path: Path, fini
 )
 def test_ctrl_c_is_130_and_says_how_to_go_on(store: Path, tmp_path: Path, val_every: int, at: int, says: str) -> None:
     endless = command(store, tmp_path / "run", "trainer.max_steps=1000000", f"trainer.val_every={val_every}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "swift.train", *endless],
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        # What runs in the background of a shell ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr is not None
-    try:
-        said = ""
-        for line in process.stderr:
-            said += line
-            if (step := re.match(r"step (\d+)", line)) and int(step[1]) >= at:
-                process.send_signal(signal.SIGINT)
-                break
-        said += process.communicate(timeout=120)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130, said
+    process = Forked(as_command, "swift.train", *endless, cwd=tmp_path, env=environment())
+    while process.alive():
+        if any(int(step) >= at for step in re.findall(r"^step (\d+)", process.stderr, re.MULTILINE)):
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.05)
+    status, said = process.wait(120), process.stderr
+    assert status == 130, said
     assert says.format(run=tmp_path / "run") in said
     assert said.rstrip().endswith("stopped")
     assert "Traceback" not in said

@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_the_same_command_goes_on_and_a_finished_run_stays_as_it_is(
     store: Path, tmp_path: Path, stop_at: Callable[[int], None], finished: Path
 ) -> None:
-    again = command(store, tmp_path / "run")
+    again = command(store, tmp_path / "run", QUIET)
     stop_at(5)
     with pytest.raises(KeyboardInterrupt):
         start(*again)
@@ -88,11 +88,11 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
 ) -> None:
     stop_at(2)
     with pytest.raises(KeyboardInterrupt):
-        start(*command(store, tmp_path / "run"))
+        start(*command(store, tmp_path / "run", QUIET))
     with pytest.raises(UserError, match="has no checkpoint yet; repeat its first command with run_dir="):
         start(f"resume={tmp_path / 'run'}")
     stop_at(100)
-    start(*command(store, tmp_path / "run"))
+    start(*command(store, tmp_path / "run", QUIET))
     assert_same_run(finished, tmp_path / "run")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,9 +22,11 @@ from swift.data.ingest.bids import find_sources
 from swift.data.ingest.pipeline import ingest
 from swift.data.ingest.prepare import Recipe, prepare
 from swift.data.ingest.sources import Source
-from swift.data.store.reader import Store
+from swift.data.store.reader import Store, StoreWriter
 from swift.utils.errors import BadScan, UserError
 from tests.data import scans
+from tests.forked import Forked, as_command, python_m
+from tests.runs import environment
 
 RECIPE = Recipe(grid=(24, 24, 24), spacing=4.0)
 
@@ -166,20 +169,18 @@ def test_two_workers_give_the_bytes_of_one(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "manifest.csv").read_bytes() == (tmp_path / "two" / "manifest.csv").read_bytes()
 
 
-KILLED = """
-import os, signal, sys
-from swift.data.__main__ import main
-from swift.data.store.writer import StoreWriter
-add, left = StoreWriter.add, int(sys.argv.pop(1))
-def last(*args):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return add(*args)
-StoreWriter.add = last
-main()
-"""
+def killed_after(scans: int, words: list[str]) -> None:
+    """`python -m swift.data`, which kills itself with the scan after these in hand."""
+    add, left = StoreWriter.add, [scans]
+
+    def last(*args: Any) -> Any:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return add(*args)
+
+    StoreWriter.add = last  # type: ignore[method-assign]
+    as_command("swift.data", *words)
 
 
 @pytest.mark.slow
@@ -188,15 +189,12 @@ def test_killed_and_continued_gives_the_same_store(tmp_path: Path) -> None:
     dataset = scans.dataset(tmp_path / "d", subjects=5)
     words = ["ingest", str(dataset), "--out", str(tmp_path / "s")]
     words += ["--grid", "24", "--spacing", "4", "--workers", "1", "--quiet"]
-    for more, whole in (
-        ("1", 1),
-        ("2", 3),
-    ):  # scans staged by this start and by all
-        killed = subprocess.run([sys.executable, "-c", KILLED, more, *words], capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    for more, whole in ((1, 1), (2, 3)):  # scans staged by this start and by all
+        killed = Forked(killed_after, more, words, cwd=tmp_path, env=environment())
+        assert killed.wait() == -signal.SIGKILL, killed.stderr
         assert len(list((tmp_path / "s" / "staging").glob("[!.]*.h5"))) == whole
-    done = subprocess.run([sys.executable, "-m", "swift.data", *words], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+    done = python_m("swift.data", *words, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
     ingest(find_sources([dataset]), tmp_path / "whole", RECIPE)
     assert shard_bytes(tmp_path / "s") == shard_bytes(tmp_path / "whole")
     assert (tmp_path / "s" / "manifest.csv").read_bytes() == (tmp_path / "whole" / "manifest.csv").read_bytes()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,8 @@ from swift.utils.errors import UserError
 from tests.data import scans
 from tests.data.store.test_spaces import as_version_1
 from tests.data.stores import GRID, build, content, scan
+from tests.forked import Forked, as_command
+from tests.runs import environment
 
 RECIPE = Recipe(grid=(24, 24, 24), spacing=4.0)
 SHARD = 40_000
@@ -160,24 +160,23 @@ def test_where_phases_do_not_agree_the_sources_are_asked_for(tmp_path: Path) -> 
 def test_four_points_of_a_job_array_and_a_kill(tmp_path: Path) -> None:
     """Four processes, one killed in the middle and started again, a join killed and started again."""
     dataset = scans.dataset(tmp_path / "d", subjects=9, frames=60)
-    words = [sys.executable, "-m", "swift.data", "ingest", str(dataset), "--grid", "24", "--spacing", "4"]
+    words = ["swift.data", "ingest", str(dataset), "--grid", "24", "--spacing", "4"]
     words += ["--workers", "1", "--quiet", "--shard-gb", str(SHARD / 1e9)]
 
-    def point(number: int) -> subprocess.Popen[bytes]:
+    def point(number: int) -> Forked:
         more = ["--part", f"{number}/4", "--out", str(tmp_path / f"part{number}")]
-        return subprocess.Popen([*words, *more], stdout=subprocess.DEVNULL)
+        return Forked(as_command, *words, *more, cwd=tmp_path, env=environment())
 
     running = {number: point(number) for number in (1, 2, 3, 4)}
     until = time.monotonic() + 120
-    while not list((tmp_path / "part2").glob("staging/[!.]*.h5")) and running[2].poll() is None:
+    while not list((tmp_path / "part2").glob("staging/[!.]*.h5")) and running[2].alive():
         assert time.monotonic() < until
         time.sleep(0.002)
     running[2].send_signal(signal.SIGKILL)
-    for process in running.values():
-        process.wait()
-    assert [running[number].returncode for number in (1, 3, 4)] == [0, 0, 0]
+    ended = {number: process.wait() for number, process in running.items()}
+    assert [ended[number] for number in (1, 3, 4)] == [0, 0, 0]
     parts = [tmp_path / f"part{number}" for number in (1, 2, 3, 4)]
-    if running[2].returncode == -signal.SIGKILL:
+    if ended[2] == -signal.SIGKILL:
         with pytest.raises(UserError):
             join(parts, tmp_path / "joined", SHARD)
     assert point(2).wait() == 0

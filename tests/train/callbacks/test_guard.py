@@ -20,7 +20,7 @@ from swift.train.callbacks.guard import precision_of
 from swift.utils import jsonl
 from tests.cohort import cohort, task_command
 from tests.distributed import plants
-from tests.runs import start, weights
+from tests.runs import QUIET, start, weights
 from tests.small import command
 
 pytestmark = [pytest.mark.usefixtures("alone")]
@@ -232,7 +232,7 @@ def test_a_scans_own_maps_are_made_again_for_a_replay(
     original = swift.train.wiring.build_callbacks
     planted = plants.Plants([(2, 0, "nan")])
     monkeypatch.setattr(swift.train.wiring, "build_callbacks", lambda *args: [planted, *original(*args)])
-    start(*command(store, tmp_path / "run", "model.maps=2", "trainer.max_steps=3", "trainer.accelerator=cpu"))
+    start(*command(store, tmp_path / "run", QUIET, "model.maps=2", "trainer.max_steps=3", "trainer.accelerator=cpu"))
     done = replay.replay(batch_file(tmp_path / "run", 2))
     assert done.exact
     assert done.same
@@ -251,6 +251,7 @@ def test_a_real_run_raises_no_alarm(store: Path, tmp_path: Path) -> None:
         "trainer.max_steps=1000",
         "trainer.val_every=1000",
         "trainer.val_batches=1",
+        "trainer.log_every=100",
         "optimizer.warmup_steps=20",
     ]
     found = plants.train(store, tmp_path, settings, [])

@@ -20,7 +20,7 @@ from swift.cluster.status import describe
 from swift.train.callbacks.signals import Heartbeat, StopOnSignal
 from swift.utils import jsonl
 from swift.utils.entry import INTERRUPTED_STATUS, STOPPED_STATUS
-from tests.runs import assert_same_run, restarts, start
+from tests.runs import QUIET, assert_same_run, restarts, start
 from tests.small import command
 
 
@@ -54,14 +54,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     before = signal.getsignal(number)
     ask_at(step, number)
     with pytest.raises(SystemExit) as stop:
-        start(*command(store, tmp_path / "run"))
+        start(*command(store, tmp_path / "run", QUIET))
     assert stop.value.code == STOPPED_STATUS == 75
     assert signal.getsignal(number) == before
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{step + 1:07d}"
     [beat] = [json.loads(path.read_text()) for path in (tmp_path / "run" / "heartbeats").iterdir()]
     assert (beat["state"], beat["step"]) == ("stopped", step + 1)
     ask_at(100, number)
-    start(*command(store, tmp_path / "run"))
+    start(*command(store, tmp_path / "run", QUIET))
     assert_same_run(finished, tmp_path / "run")
     assert restarts(tmp_path / "run") == [step + 1]
 
@@ -74,7 +74,7 @@ def test_ctrl_c_saves_too(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ask_at(3, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        start(*command(store, tmp_path / "run"))
+        start(*command(store, tmp_path / "run", QUIET))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "saving and stopping at the end of this step; Ctrl-C again stops now" in capfd.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-0000004"

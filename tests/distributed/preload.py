@@ -1,0 +1,28 @@
+"""What the server of tests.distributed.ranks does once before it forks, so that no rank does it again.
+
+Imports that Lightning, DeepSpeed and Hydra put off until a run begins, and Hydra's search for plug-ins.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from tests.small import settings
+
+MODULES = [
+    "torch",
+    "torch.utils.tensorboard",
+    "torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook",
+    "lightning.pytorch",
+    "setuptools",
+    "distutils.ccompiler",
+    "deepspeed",
+    # What DeepSpeed imports when it is set up: it loads the whole compiler of torch.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "tests.distributed.jobs",
+    "tests.distributed.tasks",
+]
+
+for _module in MODULES:
+    importlib.import_module(_module)
+settings()

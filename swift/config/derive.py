@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from swift.config.names import options_first
+from swift.config.schema import TrainerConfig
 from swift.utils.errors import UserError
 
 log = logging.getLogger("swift.config")
@@ -34,6 +35,16 @@ _V1_NAME = re.compile(rb"\b(?:patch_embed\.fc|pos_embeds\.\d+\.\w+_embed|layers\
 """Names of tensors that only SwiFT v1 has; as `swift.models.v1` knows them, which needs torch."""
 TEXTS = ("task.target.classes", "task.target.column", "task.target.contrasts", "data.exclude")
 """Settings that hold names of the user's own."""
+
+
+def log_every(trainer: TrainerConfig, on_cpu: bool) -> int:
+    """Optimizer steps between logged points: what is asked for, else what a device can stand.
+
+    On a GPU the host works ahead, and reading a number makes it wait for all the work it has queued.
+    """
+    if trainer.log_every is not None:
+        return trainer.log_every
+    return 2 if on_cpu else max(1, min(50, trainer.max_steps // 20))
 
 
 def fill_grid(data: dict[str, Any]) -> None:

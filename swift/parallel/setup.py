@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from swift.config.check import cannot_compile
-from swift.config.schema import Config, TrainerConfig
+from swift.config.derive import log_every
+from swift.config.schema import Config
 from swift.parallel.ranks import Place, current_place
 from swift.plan.geometry import Geometry, geometry_of
 from swift.utils import device
@@ -54,7 +55,7 @@ def resolve(cfg: Config) -> Setup:
     accelerator = accelerator_of(cfg)
     geometry = geometry_of(cfg)
     compiled, why = _compile(cfg, accelerator)
-    trainer = replace(cfg.trainer, log_every=_log_every(cfg.trainer, accelerator))
+    trainer = replace(cfg.trainer, log_every=log_every(cfg.trainer, accelerator == "cpu"))
     cfg = replace(cfg, trainer=trainer, parallel=replace(cfg.parallel, compile=compiled))
     return Setup(cfg, current_place(), accelerator, _precision(cfg, accelerator), geometry, why)
 
@@ -79,16 +80,6 @@ def _compile(cfg: Config, accelerator: str) -> tuple[bool, str]:
     if lacks:
         return False, f"parallel.compile=false: torch.compile needs {lacks}; training goes on without, slower"
     return True, "parallel.compile=true, as on every GPU unless it is set: the first steps take up to a minute longer"
-
-
-def _log_every(trainer: TrainerConfig, accelerator: str) -> int:
-    """Optimizer steps between logged points: what is asked for, else what a device can stand.
-
-    On a GPU the host works ahead, and reading a number makes it wait for all the work it has queued.
-    """
-    if trainer.log_every is not None:
-        return trainer.log_every
-    return 2 if accelerator == "cpu" else max(1, min(50, trainer.max_steps // 20))
 
 
 def accelerator_of(cfg: Config) -> str:

@@ -128,6 +128,12 @@ class Site:
     """Seconds a doubling of ranks adds to a collective."""
     usable_memory: float
     """Part of the device's memory for the training; the rest is for the runtime, communication, fragmentation."""
+    filesystem: float | None = None
+    """Bytes/s of the file system that all nodes share; None: not known."""
+    failure_hours: float | None = None
+    """Hours between two failures of a run, times its devices; None: not known."""
+    restart: float = 120.0
+    """Seconds from a failure to training again."""
 
 
 def site_names() -> list[str]:
@@ -156,6 +162,7 @@ def site_from(name: str, values: dict[str, object], path: Path) -> Site:
     Raises:
         UserError: a value is missing, unknown or not a number above 0, or the device is not in the table.
     """
+    optional = {"filesystem_gb_s": GIGA, "failure_hours": 1.0, "restart_s": 1.0}
     numbers = {
         "devices_per_node": 1.0,
         "link_gb_s": GIGA,
@@ -168,9 +175,13 @@ def site_from(name: str, values: dict[str, object], path: Path) -> Site:
         "latency_us": 1e-6,
         "usable_memory": 1.0,
     }
-    missing = ({"device"} | numbers.keys()) ^ values.keys()
+    missing = ({"device"} | numbers.keys()) ^ (values.keys() - optional.keys())
     if missing:
-        raise UserError(f"{path}: must hold exactly device, {', '.join(numbers)}; check {', '.join(sorted(missing))}")
+        raise UserError(
+            f"{path}: must hold exactly device, {', '.join(numbers)}, and may hold {', '.join(optional)}; check "
+            f"{', '.join(sorted(missing))}"
+        )
+    numbers |= {key: scale for key, scale in optional.items() if key in values}
     if values["device"] not in DEVICES:
         raise UserError(f"{path}: device={values['device']}: known are {', '.join(DEVICES)}")
     scaled: dict[str, float] = {}
@@ -179,7 +190,7 @@ def site_from(name: str, values: dict[str, object], path: Path) -> Site:
         fraction = key.endswith("_fraction") or key == "usable_memory"
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= (1 if fraction else 1e9):
             raise UserError(f"{path}: {key}={value}: must be a number above 0" + (" and at most 1" if fraction else ""))
-        scaled[key.removesuffix("_gb_s").removesuffix("_gb").removesuffix("_us")] = value * scale
+        scaled[re.sub(r"_(gb_s|gb|us|s)$", "", key)] = value * scale
     device = DEVICES[str(values["device"])]
     devices = int(scaled.pop("devices_per_node"))
     return Site(name, device, device.name, devices, device.memory, **scaled)

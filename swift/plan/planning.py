@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from swift.config.schema import Config
 from swift.plan.activations import CHECKPOINTING
 from swift.plan.devices import GIB, Site
+from swift.plan.file_system import Demand, Goodput, demand, goodput
 from swift.plan.geometry import Geometry, geometry_of
 from swift.plan.memory import MB, Memory, Sharding, largest_micro_batch, linear_layers, memory, sharding_of
 from swift.plan.step_time import StepTime, step_time
@@ -51,6 +52,10 @@ class Plan:
     time_largest: StepTime | None
     """With the largest micro-batch that fits."""
     suggestions: list[str]
+    files: Demand
+    """Of the run as it is set, on the file system."""
+    goodput: Goodput | None
+    """None where a step's time or the site's failures are not known."""
     faster: str | None = None
     """hsdp: a group that fits and takes less time, and how much."""
 
@@ -242,6 +247,8 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
     faster = None
     if better is not None:
         faster = f"parallel.group={better[0]} ({better[1].seconds:.3f} s, {better[1].clips_per_second:,.1f} clips/s)"
+    time = step_time(geometry, sharding, site, micro_batch)
+    files = demand(cfg, site, nodes, sharding, geometry.total_parameters, micro_batch, time)
     return Plan(
         cfg=cfg,
         site=site,
@@ -251,9 +258,11 @@ def make_plan(cfg: Config, site: Site, nodes: int, micro_batch: int, clips: floa
         geometry=geometry,
         sharding=sharding,
         options=options,
-        time=step_time(geometry, sharding, site, micro_batch),
+        time=time,
         time_largest=step_time(geometry, sharding, site, chosen.largest) if chosen.largest else None,
         suggestions=[] if chosen.fits else suggest(geometry, sharding, site, nodes),
+        files=files,
+        goodput=goodput(cfg, site, sharding, geometry.total_parameters, time, files.checkpoint_seconds),
         faster=faster,
     )
 

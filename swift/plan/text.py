@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from swift.data.store.shards import OPEN_SHARDS
 from swift.plan.devices import GIB, TERA
+from swift.plan.file_system import RESUME_OPENS
 from swift.plan.flops import flops_by_part, model_flops
 from swift.plan.planning import Plan, available_bytes, why_not
 from swift.plan.step_time import StepTime, recomputed_flops, traffic
 
 GIGA = 1e9
+MEGA = 1e6
 WIDTH = 26
 
 
@@ -102,6 +105,69 @@ def _timing(plan: Plan, time: StepTime, micro_batch: int) -> list[str]:
     ]
 
 
+def _amount(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / GIGA:,.1f} GB" if size >= GIGA else f"{size / MEGA:,.2f} MB"
+
+
+def _input(plan: Plan) -> list[str]:
+    """What the clips cost the file system."""
+    files, rate = plan.files, plan.site.filesystem
+    of = "means of the store" if files.scans.known else f"{files.scans.voxels:,.0f} brain voxels, assumed"
+    line = f"files: a clip is {_amount(files.clip)} read ({of})"
+    if plan.cfg.data.stage_dir:
+        return [f"{line}; from the nodes' own disks (data.stage_dir), which get their copies at the start"]
+    if not files.input:
+        return [line]
+    lines = [f"{line}, {_amount(files.input)}/s by all ranks"]
+    if rate is None or files.nodes is None:
+        lines.append("  no limit known: the site names no filesystem_gb_s")
+    elif files.input > rate:
+        lines.append(f"  MORE than the file system's {rate / GIGA:,.0f} GB/s, which serve {files.nodes:,} such nodes")
+    else:
+        share = f"{100 * files.input / rate:.2g} % of the file system's {rate / GIGA:,.0f} GB/s"
+        lines.append(f"  {share}, which would serve {files.nodes:,} such nodes")
+    if files.reopened:
+        lines.append(f"  {files.reopened:,.1f} files a second opened again: a rank keeps {OPEN_SHARDS} shards open")
+    return lines
+
+
+def _files(plan: Plan) -> list[str]:
+    """What the run asks of the file system that all nodes share."""
+    files = plan.files
+    lines = [
+        *("", *_input(plan)),
+        f"  up to its first step a rank opens {files.opens} files at most, and {RESUME_OPENS} more to go on from a "
+        "checkpoint (imports not counted)",
+    ]
+    seconds = (
+        "" if files.checkpoint_seconds is None else f", {files.checkpoint_seconds:.2g} s at the file system's rate"
+    )
+    size = _amount(files.checkpoint_bytes)
+    lines.append(f"  a checkpoint is {files.checkpoint_files:,} files, {size} and their headers{seconds}")
+    if files.heartbeats is not None and files.log_writes is not None:
+        beats, logs = f"{files.heartbeats:.2g} heartbeats", f"{files.log_writes:.2g} times to its logs"
+        lines.append(f"  rank 0 writes {beats} and {logs} a second")
+    return lines
+
+
+def _steps(number: int) -> str:
+    return "step" if number == 1 else f"{number:,} steps"
+
+
+def _goodput(plan: Plan) -> list[str]:
+    """What failures and saves leave of the time."""
+    found = plan.goodput
+    if found is None:
+        why = "the site names no failure_hours" if plan.time else "no step time"
+        return [f"goodput: not known ({why})"]
+    return [
+        f"goodput {100 * found.share:.1f} %, saving every {found.every:,} steps, with a failure every "
+        f"{found.between / 3600:,.1f} h and {plan.site.restart:.0f} s to go on",
+        f"  at most {100 * found.best_share:.1f} %, saving every {_steps(found.best_every)} (Young's rule)",
+    ]
+
+
 def _assumptions(plan: Plan) -> list[str]:
     site = plan.site
     lines = ["", "Assumed, not measured:"]
@@ -110,7 +176,7 @@ def _assumptions(plan: Plan) -> list[str]:
             f"  matrix products reach {100 * site.matmul_fraction:.0f} % of peak, elementwise operations "
             f"{100 * site.bandwidth_fraction:.0f} % of the memory bandwidth, collectives "
             f"{100 * site.link_fraction:.0f} % of a link",
-            "  data arrive in time; no checkpoint is written; torch.compile is not counted",
+            "  in the step time data arrive in time and no checkpoint is written; torch.compile is not counted",
         ]
     lines.append(
         f"  {100 * site.usable_memory:.0f} % of the device's {site.device_memory / GIB:.1f} GiB can be used; attention "
@@ -131,6 +197,7 @@ def plan_text(plan: Plan) -> str:
         lines += _timing(plan, plan.time, plan.micro_batch)
         if plan.time_largest is not None and largest != plan.micro_batch:
             lines += _timing(plan, plan.time_largest, largest)
+    lines += [*_files(plan), *_goodput(plan)]
     lines.append("")
     if plan.chosen.fits:
         lines.append(f"FITS, with micro-batch up to {largest}")
@@ -195,6 +262,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "clips": plan.clips,
         "fits": plan.chosen.fits,
         "suggestions": plan.suggestions,
+        "filesystem": plan.site.filesystem,
+        "files": asdict(plan.files) | {"scans": asdict(plan.files.scans) if plan.files.scans.known else None},
+        "goodput": None if plan.goodput is None else asdict(plan.goodput),
         "faster": plan.faster,
     }
 

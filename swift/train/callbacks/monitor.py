@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import psutil
 import torch
 
+from swift.plan.file_system import MONITOR_SECONDS
 from swift.utils import device
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Monitor(pl.Callback):
         clock: Gives monotonic seconds.
     """
 
-    def __init__(self, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seconds: float = MONITOR_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
         self._clock = clock
         self._last = -float("inf")

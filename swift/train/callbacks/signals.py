@@ -18,6 +18,7 @@ import torch
 
 from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.parallel.ranks import current_place
+from swift.plan.file_system import HEARTBEAT_SECONDS
 from swift.utils.entry import INTERRUPTED_STATUS, STOPPED_STATUS
 from swift.utils.files import replace_text
 
@@ -109,7 +110,9 @@ class Heartbeat(pl.Callback):
         clock: Gives unix seconds.
     """
 
-    def __init__(self, run_dir: str | Path, every: float = 2.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, run_dir: str | Path, every: float = HEARTBEAT_SECONDS, clock: Callable[[], float] = time.time
+    ) -> None:
         self.run_dir = Path(run_dir)
         self._clock, self._every = clock, every
         began = clock()

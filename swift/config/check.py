@@ -32,6 +32,7 @@ CHOICES = {
     "model.tokens": ("box", "brain"),
     "data.name": ("sample", "synthetic", "store"),
     "data.layout": ("swift", "swift_v1"),
+    "data.brain": ("scan", "cohort"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
     "task.mask_kind": ("random", "tube", "temporal"),
     "task.hidden": ("token", "drop"),
@@ -201,6 +202,7 @@ def _check_drop(task: TaskConfig, model: ModelConfig, data: DataConfig, unit: li
 
 def check_tokens(cfg: Config) -> None:
     """Raise UserError for what a model on brain tokens cannot do."""
+    check_cohort(cfg)
     if cfg.model.tokens == "box":
         return
     legal = "model.tokens=brain has no tokens outside the brain: take false, or model.tokens=box"
@@ -208,6 +210,27 @@ def check_tokens(cfg: Config) -> None:
     dropped = cfg.task.target is None and cfg.task.hidden == "drop"
     legal = "task.hidden=drop shows units of the brain only, and computes all of their tokens: take model.tokens=box"
     require(not dropped, "model.tokens", "brain", legal)
+
+
+def check_cohort(cfg: Config) -> None:
+    """Raise UserError where the cells of a cohort's brains are not those of the clips."""
+    cohort, brain = cfg.model.cohort, cfg.data.brain
+    if brain == "scan":
+        legal = "the model has the tokens of its cohort (model.cohort): leave it at cohort"
+        require(cohort is None, "data.brain", brain, legal)
+        return
+    legal = "is about the tokens of model.tokens=brain; model.tokens=box computes all"
+    require(cfg.model.tokens == "brain", "data.brain", brain, legal)
+    legal = "is not built with data.layout=swift_v1, which moves the brains: take scan"
+    require(cfg.data.layout == "swift", "data.brain", brain, legal)
+    if cohort is None:
+        return  # filled in when the stores are opened
+    there = cohort.partition(":")[0]
+    cells = [-(-n // p) for n, p in zip(cfg.data.grid, cfg.model.patch_size)]
+    legal = (
+        f"has {'x'.join(map(str, cells))} patches, but model.cohort was made for {there}: it belongs to another grid"
+    )
+    require(there == "x".join(map(str, cells)), "data.grid", list(cfg.data.grid), legal)
 
 
 def check_optimizer(cfg: OptimizerConfig) -> None:
@@ -271,9 +294,8 @@ def check_guard(cfg: GuardConfig) -> None:
 def cannot_compile(cfg: Config) -> tuple[str, object, str] | None:
     """The setting with which blocks cannot be compiled, its value and what is legal; None: there is none."""
     parallel, compiled = cfg.parallel, ("parallel.compile", True)
-    if cfg.model.tokens == "brain":
-        legal = "brains differ in their tokens, and each would be a graph of its own: take false, or model.tokens=box"
-        return *compiled, legal
+    if cfg.model.tokens == "brain" and cfg.data.brain == "scan":
+        return *compiled, "each brain would be a graph of its own: take data.brain=cohort, model.tokens=box, or false"
     if cfg.task.target is None and cfg.task.hidden == "drop":
         return *compiled, "is not built with task.hidden=drop: its third stage has tokens of other places in every clip"
     if parallel.activation_checkpointing == "selective":

@@ -218,8 +218,8 @@ def differences(before: Config, after: Config) -> list[str]:
     return sorted(name for name in old if old[name] != new[name])
 
 
-LEFT_OPEN = (("trainer", "log_every"), ("parallel", "compile"))
-"""Settings whose null a run replaces by what suits its machine, and freezes."""
+LEFT_OPEN = (("trainer", "log_every"), ("parallel", "compile"), ("model", "cohort"))
+"""Settings whose null a run replaces by what suits its machine or its stores, and freezes."""
 
 
 def as_begun(cfg: Config, run_dir: Path) -> Config:

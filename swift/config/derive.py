@@ -112,6 +112,8 @@ def take_model(tree: DictConfig, overrides: Iterable[str]) -> None:
     if model is None:
         return
     kept = {name.partition(".")[2] for name in names if name.startswith("model.")}
+    # Of the stores there; with data.brain=cohort those of this run are looked at.
+    model.pop("cohort", None)
     with open_dict(tree):
         own = {name: tree.model[name] for name in kept if name in tree.model}
         tree.model = OmegaConf.create({**model, **own})

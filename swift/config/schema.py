@@ -72,6 +72,9 @@ class ModelConfig:
     tokens: str = "box"
     """box: every cell of the grid is a token | brain: only those with a brain voxel are computed, attended to and
     merged; not of model=v1."""
+    cohort: Optional[str] = None
+    """Filled in from the masks of the stores with data.brain=cohort: the cells that are tokens in every clip, as
+    `swift.utils.bits` writes them. null: each clip has those of its own scan's brain."""
     attention_base_width: Optional[int] = None
     """muP: embed_dim at which attention scores are divided by sqrt(head_dim) as usual; the divisor then grows like
     head_dim. Follows optimizer.base_width; null: sqrt(head_dim) at every width."""

@@ -95,5 +95,8 @@ class DataConfig:
     before there was a second one do not name it."""
     repeat_batch: bool = False
     """Train on the first batch again and again, without any input: what a step costs without it (scaling studies)."""
+    brain: str = "scan"
+    """Whose brain decides on the tokens of model.tokens=brain. scan: that of a clip's own scan | cohort: all cells that
+    hold brain in some scan of the stores, the same for every clip, so that no shape changes from step to step."""
     exclude: list[str] = field(default_factory=list)
     """Scans or subjects to leave out, by the names that `swift.data info --scans` shows."""

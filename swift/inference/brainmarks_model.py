@@ -202,7 +202,8 @@ class BrainmarksModel(nn.Module):
             background = float(packed["background"])
             clips = to_dense(some, self.contract.grid, self.contract.frames, background, layout=self.layout)
             features = self.encoder(clips["bold"], clips["brain"])[self.stage].float()
-            pooled.append(pool(features, brain_tokens(clips["brain"], self.patch, self.stage)).mean(1))
+            inside = self.encoder.inside(clips["brain"])
+            pooled.append(pool(features, brain_tokens(inside, self.patch, self.stage)).mean(1))
             tokens.append(features[:, self.tokens].transpose(1, 2).flatten(0, 2))
         return torch.cat(pooled).mean(0), torch.cat(tokens)
 

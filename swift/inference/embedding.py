@@ -90,7 +90,7 @@ def embed_batch(encoder: Any, bold: Tensor, brain: Tensor, stages: Sequence[int]
         One (B, t, E) float32 for each of `stages`.
     """
     features = encoder(bold, brain)
-    patch = encoder.cfg.patch_size
+    patch, brain = encoder.cfg.patch_size, encoder.inside(brain)
     return [pool(features[stage].float(), brain_tokens(brain, patch, stage)) for stage in stages]
 
 

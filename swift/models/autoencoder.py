@@ -19,6 +19,7 @@ from swift.models.init import FIRST_WEIGHT, NORMAL, STD, ZERO, Init
 from swift.models.layers import tokens_along
 from swift.models.maps import LinearPart, Maps
 from swift.models.packed import patches, to_places
+from swift.models.pooling import brain_tokens
 from swift.models.row_loss import mean_of_clips, row_sums
 from swift.models.token_sets import TokenSet
 
@@ -56,6 +57,9 @@ class MaskedAutoencoder(nn.Module):
         where = self.encoder.token_sets(brain, x)
         if where is None or self.linear is not None or not isinstance(self.decoder, LocalDecoder):
             return None
+        if self.encoder.cohort is not None:
+            # What is hidden in another scan's brain only counts nowhere.
+            mask = mask & brain_tokens(brain, self.encoder.cfg.patch_size, 0).unsqueeze(-1)
         return to_places(mask, where[0]).flatten().nonzero().squeeze(1)
 
     def forward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from swift.models.init import draw
 from swift.models.layers import AbsolutePosition, AxialPosition, PatchEmbed, PatchMerging, Residual, token_grid
 from swift.models.packed import to_grid
 from swift.models.rope import WindowRotary
-from swift.models.token_sets import TokenSet, token_sets
+from swift.models.token_sets import TokenSet, kept_sets, token_sets
+from swift.utils.bits import from_text
 
 SPACE, TIME, JOINT = (0, 1, 2), (3,), (0, 1, 2, 3)
 
@@ -162,6 +164,18 @@ class SwinEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(cfg.embed_dim * 2 ** (len(cfg.depths) - 1))
         draw(self)
+        self.cohort = None if cfg.cohort is None else self._cohort(cfg.cohort)
+        self._inside: dict[torch.device, Tensor] = {}
+
+    def _cohort(self, text: str) -> np.ndarray:
+        """Cells that are tokens in every clip, bool (x, y, z)."""
+        cells = from_text(text)
+        if cells.shape != self.grids[0][:3]:
+            raise ValueError(
+                f"model.cohort has {'x'.join(map(str, cells.shape))} cells, but clips of {self.volume[:3]} voxels have "
+                f"{'x'.join(map(str, self.grids[0][:3]))} patches: it belongs to another grid"
+            )
+        return cells
 
     def blocks(self) -> list[nn.Module]:
         """The parts that repeat, in the order they run."""
@@ -171,14 +185,30 @@ class SwinEncoder(nn.Module):
         """With tokens=brain: which tokens exist at every stage, of clips like x.
 
         Args:
-            brain: bool (B, X, Y, Z); None: everywhere.
+            brain: bool (B, X, Y, Z); None: everywhere. With data.brain=cohort it decides nothing.
             x: (B, C_in, X, Y, Z, T).
         """
         if self.cfg.tokens == "box":
             return None
+        if self.cohort is not None:
+            present = np.broadcast_to(self.cohort, (len(x), *self.cohort.shape))
+            return kept_sets(present, len(self.stages), x.device)
         if brain is None:
             brain = torch.ones(len(x), *x.shape[2:5], dtype=torch.bool, device=x.device)
         return token_sets(brain, self.cfg.patch_size, len(self.stages))
+
+    def inside(self, brain: Tensor) -> Tensor:
+        """Voxels of brains that lie in a token, bool (B, X, Y, Z): all, but for brains beyond those of the cohort."""
+        if self.cohort is None:
+            return brain
+        if brain.device not in self._inside:
+            cells = self.cohort
+            for axis, size in enumerate(self.cfg.patch_size[:3]):
+                cells = cells.repeat(size, axis)
+            x, y, z = self.volume[:3]
+            with torch.inference_mode(False):
+                self._inside[brain.device] = torch.from_numpy(cells[:x, :y, :z].copy()).to(brain.device)
+        return brain & self._inside[brain.device]
 
     def embed(self, x: Tensor, where: Sequence[TokenSet] | None = None) -> Tensor:
         """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, E) patch tokens, before positions; (P, t, E) of `where`."""

@@ -180,7 +180,7 @@ class TargetModel(nn.Module):
         courses = self._courses(x, brain, maps)
         if isinstance(self.head, MapHead):
             return self.head(self.encoder(x, brain), x, brain, courses)
-        return self.head(self.encoder(x, brain)[-1], brain, x.shape[-1], courses)
+        return self.head(self.encoder(x, brain)[-1], self.encoder.inside(brain), x.shape[-1], courses)
 
     other_forwards = ("pooled", "decode")
     """Methods that compute with weights beside `forward`: fully_shard gathers those of the root for them too."""

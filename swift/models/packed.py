@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swift.models.rope import WindowRotary, rotate
-from swift.models.token_sets import TokenSet, Windows
+from swift.models.rope import WindowRotary, rotate, rotate_real
+from swift.models.token_sets import Layout, TokenSet, Windows
 
 MULTIPLE = {"cpu": 1, "meta": 1}
 """Windows of a device get empty slots up to a multiple of so many places. On a CPU no score is wasted, and a call of
@@ -136,6 +136,8 @@ def _rotated(rotary: WindowRotary, qk: Tensor, windows: Windows) -> Tensor:
     table = rotary.rotations[..., : windows.run.size, :, :].flatten(0, 2)
     # Windows of one place have position 0 in space.
     turned = table[:1, None] if windows.cells is None else table[windows.cells]
+    if torch.compiler.is_compiling():
+        return rotate_real(qk, turned[:, None, :, :, None, None])
     return rotate(qk, torch.view_as_complex(turned)[:, None, :, :, None, None])
 
 
@@ -157,12 +159,17 @@ def _attend(layer: AttentionLayer, qkv: Tensor, windows: Windows) -> Tensor:
     return out.transpose(1, 2).reshape(windows.rows, -1)
 
 
-def attention(layer: AttentionLayer, x: Tensor, where: TokenSet) -> Tensor:
-    """Attention inside the windows of the grid, among the tokens that exist: (P, T, C) -> the same."""
+def layout_of(layer: AttentionLayer, x: Tensor, where: TokenSet) -> Layout:
+    """How an attention takes tokens (P, T, C); made once. A compiled forward pass finds it, and could not make it."""
     window = layer.window_on((*where.grid, x.shape[1]))
     table = window if layer.rotary is None else layer.rotary.window
     multiple = layer.multiple or MULTIPLE.get(x.device.type, MULTIPLE_ELSEWHERE)
-    layout = where.layout(window, layer.shifted, x.shape[1], table, multiple)
+    return where.layout(window, layer.shifted, x.shape[1], table, multiple)
+
+
+def attention(layer: AttentionLayer, x: Tensor, where: TokenSet) -> Tensor:
+    """Attention inside the windows of the grid, among the tokens that exist: (P, T, C) -> the same."""
+    layout = layout_of(layer, x, where)
     rows = x.flatten(0, 1)
     qkv = layer.qkv(rows if layout.same else Reorder.apply(rows, layout.order, layout.slot))
     pieces = qkv.split([windows.rows for windows in layout.windows])

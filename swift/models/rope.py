@@ -64,6 +64,14 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
+def rotate_real(x: Tensor, rotations: Tensor) -> Tensor:
+    """As `rotate`, with cosine and sine (..., head_dim / 2, 2): compilers have no code for complex numbers."""
+    cosine, sine = rotations.unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
 class WindowRotary(nn.Module):
     """Rotations of the queries and keys of a window, held as a buffer that no checkpoint contains."""
 
@@ -91,10 +99,7 @@ class WindowRotary(nn.Module):
 
         In real numbers, as compilers have no code for complex ones; in float32 at least.
         """
-        cosine, sine = self.rotations.flatten(0, 3)[places].unsqueeze(2).unbind(-1)
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        return rotate_real(x, self.rotations.flatten(0, 3)[places].unsqueeze(2))
 
     def forward(self, qk: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Rotate (W, N, 2, heads, head_dim) tokens of windows with `shape` = x, y, z, t tokens, N = their product."""

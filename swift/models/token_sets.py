@@ -255,5 +255,9 @@ def token_sets(brain: Tensor, patch: Sequence[int], stages: int) -> tuple[TokenS
         patch: Voxels x, y, z (and frames, not looked at) of a patch.
         stages: How many.
     """
-    present = brain_tokens(brain, patch, 0).cpu().numpy()
-    return _kept(np.packbits(present).tobytes(), present.shape, stages, brain.device)
+    return kept_sets(brain_tokens(brain, patch, 0).cpu().numpy(), stages, brain.device)
+
+
+def kept_sets(present: np.ndarray, stages: int, device: torch.device) -> tuple[TokenSet, ...]:
+    """As `sets_of`, kept for when the same come again."""
+    return _kept(np.packbits(present).tobytes(), present.shape, stages, device)

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from swift.config.schema import ParallelConfig
 from swift.models.attention import HAS_TRITON, WindowAttention
+from swift.models.packed import layout_of
+from swift.models.token_sets import TokenSet
 
 
 def _kept_operations() -> list[Any]:
@@ -52,15 +54,18 @@ def recomputing(forward: Callable[..., Any], how: str) -> Callable[..., Any]:
     return partial(checkpoint, forward, use_reentrant=False, **extra)
 
 
-def compiled(block: Any) -> Callable[[Tensor], Tensor]:
+def compiled(block: Any) -> Callable[..., Tensor]:
     """The forward function of a block as one graph."""
     layers = [layer for layer in block.modules() if isinstance(layer, WindowAttention)]
     forward = torch.compile(block.forward, fullgraph=True)
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, where: TokenSet | None = None) -> Tensor:
         for layer in layers:
-            layer.plan(x)
-        return forward(x)
+            if where is None:
+                layer.plan(x)
+            else:
+                layout_of(layer, x, where)
+        return forward(x) if where is None else forward(x, where)
 
     return run
 

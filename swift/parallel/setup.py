@@ -73,6 +73,8 @@ def _compile(cfg: Config, accelerator: str) -> tuple[bool, str]:
         raise UserError(f"parallel.compile=true: torch.compile needs {lacks}, or use false")
     if wanted is not None or accelerator == "cpu":
         return bool(wanted), ""
+    if cfg.model.tokens == "brain" and cfg.data.brain == "cohort":
+        return False, "parallel.compile=false: blocks on a cohort's tokens are compiled only when asked for (true)"
     if found := cannot_compile(cfg):
         name, value, reason = found
         named = "" if name == "parallel.compile" else f"{name}={value}: "

@@ -108,7 +108,7 @@ def decoder_bytes(geometry: Geometry, widths: Widths) -> int:
     cells = geometry.cells
     for stage in geometry.stages[0 if cells is None else cells.first :]:
         total += norm_bytes(stage.tokens, stage.width, widths) + stage.tokens * stage.width * widths.product
-    rows = geometry.tokens
+    rows = geometry.head_rows
     if cells is not None:
         total += sum(branch_bytes(branch, widths) for block in cells.blocks for branch in block.branches)
         rows = cells.hidden * last.grid[3]
@@ -128,14 +128,16 @@ def head_bytes(geometry: Geometry, widths: Widths) -> int:
 def predicted_voxels(geometry: Geometry) -> int:
     """Voxels of a clip that are predicted, all frames."""
     cells = geometry.cells
+    if geometry.hidden is not None:
+        return geometry.head_rows * geometry.patch_voxels
     return geometry.voxels if cells is None else cells.hidden * cells.voxels * geometry.volume[3]
 
 
 def loss_bytes(geometry: Geometry, loss: str) -> int:
     """Which voxels count, and in fp32 the difference of prediction and target (l1), or both of them (others)."""
     kept = geometry.voxels if loss == "l1" else geometry.padded_voxels + geometry.voxels
-    if geometry.cells is not None:
-        # Of the hidden cells alone, their gradient.
+    if geometry.cells is not None or geometry.hidden is not None:
+        # Of the hidden cells or patches alone, their gradient.
         return predicted_voxels(geometry) * 4
     return kept * 4 + geometry.voxels
 

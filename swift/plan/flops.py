@@ -85,7 +85,7 @@ def decoder_flops(geometry: Geometry) -> Flops:
         return _sum([*laterals, *map(block_flops, cells.blocks), linear(rows, width, cells.voxels * patch[3])])
     if geometry.decoder == "local":
         laterals = [linear(stage.tokens, stage.width, geometry.decoder_dim) for stage in geometry.stages]
-        return _sum([*laterals, linear(geometry.tokens, geometry.decoder_dim, geometry.patch_voxels)])
+        return _sum([*laterals, linear(geometry.head_rows, geometry.decoder_dim, geometry.patch_voxels)])
     cell = patch[0] * patch[1] * patch[2] * 8 ** (len(geometry.stages) - 1)
     expand = linear(last.tokens, last.width, patch[3] * last.width)
     return expand + linear(last.tokens * patch[3], last.width, cell)

@@ -8,13 +8,14 @@ Shapes: M tokens of one clip at a stage, C its channels, H hidden channels of it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig, TaskConfig
 from swift.models.attention import KERNEL_SLOTS, WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
@@ -22,13 +23,15 @@ from swift.models.cells import scattered_window
 from swift.models.decoders import LinearDecoder, LocalDecoder
 from swift.models.encoder import Stage as StageModule
 from swift.models.encoder import SwinBlock, SwinEncoder
-from swift.models.layers import Residual
+from swift.models.layers import Residual, token_grid
 from swift.models.map_heads import build_map_head
+from swift.models.masking import hidden_count
 from swift.models.pooling import brain_tokens
 from swift.models.token_sets import sets_of
 from swift.models.visible import CellDecoder, Units, VisibleAutoencoder, units_of
 from swift.models.window_layout import plan_groups
 from swift.plan.map_head import HeadSizes, head_sizes
+from swift.utils.bits import from_text
 from swift.utils.errors import UserError
 
 
@@ -152,6 +155,8 @@ class Geometry:
     """Of task.hidden=drop."""
     head: HeadSizes | None = None
     """Of a task of brain maps; it stands in for the decoder."""
+    hidden: float | None = None
+    """Part of the patches that the decoder's head predicts, where those are the hidden ones alone; None: all."""
 
     @property
     def total_parameters(self) -> int:
@@ -162,6 +167,11 @@ class Geometry:
     def tokens(self) -> int:
         """Patch tokens of a clip that the encoder sees."""
         return self.stages[0].tokens
+
+    @property
+    def head_rows(self) -> int:
+        """Patch tokens that reach the head of the local decoder; of a random mask, as many as are expected."""
+        return self.tokens if self.hidden is None else round(self.tokens * self.hidden)
 
     @property
     def space(self) -> int:
@@ -298,7 +308,11 @@ def on_brain(geometry: Geometry, present: Tensor) -> Geometry:
 
 
 def build_geometry(
-    cfg: ModelConfig, volume: tuple[int, ...], units: Units | None = None, brain: Tensor | None = None
+    cfg: ModelConfig,
+    volume: tuple[int, ...],
+    units: Units | None = None,
+    brain: Tensor | None = None,
+    hidden: float | None = None,
 ) -> Geometry:
     """Sizes of the model of `cfg` for clips of `volume` = voxels x, y, z and frames. Allocates no weights.
 
@@ -306,7 +320,9 @@ def build_geometry(
         cfg: Of the model.
         volume: Of a clip.
         units: Of task.hidden=drop (`swift.models.visible.units_of`).
-        brain: Of a clip with tokens=brain, bool (1, X, Y, Z); None: `usual_brain`.
+        brain: Of a clip with tokens=brain, bool (1, X, Y, Z); None: `usual_brain`; with data.brain=cohort that
+            of the cohort.
+        hidden: Part of the patches that training predicts, where it predicts the hidden ones alone (`hidden_part`).
 
     Raises:
         UserError: the architecture does not fit the volume.
@@ -353,10 +369,27 @@ def build_geometry(
         parameters=parameters,
         sizes=tuple(sorted((parameter.numel() for parameter in model.parameters()), reverse=True)),
         cells=cells,
+        hidden=hidden,
     )
     if cfg.tokens == "box" or units is not None:
         return found
+    if cfg.cohort is not None:
+        return on_brain(found, torch.from_numpy(from_text(cfg.cohort))[None])
     return on_brain(found, brain_tokens(usual_brain(volume[:3]) if brain is None else brain, found.patch, 0))
+
+
+def hidden_part(cfg: ModelConfig, task: TaskConfig, volume: Sequence[int]) -> float | None:
+    """Part of the patches that pre-training predicts: the hidden ones, as `MaskedAutoencoder.hidden_rows` has it.
+
+    None: all of them. The mask does not look at the brain, so that its part there is that of the grid, on average.
+    """
+    if task.target is not None or task.hidden == "drop":
+        return None
+    if cfg.tokens == "box" or cfg.decoder != "local" or cfg.maps:
+        return None
+    units = token_grid(volume, mask_unit(task, cfg))
+    drawn = math.prod({"random": units, "tube": units[:3], "temporal": units[3:]}[task.mask_kind])
+    return hidden_count(task.mask_ratio, drawn) / drawn
 
 
 def with_map_head(geometry: Geometry, cfg: ModelConfig, task: TaskConfig) -> Geometry:
@@ -397,7 +430,8 @@ def geometry_of(cfg: Config) -> Geometry:
         UserError: the architecture does not fit the clip.
     """
     volume = (*cfg.data.grid, cfg.data.frames)
-    found = build_geometry(cfg.model, volume, units_of(cfg.model, cfg.task, volume))
+    units, hidden = units_of(cfg.model, cfg.task, volume), hidden_part(cfg.model, cfg.task, volume)
+    found = build_geometry(cfg.model, volume, units, hidden=hidden)
     if cfg.task.target is None or cfg.task.target.kind != "map":
         return found
     return with_map_head(found, cfg.model, cfg.task)

@@ -51,13 +51,15 @@ def run(tree: DictConfig, overrides: Sequence[str], jobs: list[Any]) -> int:
         # A launcher (srun, torchrun, a job of swift's) would take 1 for a rank that has failed, and start it again.
         return status if current_place().source == "none" else 0
     from swift.cluster.submit import prepare
+    from swift.data.cohort_brain import with_cohort
 
     def make_data(cfg: Config) -> Path:
         from swift.data.locate import store_path
 
         return store_path(cfg.data, cfg.seed)
 
-    jobs.append(prepare(cfg, overrides, make_data))
+    # Before a job is queued: its ranks then need not look for themselves.
+    jobs.append(prepare(with_cohort(cfg), overrides, make_data))
     return 0
 
 

@@ -93,12 +93,21 @@ class TrainingModule(pl.LightningModule):
         self._rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.seed_dropout(batch_idx)
 
+    def brain_in_tokens(self, batch: Batch) -> Tensor:
+        """Voxels of each clip's brain, bool (B, X, Y, Z), without those where data.brain=cohort has no token.
+
+        Its stores have none there; an augmentation may move some out.
+        """
+        brain = batch["brain"]
+        inside: Tensor = brain if self.cfg.model.cohort is None else self.model.encoder.inside(brain)
+        return inside
+
     def has_brain(self, batch: Batch) -> Tensor:
         """Which clips have tokens, bool (B,); with model.tokens=brain those that have none are named and counted.
 
         Ingestion lets no scan without brain in; an augmentation may still push a small one out of the grid.
         """
-        found = batch["brain"].flatten(1).any(1)
+        found = self.brain_in_tokens(batch).flatten(1).any(1)
         if self.cfg.model.tokens == "box":
             return torch.ones_like(found)
         for row in (batch["valid"] & ~found).nonzero()[:, 0].tolist():

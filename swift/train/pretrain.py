@@ -133,7 +133,9 @@ class PretrainModule(TrainingModule):
         data = self.cfg.data
         hidden = mask_voxels(mask, self.cfg.model.patch_size, (*data.grid, data.frames))
         counted = hidden & (self.usable(batch) & self.has_brain(batch)).view(-1, 1, 1, 1, 1)
-        return counted if self.cfg.task.loss_background else counted & batch["brain"].unsqueeze(-1)
+        if self.cfg.task.loss_background:
+            return counted
+        return counted & self.brain_in_tokens(batch).unsqueeze(-1)
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Prediction (B, 1, X, Y, Z, T) and the token mask (B, x, y, z, t) it was made under."""

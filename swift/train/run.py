@@ -64,6 +64,10 @@ def train(cfg: Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not cfg.resume:
         cfg = as_begun(cfg, Path(cfg.run_dir))
+    if cfg.data.brain == "cohort":
+        from swift.data.cohort_brain import with_cohort
+
+        cfg = with_cohort(cfg)
     ranks, place = ranks_to_start(cfg), current_place()
     # The first rank holds the lock for all; or what has started them, on one machine.
     owner = place.rank == 0 and place.source != "swift"

@@ -71,6 +71,7 @@ def build_data(cfg: Config) -> ClipDataModule:
 
 def make_module(cfg: Config, empty: bool = False) -> TrainingModule:
     """The module of a run: pre-training, or a task with a target."""
+    assert cfg.data.brain == "scan" or cfg.model.cohort is not None, "swift.data.cohort_brain.with_cohort fills it in"
     if cfg.task.target is None:
         return PretrainModule(cfg, empty)
     return (MapModule if cfg.task.target.kind == "map" else FinetuneModule)(cfg, empty)
@@ -228,7 +229,8 @@ def build_throughput(setup: Setup) -> Throughput:
         known = recognise(device.name(), device.total_memory())
     peak = known.peak("bf16" if setup.narrow else "32") if known else None
     task, every = setup.cfg.task, setup.log_every
-    of_brain = None if setup.cfg.model.tokens == "box" else BrainCosts(geometry, task)
+    one_set = setup.cfg.model.tokens == "box" or setup.cfg.model.cohort is not None
+    of_brain = None if one_set else BrainCosts(geometry, task)
     return Throughput(step_flops(geometry, task).total, geometry.tokens, peak, every, of_brain=of_brain)
 
 

@@ -113,6 +113,8 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["model.tokens=brain", "task.loss_background=true"], "task.loss_background=True", "no tokens outside the brain"),
     (["model.tokens=brain", "parallel.compile=true"], "parallel.compile=True", "a graph of its own"),
     (["model.tokens=brain", "task.hidden=drop", "task.mask_kind=tube"], "model.tokens=brain", "take model.tokens=box"),
+    (["data.brain=cohort"], "data.brain=cohort", "about the tokens of model.tokens=brain"),
+    (["data.brain=own"], "data.brain=own", "must be one of scan, cohort"),
     (["task.courses=true"], "task.courses=True", "is for tasks with task.target"),
     (["task=age", "task.head=map_unet"], "task.head=map_unet", "is for task.target.kind=map"),
     (["task=age", "task.average=features"], "task.average=features", "is for task.target.kind=map"),

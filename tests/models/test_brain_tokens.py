@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from swift.models.attention import WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.encoder import SwinEncoder
-from swift.models.heads import TargetModel
+from swift.models.heads import Head, TargetModel
 from swift.models.token_sets import token_sets
+from swift.utils.bits import to_text
 from tests.models import cases
 from tests.models import reference as ref
 from tests.models.test_reference import TIGHT, check_gradients, decoder_shapes, loaded, normal, seeded, weighted
@@ -63,6 +65,48 @@ def test_encoder_equals_masked_reference(variant: str, shape: str) -> None:
     for got, expected in zip(fast, slow, strict=True):
         torch.testing.assert_close(got, expected, **TIGHT)
     check_gradients(weighted(fast), weighted(slow), model, state, inputs)
+
+
+def test_the_tokens_of_a_cohort_are_those_of_its_union_in_every_clip() -> None:
+    """As the reference given the union as each clip's brain: what lies outside a clip's own exists and attends."""
+    size = cases.SHAPES["padded"]
+    cfg = cases.config("factorized", "padded", tokens="brain")
+    brain = brains(*size.grid)[:2]
+    cells = ref.existing(brain, cfg.patch_size[:3])
+    both = cells.any(0)
+    assert not torch.equal(cells[0], cells[1])
+    assert not both.all()
+    cfg = replace(cfg, cohort=to_text(both.numpy()))
+    state = ref.random_state(ref.parameter_shapes(cfg, size.grid, size.frames), seeded())
+    model = loaded(SwinEncoder(cfg, size.grid, size.frames), state)
+    x = normal(2, 1, *size.grid, size.frames, seed=1)
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    state = {name: value.requires_grad_() for name, value in state.items()}
+    voxels = both
+    for axis, n in enumerate(cfg.patch_size[:3]):
+        voxels = voxels.repeat_interleave(n, axis)
+    voxels = voxels[: size.grid[0], : size.grid[1], : size.grid[2]].expand(2, *size.grid)
+    fast = model(inputs[0], brain)
+    slow = ref.encode(cfg, size.grid, size.frames, state, inputs[1], brain=voxels)
+    for got, expected in zip(fast, slow, strict=True):
+        torch.testing.assert_close(got, expected, **TIGHT)
+    check_gradients(weighted(fast), weighted(slow), model, state, inputs)
+    sets = model.token_sets(brain, x)
+    assert sets is not None
+    assert sets is model.token_sets(~brain, x)
+    assert [one.clip.bincount().tolist() for one in sets] == [
+        [int(ref.existing(voxels, [n << stage for n in cfg.patch_size[:3]])[0].sum())] * 2 for stage in range(len(sets))
+    ]
+    everywhere = torch.ones(2, *size.grid, dtype=torch.bool)
+    assert torch.equal(model.inside(everywhere), voxels)
+    assert torch.equal(model.inside(brain), brain)
+
+
+def test_a_cohort_of_another_grid_is_refused() -> None:
+    size = cases.SHAPES["divisible"]
+    cfg = cases.config("factorized", "divisible", tokens="brain", cohort=to_text(np.ones((2, 3, 4), bool)))
+    with pytest.raises(ValueError, match=r"model\.cohort has 2x3x4 cells, but clips of .* it belongs to another grid"):
+        SwinEncoder(cfg, size.grid, size.frames)
 
 
 @pytest.mark.parametrize("decoder", ["local", "linear"])
@@ -162,6 +206,31 @@ def test_a_model_with_a_head_reads_brain_tokens_alone() -> None:
     for axis in (1, 2, 3):
         touched = touched.repeat_interleave(2, axis)
     assert torch.equal(x.grad.abs().sum((1, 5)) > 0, touched)
+
+
+def test_a_head_on_a_cohorts_tokens_pools_each_clips_own_brain() -> None:
+    """A brain that reaches beyond the cohort's counts as far as there are tokens."""
+    cfg = settings("task=synthetic_binary", "model.tokens=brain", "model.patch_size=[2,2,2,2]")
+    brain = torch.zeros(2, *GRID, dtype=torch.bool)
+    brain[0, :6, :6, :6] = True
+    brain[1, 4:9, :6, :3] = True
+    cells = np.zeros((6, 6, 6), bool)
+    cells[:4, :3, :3] = True
+    model_cfg = replace(cfg.model, cohort=to_text(cells))
+    torch.manual_seed(0)
+    model = TargetModel(model_cfg, cfg.task, cfg.data.grid, cfg.data.frames).double()
+    x = normal(2, 1, *GRID, cfg.data.frames)
+    features = model.encoder(x, brain)[-1]
+    seen = brain.clone()
+    seen[1, 8] = False
+    expected = []
+    for row in range(2):
+        tokens = ref.existing(seen[row : row + 1], [4, 4, 4])[0]
+        expected.append(features[row][tokens].mean((0, 1)))
+    head = model.head
+    assert isinstance(head, Head)
+    torch.testing.assert_close(model(x, brain), head.linear(head.norm(torch.stack(expected))).float())
+    assert int(ref.existing(brain[1:], [4, 4, 4]).sum()) > int(ref.existing(seen[1:], [4, 4, 4]).sum())
 
 
 def test_sets_are_made_once_for_a_batch() -> None:

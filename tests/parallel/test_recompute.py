@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +17,9 @@ from swift.parallel.recompute import prepare_blocks
 from swift.parallel.setup import resolve
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_module
+from swift.utils.bits import to_text
 from tests.small import settings
+from tests.train.test_pretrain import make_batch
 
 MODEL = ["model.dropout=0.1", "model.drop_path=0.1"]
 
@@ -111,3 +116,36 @@ def test_compiled_blocks_compute_the_same(how: str) -> None:
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
     # One graph a stage: a shifted block differs from a plain one only in the index that it is given.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_the_tokens_of_a_cohort_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips with other brains and masks in every step: the graphs of the first step serve all, and change nothing.
+
+    The graphs run as they were taken up: what a compiler makes of them does not decide whether they are made again.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    words = ["model.tokens=brain", "data.brain=cohort", "model.patch_size=[2,2,2,2]", "model.depths=[1,1]"]
+    cells = np.random.default_rng(0).random((6, 6, 6)) < 0.6
+    modules = []
+    for compiles in ("false", "true"):
+        cfg = settings(*words, f"parallel.compile={compiles}")
+        cfg = replace(cfg, model=replace(cfg.model, cohort=to_text(cells)))
+        module = build_module(resolve(cfg)).train()
+        prepare_blocks(module.model, cfg.parallel)
+        modules.append(module)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    made = []
+    for step in range(3):
+        batch = make_batch([3 + step, 8 + step])
+        found = []
+        for module in modules:
+            module.zero_grad()
+            module.loss(batch).backward()
+            found.append([parameter.grad.clone() for parameter in module.parameters()])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+        made.append(counters["stats"]["unique_graphs"])
+    assert made == [2, 2, 2]
+    assert not counters["graph_break"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swift.config.schema import ModelConfig
-from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
+from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss, rows_loss
 from swift.models.visible import VisibleAutoencoder, hidden_loss
 from swift.parallel.recompute import recomputing
 
@@ -132,11 +132,27 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def kept_by(cfg: ModelConfig, volume: Volume, dtype: torch.dtype, loss: str = "l1", brain: Tensor | None = None) -> int:
-    """What a real forward pass on this CPU keeps."""
+def kept_by(
+    cfg: ModelConfig,
+    volume: Volume,
+    dtype: torch.dtype,
+    loss: str = "l1",
+    brain: Tensor | None = None,
+    rows: int | None = None,
+) -> int:
+    """What a real forward pass on this CPU keeps. rows: Predict so many patches alone, as training on brain tokens."""
     model = fill(on_meta(cfg, volume), "cpu", dtype)
     x, mask, counted = inputs(model, volume, "cpu", dtype)
-    return saved_bytes(lambda: reconstruction_loss(model(x, mask, brain), x, counted, loss), model)
+    if rows is None:
+        return saved_bytes(lambda: reconstruction_loss(model(x, mask, brain), x, counted, loss), model)
+    chosen, where = torch.arange(rows), model.encoder.token_sets(brain, x)
+    assert brain is not None
+    assert where is not None
+
+    def run() -> Tensor:
+        return rows_loss(model(x, mask, brain, None, chosen), x, brain, chosen, where[0], cfg.patch_size, loss)
+
+    return saved_bytes(run, model)
 
 
 def kept_by_visible(model: VisibleAutoencoder, loss: str = "l1") -> int:

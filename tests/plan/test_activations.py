@@ -8,7 +8,7 @@ import torch
 from swift.models.attention import WindowAttention
 from swift.models.visible import Units, VisibleAutoencoder
 from swift.plan.__main__ import composed
-from swift.plan.activations import Widths, kept_bytes, moments
+from swift.plan.activations import Widths, decoder_bytes, kept_bytes, loss_bytes, moments
 from swift.plan.geometry import build_geometry, usual_brain
 from tests.models.cases import SHAPES, VARIANTS, Shape, config
 from tests.plan.measure import kept_by, kept_by_gpu_autocast, kept_by_visible, peak_of_step
@@ -28,13 +28,21 @@ def test_kept_by_a_real_forward_pass(variant: str, mode: str) -> None:
     assert predicted == pytest.approx(kept_by(cfg, VOLUME, DTYPES[mode]), rel=0.03 if mode == "bf16" else 0.01)
 
 
-@pytest.mark.parametrize("variant", ["joint", "joint-rope", "factorized"])
-def test_brain_tokens(variant: str) -> None:
-    """Within 5 %: the tables of places, kept with the masks and the same for all blocks, are left out."""
+@pytest.mark.parametrize(("variant", "hidden"), [("joint", None), ("joint-rope", 0.6), ("factorized", 0.8)])
+def test_brain_tokens(variant: str, hidden: float | None) -> None:
+    """Within 5 %: the tables of places, kept with the masks and the same for all blocks, are left out.
+
+    In training the head and the loss keep hidden patches alone.
+    """
     cfg, brain = config(variant, SHAPE, tokens="brain"), usual_brain(VOLUME[:3])
-    predicted = kept_bytes(build_geometry(cfg, VOLUME, brain=brain), Widths("fp32"), "none", "l1")
-    assert predicted == pytest.approx(kept_by(cfg, VOLUME, torch.float32, brain=brain), rel=0.05)
+    geometry = build_geometry(cfg, VOLUME, brain=brain, hidden=hidden)
+    predicted = kept_bytes(geometry, Widths("fp32"), "none", "l1")
+    rows = None if hidden is None else geometry.head_rows
+    assert predicted == pytest.approx(kept_by(cfg, VOLUME, torch.float32, brain=brain, rows=rows), rel=0.05)
     assert predicted < 0.7 * kept_bytes(build_geometry(config(variant, SHAPE), VOLUME), Widths("fp32"), "none", "l1")
+    whole = build_geometry(cfg, VOLUME, brain=brain)
+    of_head = (decoder_bytes(one, Widths("fp32")) + loss_bytes(one, "l1") for one in (geometry, whole))
+    assert rows is None or next(of_head) < next(of_head)
 
 
 @pytest.mark.parametrize("decoder", ["local", "linear"])

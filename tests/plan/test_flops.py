@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,21 +11,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from swift.models.adapt import adapt
-from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss
+from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss, rows_loss
 from swift.models.encoder import SwinEncoder
+from swift.models.masking import draw_mask
 from swift.models.visible import hidden_loss
 from swift.plan.__main__ import composed
 from swift.plan.flops import BrainCosts, flops_by_part, model_flops, tuning_flops
-from swift.plan.geometry import build_geometry, geometry_of
+from swift.plan.geometry import build_geometry, geometry_of, hidden_part
 from tests.models.cases import SHAPES, config
 from tests.models.test_visible import build as visible_model
+from tests.small import settings
 
 CLIP = (96, 96, 96, 20)
 COMPOSED = ["data=store", "data.path=none"]
 
 
-def counted(cfg, volume, device="cpu", brain=None) -> tuple[float, float]:
-    """Forward and backward FLOPs of one clip that torch counts. Only the math kernel's products are all seen by it."""
+def counted(cfg, volume, device="cpu", brain=None, rows=None) -> tuple[float, float]:
+    """Forward and backward FLOPs of one clip that torch counts. Only the math kernel's products are all seen by it.
+
+    rows: Predict so many patches alone, as training does on brain tokens.
+    """
     with torch.device(device):
         model = MaskedAutoencoder(cfg, volume[:3], volume[3])
         x = torch.zeros(1, 1, *volume)
@@ -33,7 +39,12 @@ def counted(cfg, volume, device="cpu", brain=None) -> tuple[float, float]:
     found = []
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
-            loss = reconstruction_loss(model(x, mask, brain), x, voxels, "l1")
+            if rows is None:
+                loss = reconstruction_loss(model(x, mask, brain), x, voxels, "l1")
+            else:
+                chosen, places = torch.arange(rows), model.encoder.token_sets(brain, x)
+                prediction = model(x, mask, brain, None, chosen)
+                loss = rows_loss(prediction, x, brain, chosen, places[0], cfg.patch_size, "l1")
         found.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
             loss.backward()
@@ -49,24 +60,41 @@ def check(cfg, volume, device="cpu") -> None:
     assert predicted.backward == pytest.approx(backward, rel=1e-9)
 
 
-@pytest.mark.parametrize("decoder", ["local", "linear"])
+@pytest.mark.parametrize(("decoder", "hidden"), [("local", None), ("local", 0.6), ("linear", None)])
 @pytest.mark.parametrize("variant", ["joint", "factorized"])
-def test_brain_tokens(variant: str, decoder: str) -> None:
-    """Of a given mask what torch counts, and no more tokens than brain; a run looks every mask up once."""
+def test_brain_tokens(variant: str, decoder: str, hidden: float | None) -> None:
+    """Of a given mask what torch counts, and no more tokens than brain; a run looks every mask up once.
+
+    In training the head sees the hidden patches alone.
+    """
     shape = SHAPES["padded"]
     cfg, volume = config(variant, "padded", decoder=decoder, tokens="brain"), (*shape.grid, shape.frames)
     brain = torch.zeros(1, *shape.grid, dtype=torch.bool)
     brain[0, 2:9, 1:8, 3:5] = brain[0, 0, -1, -1] = True
-    geometry = build_geometry(cfg, volume, brain=brain)
-    forward, backward = counted(cfg, volume, brain=brain)
+    geometry = build_geometry(cfg, volume, brain=brain, hidden=hidden)
+    rows = None if hidden is None else geometry.head_rows
+    assert rows is None or rows == round(0.6 * geometry.tokens) < geometry.tokens
+    forward, backward = counted(cfg, volume, brain=brain, rows=rows)
     predicted = model_flops(geometry)
     assert predicted.forward == pytest.approx(forward, rel=1e-9)
     assert predicted.backward == pytest.approx(backward, rel=1e-9)
     box = build_geometry(config(variant, "padded", decoder=decoder), volume)
     assert all(stage.tokens < whole.tokens for stage, whole in zip(geometry.stages, box.stages))
-    costs = BrainCosts(build_geometry(cfg, volume), composed(COMPOSED)[0].task)
+    costs = BrainCosts(build_geometry(cfg, volume, hidden=hidden), composed(COMPOSED)[0].task)
     patches = costs.patches(brain)[0]
     assert costs(patches) == costs(patches.clone()) == (predicted.total, geometry.tokens)
+
+
+def test_the_hidden_part_is_that_of_the_masks() -> None:
+    for kind in ("random", "tube", "temporal"):
+        cfg = settings("model.tokens=brain", f"task.mask_kind={kind}", "task.mask_ratio=0.33")
+        volume, patch = (*cfg.data.grid, cfg.data.frames), cfg.model.patch_size
+        mask = draw_mask(0, torch.tensor([3]), volume, patch, patch, 0.33, kind)
+        geometry = geometry_of(cfg)
+        assert geometry.hidden == pytest.approx(mask.double().mean().item(), rel=1e-12)
+        assert geometry.head_rows == round(geometry.tokens * geometry.hidden) < geometry.tokens
+    for whole in ({"tokens": "box"}, {"maps": 4}, {"decoder": "linear"}):
+        assert hidden_part(replace(cfg.model, **whole), cfg.task, volume) is None
 
 
 def test_the_usual_brain_has_the_shares_of_measured_ones() -> None:
@@ -113,9 +141,9 @@ def test_visible_units_alone(variant: str, shape: str) -> None:
 
 def test_dropping_hidden_units_at_full_size() -> None:
     """51m, 13 of 64 units of 24 voxels: the encoder at 0.2 of all tokens, a little more for stage 4 on the grid."""
-    settings = [*COMPOSED, "model=51m"]
+    words = [*COMPOSED, "model=51m"]
     box, drop = (
-        flops_by_part(geometry_of(composed([*settings, *more])[0]))
+        flops_by_part(geometry_of(composed([*words, *more])[0]))
         for more in ([], ["task.hidden=drop", "task.mask_kind=tube"])
     )
     for name in ("patch embedding", "stage 1", "stage 2", "stage 3"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swift.config.compose import load_frozen
 from tests.runs import shell, weights
 from tests.small import metrics
 
@@ -43,3 +44,5 @@ def test_and_with_its_numbers(resumed: Path) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
     assert (resumed / "run" / "summary.json").is_file()
+    cfg = load_frozen(resumed / "run", [])
+    assert (cfg.model.tokens, cfg.model.cohort, cfg.data.brain) == ("box", None, "scan")

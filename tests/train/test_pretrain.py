@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,14 @@ from swift.config.compose import typed
 from swift.config.schema import Config
 from swift.models.autoencoder import LOSSES, reconstruction_loss
 from swift.models.masking import mask_voxels
+from swift.models.pooling import brain_tokens
 from swift.models.visible import Units
 from swift.parallel.checkpoint.files import Manifest, candidates
 from swift.parallel.setup import resolve
 from swift.train.callbacks.progress import ClipProgress
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data, build_module, build_trainer
+from swift.utils.bits import to_text
 from tests.small import GRID, command, composed, metrics, settings
 
 FRAMES = 8
@@ -199,6 +202,47 @@ def test_the_loss_of_hidden_brain_patches_is_that_of_the_whole_prediction(option
     prediction, mask = module.reconstruct(batch)
     expected = reconstruction_loss(prediction, batch["bold"], module.counted_voxels(batch, mask), module.cfg.task.loss)
     check_loss(module, batch, expected)
+
+
+def cohort_of(cfg: Config, cells: np.ndarray) -> Config:
+    """The same with the tokens of a cohort."""
+    return replace(cfg, data=replace(cfg.data, brain="cohort"), model=replace(cfg.model, cohort=to_text(cells)))
+
+
+@pytest.mark.parametrize("options", [[], ["model.decoder=linear"]])
+def test_of_a_cohorts_tokens_each_clip_counts_its_own_brain(options: list[str]) -> None:
+    """With a brain that reaches beyond the cohort's, one that lies outside, and a padding row."""
+    cells = np.zeros((6, 6, 6), bool)
+    cells[:4, 1:, :5] = True
+    cfg = cohort_of(settings(*BRAIN, *options), cells)
+    module = build_module(resolve(cfg))
+    batch = make_batch([3, -1, 8, 5, 4])
+    batch["brain"][4] = False
+    batch["brain"][4, 10:] = True
+    batch["brain"][0, 8:, 4:, :6] = batch["brain"][2, :4] = False
+    mask = module.draw_mask(batch)
+    voxels = np.kron(cells, np.ones((2, 2, 2), bool)).astype(bool)
+    hidden = mask_voxels(mask, cfg.model.patch_size, batch["bold"].shape[2:])
+    prediction = module.reconstruct_under(batch, mask)[:, 0]
+    means = []
+    for row in (0, 2, 3):
+        counted = hidden[row] & (batch["brain"][row] & torch.from_numpy(voxels))[..., None]
+        means.append((prediction[row] - batch["bold"][row, 0])[counted].abs().mean())
+        assert torch.equal(module.counted_voxels(batch, mask)[row], counted)
+    rows = module.model.hidden_rows(batch["bold"], mask, batch["brain"])
+    if options:
+        assert rows is None
+    else:
+        own = brain_tokens(batch["brain"], (2, 2, 2, 2), 0) & torch.from_numpy(cells)
+        assert len(rows) == int((mask & own[..., None]).sum()) < int((mask & torch.from_numpy(cells)[..., None]).sum())
+    check_loss(module, batch, torch.stack(means).mean())
+    assert module.brainless == {4}
+    # Nothing that counts: a loss of 0 whose gradient exists, for ranks that wait for each other.
+    module.zero_grad(set_to_none=True)
+    nothing = module.loss({name: value[4:] for name, value in batch.items()})
+    nothing.backward()
+    assert nothing.item() == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
 
 
 # --- hidden units that the encoder never sees ---------------------------------------------------------------------

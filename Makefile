@@ -27,8 +27,9 @@ $(INSTALLED): pyproject.toml
 test: setup ## Run the CPU test suite, two files at a time
 	$(PYTEST)
 
+# In the order of their names: the files that take minutes begin first. Else those with few tests would come last.
 test-slow: setup ## Run the slow tests too: several ranks, kills, whole commands
-	$(PYTEST) -m 'slow and not gpu and not slurm'
+	$(PYTEST) --no-loadscope-reorder -m 'slow and not gpu and not slurm'
 
 test-slurm: setup ## Run the tests that need Slurm: installs (Debian, root), starts and stops four nodes on this machine
 	launch/local_slurm.sh install

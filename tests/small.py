@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
 
 from swift.config.compose import conf_dir, typed
 from swift.config.schema import Config
@@ -43,19 +46,18 @@ def small_store(folder: Path) -> Path:
     return folder
 
 
-PLACE = re.compile(r"(data\.path|run_dir)=(/[\w/.-]+)")
-"""A setting that differs from test to test and changes nothing else."""
+VALUE = re.compile(r"(?!hydra\.)(\w+(\.\w+)+|run_dir|init|resume|seed)=.*", re.DOTALL)
+"""An override of a value; the others choose from groups, and Hydra composes anew for them."""
 
 
 def composed(*overrides: str) -> DictConfig:
-    """Hydra's tree for these overrides, as `python -m swift.train` gets it; composed once, but for the places."""
-    places = [found.groups() for found in map(PLACE.fullmatch, overrides) if found]
-    rest = tuple(override for override in overrides if not PLACE.fullmatch(override))
-    if any(override.startswith(f"{name}=") for name, _ in places for override in rest):
-        return copy.deepcopy(_composed(overrides))
-    tree = copy.deepcopy(_composed(rest))
-    for name, place in places:
-        OmegaConf.update(tree, name, place)
+    """Hydra's tree for these overrides, as `python -m swift.train` gets it.
+
+    Composed once a process for the same groups; Hydra's own function then sets the values, in a twentieth of the time.
+    """
+    values = [override for override in overrides if VALUE.fullmatch(override)]
+    tree = copy.deepcopy(_composed(tuple(override for override in overrides if not VALUE.fullmatch(override))))
+    ConfigLoaderImpl._apply_overrides_to_config([_parsed(value) for value in values], tree)
     return tree
 
 
@@ -63,6 +65,13 @@ def composed(*overrides: str) -> DictConfig:
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base=None):
         return compose("config", list(overrides))
+
+
+@functools.lru_cache(maxsize=1000)
+def _parsed(override: str) -> Override:
+    (parsed,) = OverridesParser.create().parse_overrides([override])
+    assert not parsed.is_sweep_override(), override
+    return parsed
 
 
 def command(store: Path, run_dir: Path, *overrides: str) -> list[str]:

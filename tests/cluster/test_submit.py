@@ -15,6 +15,7 @@ import yaml
 from swift.cluster.submit import point_dir
 from swift.config.compose import load_frozen, typed
 from swift.config.launcher import dealt, frozen_device
+from swift.train import __main__ as command
 from swift.utils.errors import UserError
 from tests.forked import python_m
 from tests.small import DATA, MODEL, TRAINER, composed, small_store
@@ -56,12 +57,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_store(tmp_path_factory.mktemp("data") / "store")
 
 
-def train(run: Path, store: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    flags = [word for word in words if word == "-m"]
-    command = [*flags, "data=store", f"data.path={store}", f"run_dir={run}"]
+def overrides(run: Path, store: Path, *words: str) -> list[str]:
     small = [*MODEL, *DATA, *TRAINER, "parallel=ddp", "+launcher=frontier", "launcher.machine=null"]
-    rest = [word for word in words if word != "-m"]
-    return python_m("swift.train", *command, *small, *rest, cwd=run.parent, env=dict(os.environ))
+    return ["data=store", f"data.path={store}", f"run_dir={run}", *small, *words]
+
+
+def train(run: Path, store: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    flags, rest = [word for word in words if word == "-m"], [word for word in words if word != "-m"]
+    return python_m("swift.train", *flags, *overrides(run, store, *rest), cwd=run.parent, env=dict(os.environ))
 
 
 ACCOUNT = "launcher.account=abc123"
@@ -139,12 +142,26 @@ BAD = [
     ([ACCOUNT, "launcher.batch_options=[exclusive]"], "each must begin with -"),
     ([ACCOUNT, "launcher.save_seconds=7200"], "must be longer than the 7200 s"),
     (["launcher.account='a b'"], "launcher.account=a b: must be one word"),
-    ([ACCOUNT, "launcher.nods=3"], "nods"),
 ]
 
 
 @pytest.mark.parametrize(("words", "says"), BAD, ids=[says for _, says in BAD])
 def test_bad_input_gets_one_line_and_queues_nothing(
+    cluster: Path, store: Path, tmp_path: Path, words: list[str], says: str
+) -> None:
+    run = tmp_path / "run"
+    given, jobs = overrides(run, store, *words), []
+    with pytest.raises(UserError) as caught:
+        command.run(composed(*given), given, jobs)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert jobs == []
+    assert not (cluster / "calls").exists()
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(("words", "says"), [BAD[0], ([ACCOUNT, "launcher.nods=3"], "nods")])
+def test_the_command_says_so_and_ends_with_2(
     cluster: Path, store: Path, tmp_path: Path, words: list[str], says: str
 ) -> None:
     run = tmp_path / "run"

@@ -1,6 +1,7 @@
 """What the server of tests.distributed.ranks does once before it forks, so that no rank does it again.
 
-Imports that Lightning, DeepSpeed and Hydra put off until a run begins, and Hydra's search for plug-ins.
+Imports that Lightning, DeepSpeed and Hydra put off until a run begins, Hydra's search for plug-ins, and the settings
+of the strategies (tests.small keeps what it has composed).
 """
 
 from __future__ import annotations
@@ -25,4 +26,5 @@ MODULES = [
 
 for _module in MODULES:
     importlib.import_module(_module)
-settings()
+for _name in ("single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"):
+    settings(f"parallel={_name}")

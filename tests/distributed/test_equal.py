@@ -72,10 +72,17 @@ def test_bf16_is_that_of_one_device_and_near_float32(
     assert any(not torch.equal(value, value.bfloat16().float()) for value in exported(tmp_path).state_dict().values())
 
 
+@pytest.fixture(scope="module")
+def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The weights that one device begins with."""
+    return run(jobs.initial, 1, store, tmp_path_factory.mktemp("whole"), [*OPTIMIZERS["mup"], "parallel=single"])[0]
+
+
 @pytest.mark.parametrize("name", ["zero1", "zero3", "fsdp"])
-def test_shards_begin_with_the_values_of_one_device(name: str, store: Path, tmp_path: Path) -> None:
+def test_shards_begin_with_the_values_of_one_device(
+    whole: dict[str, np.ndarray], name: str, store: Path, tmp_path: Path
+) -> None:
     mup = OPTIMIZERS["mup"]
-    whole = run(jobs.initial, 1, store, tmp_path, [*mup, "parallel=single"])[0]
     for precision in ("32", "bf16"):
         parts = run(jobs.initial, 2, store, tmp_path, [*mup, f"parallel={name}", f"trainer.precision={precision}"])
         found = {key: np.zeros_like(value) for key, value in whole.items()}

@@ -295,7 +295,8 @@ def cannot_compile(cfg: Config) -> tuple[str, object, str] | None:
     """The setting with which blocks cannot be compiled, its value and what is legal; None: there is none."""
     parallel, compiled = cfg.parallel, ("parallel.compile", True)
     if cfg.model.tokens == "brain" and cfg.data.brain == "scan":
-        return *compiled, "each brain would be a graph of its own: take data.brain=cohort, model.tokens=box, or false"
+        legal = "brains differ in their tokens, and each would be a graph of its own: take data.brain=cohort, or false"
+        return *compiled, legal
     if cfg.task.target is None and cfg.task.hidden == "drop":
         return *compiled, "is not built with task.hidden=drop: its third stage has tokens of other places in every clip"
     if parallel.activation_checkpointing == "selective":

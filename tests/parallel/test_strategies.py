@@ -254,6 +254,11 @@ def test_compiling_without_a_compiler_is_one_line(
     ("section", "given", "why"),
     [
         ("model", {"tokens": "brain"}, "parallel.compile=false: brains differ in their tokens"),
+        (
+            "data",
+            {"brain": "cohort"},
+            "parallel.compile=false: blocks on a cohort's tokens are compiled only when asked",
+        ),
         ("task", {"hidden": "drop"}, "parallel.compile=false: is not built with task.hidden=drop"),
         (
             "parallel",
@@ -276,6 +281,8 @@ def test_a_gpu_compiles_unless_the_settings_rule_it_out(
     monkeypatch.setattr(device, "lacks_for_compile", lambda kind: None)
     monkeypatch.setattr("swift.parallel.setup.geometry_of", lambda cfg: None)  # a drop model wants a larger grid
     cfg = plain()
+    if section == "data":
+        cfg = replace(cfg, model=replace(cfg.model, tokens="brain"))
     setup = resolve(replace(cfg, **{section: replace(getattr(cfg, section), **given)}))
     assert setup.why.startswith(why)
     assert bool(setup.why) == bool(why)

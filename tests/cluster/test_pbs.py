@@ -6,14 +6,15 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from swift.utils import jsonl
-from tests.runs import ROOT, assert_same_run
+from tests.distributed import ranks
+from tests.forked import python_m
+from tests.runs import ROOT, assert_same_run, start
 from tests.small import DATA, MODEL
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ for child in "${children[@]}"; do
 done
 exit "$worst"
 """
-STEPS = 150
+STEPS = 80
 
 
 @pytest.fixture
@@ -71,16 +72,19 @@ def commands(tmp_path: Path) -> Path:
     return folder
 
 
+def settings(store: Path, run: Path) -> list[str]:
+    """Of the training itself."""
+    small = [*MODEL, *DATA, f"trainer.max_steps={STEPS}", "trainer.val_every=40", "trainer.val_batches=1"]
+    quiet = ["trainer.figures=false", "trainer.threads=1", "trainer.accelerator=cpu"]
+    return ["data=store", f"data.path={store}", f"run_dir={run}", "parallel=ddp", *small, *quiet]
+
+
 def submit(commands: Path, store: Path, run: Path) -> None:
     words = ["+launcher=aurora", "launcher.account=abc123", "launcher.bins=[]", "launcher.machine=null"]
     words += ["launcher.nodes=1", "launcher.ranks_per_node=2", "launcher.cores_per_rank=1", "launcher.device=cpu"]
     words += ["launcher.site=generic", "launcher.step_options=[]", "launcher.min_free_gb=0.01"]
-    words += [f"launcher.node_local={run.parent}/scratch", "parallel=ddp", "trainer.accelerator=cpu"]
-    small = [*MODEL, *DATA, f"trainer.max_steps={STEPS}", "trainer.val_every=50", "trainer.val_batches=1"]
-    command = [sys.executable, "-m", "swift.train", "data=store", f"data.path={store}", f"run_dir={run}"]
-    quiet = ["trainer.figures=false", "trainer.threads=1"]
-    env = environment(commands)
-    done = subprocess.run([*command, *words, *small, *quiet], capture_output=True, text=True, env=env, cwd=run.parent)
+    words += [f"launcher.node_local={run.parent}/scratch"]
+    done = python_m("swift.train", *settings(store, run), *words, cwd=run.parent, env=environment(commands))
     assert done.returncode == 0, done.stderr
     assert "job 77.server submitted on aurora: 1 nodes x 2 ranks" in done.stdout
 
@@ -101,9 +105,7 @@ def job(commands: Path, run: Path, number: int, **more: str) -> subprocess.Popen
 
 def test_a_job_stops_on_request_a_following_one_goes_on(commands: Path, store: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    submit(commands, store, whole)
-    assert job(commands, whole, 77).wait(600) == 0, (whole / "log" / "77").read_text()
-    (commands / "calls").unlink()
+    ranks.run(start, 2, *settings(store, whole))  # by no job
     submit(commands, store, parts)
     first = job(commands, parts, 77)
     limit = time.monotonic() + 600

@@ -37,25 +37,24 @@ def maps_figure(data: str | Path, out: str | Path) -> None:
     truth, said, mean = arrays["truth"], arrays["predicted"], arrays["mean"]
     wide = float(np.nanpercentile(np.abs(truth), 99))
     rest = float(np.nanpercentile(np.abs(truth - mean), 99))
+    titles = ("true map", "predicted map", "true residual", "predicted residual")
     with figure(1.35 * WIDTH, out) as fig:
         fig.suptitle(f"contrast {arrays['contrast']}")
         grid = fig.add_gridspec(5, 4)
+        axes = np.array([[fig.add_subplot(grid[row, place]) for place in range(4)] for row in range(3)])
         for row, name in enumerate(ROWS):
             z = _middle(said[row])
             shown = (truth[row], said[row], truth[row] - mean, said[row] - mean)
-            titles = ("true map", "predicted map", "true residual", "predicted residual")
-            for place, (volume, title) in enumerate(zip(shown, titles, strict=True)):
-                axis = fig.add_subplot(grid[row, place])
+            for place, (axis, volume) in enumerate(zip(axes[row], shown, strict=True)):
                 limit = wide if place < 2 else rest
                 picture = axis.imshow(volume[:, :, z].T, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
-                axis.set_xticks([])
-                axis.set_yticks([])
-                if row == 0:
-                    axis.set_title(title)
-                if place == 0:
-                    axis.set_ylabel(f"{name}\nresidual r {float(arrays['residual_r'][row]):.2f}")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
                 if row == 2 and place in (1, 3):
-                    fig.colorbar(picture, ax=axis, shrink=0.7)
+                    fig.colorbar(picture, ax=axes[:, place - 1 : place + 1], shrink=0.6)
+            axes[row, 0].set_ylabel(f"{name}\nresidual r {float(arrays['residual_r'][row]):.2f}")
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(title)
         for place, (key, title) in enumerate((("raw", "r of maps"), ("residual", "r of residuals"))):
             axis = fig.add_subplot(grid[3:, 2 * place : 2 * place + 2])
             picture = axis.imshow(arrays[key], cmap="viridis")

@@ -1,6 +1,6 @@
 """Which tokens: box or brain, mask tokens or hidden units left out, and how large a unit, at equal CPU time.
 
-    python experiments/tokens/run.py [--seconds 40] [--seeds 0 1 2] [--only NAME ...]
+    python experiments/tokens/run.py [--seconds 25] [--seeds 0 1 2] [--only NAME ...]
     python experiments/tokens/run.py --show
 
 Trains what is not in results.jsonl yet, adds a line for each training, then writes table.md and tokens.png beside it.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from experiments.learning.train_point import clip_rows, make  # noqa: E402
 from swift.config.compose import composed  # noqa: E402
+from swift.evaluate.linear_baselines import fit_linear  # noqa: E402
 from swift.evaluate.reconstruction_baselines import brain_mean  # noqa: E402
 from swift.models.masking import draw_mask, draw_shown, mask_voxels  # noqa: E402
 from swift.models.visible import Units  # noqa: E402
@@ -49,6 +50,7 @@ POINTS: dict[str, list[str]] = {
     "brain, token, 4 patches": ["model.tokens=brain", "task.mask_unit=[16,16,16,1]"],
     "box, token, 4 patches in all frames": ["model.tokens=box", "task.mask_unit=[16,16,16,1]", "task.mask_kind=tube"],
 }
+LINEAR = "low-rank of each scan, fitted to its training frames"
 RESULTS = HERE / "results.jsonl"
 WARMUP = 0.05
 MASKS = ("patches", "tubes")
@@ -112,6 +114,27 @@ def train(name: str, seed: int, seconds: float) -> Row:
     return {"name": name, "seed": seed, "seconds": seconds, "steps": step, "clips": judge(module, data)}
 
 
+def fit(seed: int) -> Row:
+    """What a linear prediction reaches under the same masks, its rank chosen under hidden tubes: no network."""
+    cfg = composed([*BASE, *POINTS["brain, token, 4 patches in all frames"], f"seed={seed}"])[0]
+    module, data = make(cfg)
+    began = time.process_time()
+    models = fit_linear(data, cfg, len(data.val_index))
+    models.names = [models.name]
+    spent = time.process_time() - began
+    found: dict[str, list[Row]] = {kind: [] for kind in MASKS}
+    for kind in MASKS:
+        for draw in range(MASK_SEEDS):
+            for packed in data.val_dataloader():
+                batch = data.dense(packed)
+                hidden = mask_voxels(
+                    judge_mask(kind, module, batch, 1000 + draw), (4, 4, 4, 1), batch["bold"].shape[2:]
+                )
+                prediction = models.predict(*(batch["bold"], hidden, batch["brain"], batch["scan"], batch["valid"]))
+                found[kind] += clip_rows(data, batch, hidden, prediction[models.name], draw, None)
+    return {"name": LINEAR, "seed": seed, "seconds": round(spent), "steps": 0, "clips": found}
+
+
 def kept() -> list[Row]:
     """Trainings that are done."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
@@ -131,12 +154,17 @@ def show() -> None:
     from matplotlib import pyplot as plt
 
     rows = kept()
-    lines = ["| trained with | seeds | steps | L1, hidden patches | L1, hidden tubes |", "|---|---|---|---|---|"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
+    lines = ["| trained with | CPU-s | seeds | steps | L1, hidden patches | L1, hidden tubes |", "|" + "---|" * 6]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     means = {kind: error(rows[0], kind, "brain_mean") for kind in MASKS}
-    names = [name for name in POINTS if any(row["name"] == name for row in rows)]
-    for place, name in enumerate(names):
-        mine = [row for row in rows if row["name"] == name]
+    places = [*POINTS, LINEAR]
+
+    def order(one: tuple[str, float]) -> tuple[bool, float, int]:
+        return one[0] == LINEAR, one[1], places.index(one[0])
+
+    done = sorted({(row["name"], row["seconds"]) for row in rows}, key=order)
+    for place, (name, seconds) in enumerate(done):
+        mine = [row for row in rows if (row["name"], row["seconds"]) == (name, seconds)]
         steps = sum(row["steps"] for row in mine) / len(mine)
         cells = []
         for axis, kind in zip(axes, MASKS):
@@ -146,12 +174,12 @@ def show() -> None:
             cells.append(f"{middle:.4f}{spread}")
             axis.plot(values, [place] * len(values), "o", color="C0", alpha=0.6)
             axis.plot(middle, place, "|", color="black", markersize=14)
-        lines.append(f"| {name} | {len(mine)} | {steps:.0f} | {cells[0]} | {cells[1]} |")
-    lines.append(f"| brain mean, nothing trained | | | {means['patches']:.4f} | {means['tubes']:.4f} |")
+        lines.append(f"| {name} | {seconds:.0f} | {len(mine)} | {steps:.0f} | {cells[0]} | {cells[1]} |")
+    lines.append(f"| brain mean, nothing trained | | | | {means['patches']:.4f} | {means['tubes']:.4f} |")
     for axis, kind in zip(axes, MASKS):
         axis.axvline(means[kind], color="0.6", linestyle=":", label="brain mean")
         axis.set_xlabel(f"held-out L1, hidden {kind}")
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(done)), [f"{name}, {seconds:.0f} s" for name, seconds in done])
     axes[0].invert_yaxis()
     axes[0].legend(fontsize="small")
     figure.savefig(HERE / "tokens.png", dpi=110)
@@ -175,6 +203,9 @@ def main() -> None:
                 with RESULTS.open("a") as out:
                     out.write(json.dumps(row) + "\n")
                 print(name, seed, row["steps"], *(f"{kind} {error(row, kind):.4f}" for kind in MASKS), flush=True)
+    if not options.show and not any(row["name"] == LINEAR for row in kept()):
+        with RESULTS.open("a") as out:
+            out.write(json.dumps(fit(0)) + "\n")
     show()
 
 

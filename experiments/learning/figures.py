@@ -78,7 +78,7 @@ def draw_factors(rows: list[tuple[str, dict[str, Any]]], out: Path) -> None:
                     ax.plot(one.mean, place, "o", color=colour, ms=3.5)
             ax.axvline(0, color="0.6", lw=0.8)
             ax.set_yticks(range(len(rows)), [what.replace("=", " = ", 1) for what, _ in reversed(rows)], fontsize=6.5)
-            ax.set_xlabel("held-out L1 beside the base")
+            ax.set_xlabel("held-out L1 beside the base after as many clips")
             ax.set_title(title)
             ax.locator_params(axis="x", nbins=5)
             gridded(ax, "y")

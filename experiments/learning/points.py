@@ -118,9 +118,30 @@ def _around(base: str, common: tuple[str, ...]) -> list[Point]:
     return found
 
 
+BASE_STEPS = {"network": (45, 57, 36), "maps": (32, 38, 26)}
+"""The bases again, for these numbers of steps: a busy machine makes fewer in the same CPU time, so that a factor is
+compared with its base at as many steps as it had itself."""
+
+
+def base_points(base: str) -> list[str]:
+    """Names of the trainings of a base."""
+    return [f"factors/{base}/base", *(f"factors/{base}/base, {steps} steps" for steps in BASE_STEPS[base])]
+
+
+def data_of_a_step(point: Point) -> float:
+    """Clips of 20 frames that a step sees, in those of a base."""
+    found = {"data.batch_size": 4.0, "data.frames": 20.0}
+    for option in point.options:
+        name, value = option.split("=", 1)
+        if name in found:
+            found[name] = float(value)
+    return found["data.batch_size"] * found["data.frames"] / 80
+
+
 def factors() -> list[Point]:
     """Every factor around both bases on the cohort, the bases first."""
-    network, maps = _around("network", ()), _around("maps", ("model.maps=20",))
+    bases = {"network": (), "maps": ("model.maps=20",)}
+    network, maps = (_around(base, options) for base, options in bases.items())
     only = [
         Point(f"factors/maps/{name}", "cohort", ("model.maps=20",), 0, extra) for name, extra in WITH_MAPS_ONLY.items()
     ]
@@ -132,7 +153,12 @@ def factors() -> list[Point]:
         for point in pair
     ]
     rest = network[len(maps) :] + maps[len(network) :]
-    return turn + [replace(point, extra={"seconds": FACTOR_SECONDS, **point.extra}) for point in rest]
+    again = [
+        Point(f"factors/{base}/base, {steps} steps", "cohort", options, 0, {"steps": steps, "seconds": FACTOR_SECONDS})
+        for base, options in bases.items()
+        for steps in BASE_STEPS[base]
+    ]
+    return again + turn + [replace(point, extra={"seconds": FACTOR_SECONDS, **point.extra}) for point in rest]
 
 
 COHORT_ARMS: dict[str, tuple[tuple[str, ...], dict[str, float | str], int]] = {

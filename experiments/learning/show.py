@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.learning.figures import draw_factors, draw_trained
-from experiments.learning.points import chosen
+from experiments.learning.points import base_points, chosen, data_of_a_step
 from swift.utils import jsonl
 from swift.utils.files import replace_text
 
@@ -169,28 +169,56 @@ def watch_table(points: dict[str, Line]) -> list[str]:
     return out
 
 
+def base_at(points: dict[str, Line], base: str, steps: float) -> Line | None:
+    """A base after a number of steps: between its two trainings next to that number; beyond all, the last one."""
+    lines = sorted((points[name] for name in base_points(base) if name in points), key=lambda line: line["steps"])
+    if not lines:
+        return None
+    place = float(np.interp(steps, [line["steps"] for line in lines], range(len(lines))))
+    low, high = lines[int(place)], lines[min(int(place) + 1, len(lines) - 1)]
+    share = place - int(place)
+    clips = {
+        key: [(1 - share) * total + share * high["clips"][key][0], count]
+        for key, (total, count) in low["clips"].items()
+    }
+    return low | {"clips": clips, "l1": (1 - share) * low["l1"] + share * high["l1"]}
+
+
 def factor_rows(points: dict[str, Line]) -> list[tuple[str, dict[str, Difference]]]:
-    """("factor = value", base -> difference to it), in the order of points.py."""
+    """("factor = value", base -> difference to it after as many clips), in the order of points.py."""
     found: dict[str, dict[str, Difference]] = defaultdict(dict)
     for point in chosen(["factors"]):
         _, base, what = point.name.split("/", 2)
-        if what != "base" and point.name in points and f"factors/{base}/base" in points:
-            found[what][base] = compare([points[point.name]], [points[f"factors/{base}/base"]])
+        line = points.get(point.name)
+        if line is None or point.name in base_points(base):
+            continue
+        other = base_at(points, base, line["steps"] * data_of_a_step(point))
+        if other is not None:
+            found[what][base] = compare([line], [other])
     order = list(dict.fromkeys(what.split("=")[0] for what in found))
     return sorted(found.items(), key=lambda item: order.index(item[0].split("=")[0]))
 
 
 def factor_table(points: dict[str, Line], rows: list[tuple[str, dict[str, Difference]]]) -> list[str]:
-    """Markdown lines: each factor around both bases."""
-    out = ["| factor | network: L1 | beside its base | maps=20: L1 | beside its base |", "|---|---|---|---|---|"]
-    bases = [points.get(f"factors/{base}/base") for base in ("network", "maps")]
-    ends = ["" if line is None else f"{line['l1']:.4f}" for line in bases]
-    out.append(f"| base | {ends[0]} | 0 | {ends[1]} | 0 |")
+    """Markdown lines: each factor around both bases, with the steps that its CPU time was enough for."""
+    out = ["| factor | network: steps | L1 | beside its base | maps=20: steps | L1 | beside its base |"]
+    out.append("|---" * 7 + "|")
+    bases = {
+        base: sorted((points[n] for n in base_points(base) if n in points), key=lambda line: -line["steps"])
+        for base in ("network", "maps")
+    }
+    for place in range(max(map(len, bases.values()))):
+        cells = []
+        for lines in bases.values():
+            one = lines[place] if place < len(lines) else None
+            cells += [str(one["steps"]), f"{one['l1']:.4f}", ""] if one else ["", "", ""]
+        out.append("| base | " + " | ".join(cells) + " |")
     for what, found in rows:
         cells = []
-        for base in ("network", "maps"):
-            one = found.get(base)
-            cells += [f"{one.l1:.4f}", str(one)] if one else ["", ""]
+        for base in bases:
+            difference = found.get(base)
+            steps = points[f"factors/{base}/{what}"]["steps"] if difference else 0
+            cells += [str(steps), f"{difference.l1:.4f}", str(difference)] if difference else ["", "", ""]
         out.append(f"| {what.replace('=', ' = ', 1)} | " + " | ".join(cells) + " |")
     missing = [point.name.removeprefix("factors/") for point in chosen(["factors"]) if point.name not in points]
     return [*out, "", f"Not run for want of time: {'; '.join(missing)}." if missing else ""]

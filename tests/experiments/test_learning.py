@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.learning import bounds, figures, show
-from experiments.learning.points import COHORT, FACTOR_SECONDS, chosen
+from experiments.learning.points import BASE_STEPS, COHORT, FACTOR_SECONDS, base_points, chosen, data_of_a_step
 from swift.data.synthetic import CohortSpec, make_subject
 from swift.report.style import BLUE, VERMILION
 from swift.utils.errors import UserError
@@ -129,8 +129,10 @@ def planted() -> dict[str, Any]:
         trained("cohort/maps#0", 0.66, watch=watch),
         trained("cohort/maps#1", 0.68),
         trained("factors/network/base", 0.72),
-        trained("factors/network/rate=1e-2", 0.715),
-        trained("factors/network/decay=0", 0.73),
+        trained("factors/network/base, 36 steps", 0.71, steps=36),
+        trained("factors/network/rate=1e-2", 0.713, steps=33),
+        trained("factors/network/decay=0", 0.73, steps=20),
+        trained("factors/network/batch=8", 0.73, steps=18),
         trained("factors/maps/base", 0.69),
         trained("factors/maps/rate=1e-2", 0.70),
     ]
@@ -147,13 +149,16 @@ def test_tables_of_planted_results(planted: dict[str, Any]) -> None:
     ]
     assert show.watch_table(planted)[2:] == ["| cohort/maps#0 | 0.900 | 0.600 | 0.050 | 0.700 | 0.680 |"]
     factors = show.factor_table(planted, show.factor_rows(planted))
-    assert factors[2:5] == [
-        "| base | 0.7700 | 0 | 0.7400 | 0 |",
-        "| rate = 1e-2 | 0.7650 | -0.0050 [-0.0050, -0.0050] | 0.7500 | +0.0100 [+0.0100, +0.0100] |",
-        "| decay = 0 | 0.7800 | +0.0100 [+0.0100, +0.0100] |  |  |",
+    # The network's base falls from 0.77 at 30 steps to 0.76 at 36. A step of 8 clips sees what two of the base do.
+    assert factors[2:7] == [
+        "| base | 36 | 0.7600 |  | 30 | 0.7400 |  |",
+        "| base | 30 | 0.7700 |  |  |  |  |",
+        "| rate = 1e-2 | 33 | 0.7630 | -0.0020 [-0.0020, -0.0020] | 30 | 0.7500 | +0.0100 [+0.0100, +0.0100] |",
+        "| batch = 8 | 18 | 0.7800 | +0.0200 [+0.0200, +0.0200] |  |  |  |",
+        "| decay = 0 | 20 | 0.7800 | +0.0100 [+0.0100, +0.0100] |  |  |  |",
     ]
     missing = factors[-1].removeprefix("Not run for want of time: ").removesuffix(".").split("; ")
-    assert len(missing) == len(chosen(["factors"])) - 5
+    assert len(missing) == len(chosen(["factors"])) - 7
     assert "network/LayerScale=none" in missing
     assert "maps/rate=1e-2" not in missing
 
@@ -172,7 +177,7 @@ def test_the_command_writes_between_its_marks_only(
     assert once.startswith(f"before\n{show.BEGIN}\n")
     assert once.endswith(f"{show.END}\nafter\n")
     assert "old table" not in once
-    assert "| rate = 1e-2 | 0.7650 |" in once
+    assert "| rate = 1e-2 | 33 | 0.7630 |" in once
     assert "ten masks" not in once  # nothing of the sample is there
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("trained.png", "factors.png"))
     for name in ("draw_trained", "draw_factors"):
@@ -193,7 +198,7 @@ def test_the_figures_show_what_the_tables_say(planted: dict[str, Any], monkeypat
     rows = show.factor_rows(planted)
     figures.draw_factors(rows, Path("factors.png"))
     left = drawn[0].axes[0]
-    assert [tick.get_text() for tick in left.get_yticklabels()] == ["decay = 0", "rate = 1e-2"]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["decay = 0", "batch = 8", "rate = 1e-2"]
     for ax, base in zip(drawn[0].axes, ("network", "maps")):
         points = {
             int(one.get_ydata()[0]): (float(one.get_xdata()[0]), one.get_color())
@@ -212,10 +217,16 @@ def test_the_figures_show_what_the_tables_say(planted: dict[str, Any], monkeypat
 
 def test_factors_differ_from_their_base_in_one_thing() -> None:
     points = chosen(["factors"])
-    assert len({point.name for point in points}) == len(points) == 61
-    bases = {point.name.split("/")[1]: point for point in points if point.name.endswith("/base")}
-    assert [point.name for point in points[:2]] == ["factors/network/base", "factors/maps/base"]
-    for point in points:
+    assert len({point.name for point in points}) == len(points) == 67
+    again, rest = points[:6], points[6:]
+    bases = {point.name.split("/")[1]: point for point in rest if point.name.endswith("/base")}
+    assert [point.name for point in rest[:2]] == ["factors/network/base", "factors/maps/base"]
+    for base, one in bases.items():
+        own = [point for point in again if point.name.split("/")[1] == base]
+        assert [point.name for point in [one, *own]] == base_points(base)
+        assert {point.options for point in own} == {one.options}
+        assert sorted(point.extra["steps"] for point in own) == sorted(BASE_STEPS[base])
+    for point in rest:
         assert point.extra["seconds"] == FACTOR_SECONDS
         base = bases[point.name.split("/")[1]]
         more = set(point.options) - set(base.options)
@@ -223,6 +234,8 @@ def test_factors_differ_from_their_base_in_one_thing() -> None:
         # 10 frames and batches of 8 go together: as many voxels a step.
         assert (point is base) == (not more and not extra)
         assert len({one.split("=")[0] for one in more} - {"data.batch_size"}) + len(extra) <= 1, point.name
+        batch = {"batch=2": 0.5, "batch=8": 2.0}
+        assert data_of_a_step(point) == batch.get(point.name.split("/")[-1], 1.0), point.name
     assert not set(bases["network"].options) & set(COHORT)
     with pytest.raises(UserError, match=r"--sets finalist: legal are factors, cohort, finalists"):
         chosen(["finalist"])

@@ -238,7 +238,7 @@ def main() -> None:
     text += ["### What the trained models predict", "", *watch_table(points), ""]
     rows = factor_rows(points)
     if rows:
-        text += ["### One factor at a time", "", *factor_table(points, rows), "", "![factors](factors.png)", ""]
+        text += ["### One factor at a time", "", *factor_table(points, rows), ""]
         draw_factors(rows, HERE / "factors.png")
     readme = HERE / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)

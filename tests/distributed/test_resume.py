@@ -32,10 +32,10 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     ("ranks", "overrides"),
     [
         (2, ["parallel=ddp", "data.batch_size=2"]),
-        (1, ["parallel=zero3", "data.batch_size=4"]),
+        pytest.param(1, ["parallel=zero3", "data.batch_size=4"], marks=pytest.mark.slow),
         (4, ["parallel=zero3", "data.batch_size=1"]),
         (2, ["parallel=fsdp", "data.batch_size=2"]),
-        (2, ["parallel=zero2", "data.batch_size=1", "trainer.accumulate=2"]),
+        pytest.param(2, ["parallel=zero2", "data.batch_size=1", "trainer.accumulate=2"], marks=pytest.mark.slow),
         (1, ["parallel=single", "data.batch_size=2", "trainer.accumulate=2"]),
     ],
     ids=lambda value: "" if isinstance(value, int) else value[0].removeprefix("parallel="),

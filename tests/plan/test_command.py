@@ -15,13 +15,14 @@ from swift.plan.sizes import count_parameters
 from swift.plan.text import as_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+QUICK = ("tiny", "v1", "806m", "14b5")
 STRATEGIES = sorted(path.stem for path in (CONF / "parallel").glob("[!_]*.yaml"))
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(path.stem, marks=pytest.mark.slow if path.stem == "130b" else ())
+        pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
         for path in sorted((CONF / "model").glob("*.yaml"))
     ],
 )

@@ -21,7 +21,7 @@ import pytest
 from tests.small import DATA, MODEL, small_store
 
 ROOT = Path(__file__).parents[2]
-STEPS = 300
+STEPS = 200
 """Optimizer steps of a run, a tenth of a second each: long enough to be met in the middle."""
 ALL_NODES = "n[1-4]"
 LOCAL_SLURM = ROOT / "launch" / "local_slurm.sh"
@@ -61,7 +61,7 @@ class Cluster:
     def submit(self, run: Path, *words: str, packed: bool = False) -> Run:
         """Submit a small run of two ranks."""
         small = ["data=store", f"data.path={self.store}", *MODEL, *DATA]
-        schedule = [f"trainer.max_steps={STEPS}", "trainer.val_every=150", "trainer.log_every=10"]
+        schedule = [f"trainer.max_steps={STEPS}", f"trainer.val_every={STEPS // 2}", "trainer.log_every=10"]
         schedule.append("trainer.checkpoint_every=20")
         quick = ["trainer.val_batches=1", "trainer.figures=false", "trainer.threads=1", "optimizer.warmup_steps=2"]
         first = ["+launcher=local", f"run_dir={run}", *small, *schedule, *quick, "parallel=zero1"]

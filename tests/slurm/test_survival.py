@@ -105,7 +105,8 @@ def test_one_point_of_an_array_is_queued_again_and_the_others_are_left_alone(clu
 
 
 def test_who_cancels_a_job_does_not_want_it_back(cluster: Cluster, tmp_path: Path) -> None:
-    run = cluster.submit(tmp_path / "run", "trainer.max_steps=5000", "trainer.val_every=5000")
+    long = ["trainer.max_steps=5000", "trainer.val_every=5000"]
+    run = cluster.submit(tmp_path / "run", "launcher.health=false", *long)
     run.wait_for_step(2)
     cluster.call("scancel", run.job)
     run.wait(300)

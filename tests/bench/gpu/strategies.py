@@ -12,6 +12,7 @@ from swift.utils import jsonl
 from tests.bench.gpu.base import Bench, Case, Part, Row
 from tests.bench.gpu.build import SMALL
 from tests.bench.gpu.stores import random_store
+from tests.forked import python_m
 
 NAMES = ("single", "ddp", "zero1", "fsdp")
 STEPS, SAVED = 5, 3
@@ -20,16 +21,19 @@ LIMIT = {"bf16": 1e-2, "32": 1e-5}
 COLUMNS = (("ok", "5"), ("beside_single", "13.1e"), ("resumed", "9.1e"), ("text", "8"))
 
 
-def train(folder: Path, *overrides: str) -> None:
-    """The training command.
+def train(folder: Path, gpu: bool, *overrides: str) -> None:
+    """The training command; without a GPU forked from a process that has imported it.
 
     Raises:
         RuntimeError: it failed; its last line.
     """
     # No launcher's ranks, and the root of the project to import from.
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("SWIFT_", "SLURM_"))}
-    command = [sys.executable, "-m", "swift.train", *overrides]
-    done = subprocess.run(command, env=outside, capture_output=True, text=True)
+    if gpu:
+        command = [sys.executable, "-m", "swift.train", *overrides]
+        done = subprocess.run(command, env=outside, capture_output=True, text=True)
+    else:
+        done = python_m("swift.train", *overrides, cwd=Path.cwd(), env=outside)
     if done.returncode:
         raise RuntimeError(f"{folder.name}: status {done.returncode}: {' '.join(done.stderr.split()[-40:])}")
 
@@ -60,6 +64,7 @@ def run_of(bench: Bench, name: str) -> Path:
         shape = SMALL if bench.small else ["data.grid=[96,96,96]"]
         train(
             run_dir,
+            bench.gpu,
             f"model={'tiny' if bench.small else '7m'}",
             "data=store",
             f"data.path={store}",
@@ -98,7 +103,7 @@ def one(bench: Bench, name: str) -> Row:
             shutil.rmtree(path)
     for name_of_file in ("summary.json", "metrics.jsonl"):
         (again / name_of_file).unlink()
-    train(again, f"resume={again}")
+    train(again, bench.gpu, f"resume={again}")
     resumed = apart(losses(again), found[SAVED:])
     limit = LIMIT["bf16" if bench.gpu else "32"]
     ok = difference <= limit and resumed <= limit / 10

@@ -309,6 +309,8 @@ def cannot_compile(cfg: Config) -> tuple[str, object, str] | None:
     return None
 
 
+FP32_GRADIENTS = ("zero2", "zero3")
+"""Strategies that sum bf16 gradients in bf16 unless they are told otherwise, and can be."""
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
@@ -335,6 +337,8 @@ def check_parallel(cfg: ParallelConfig) -> None:
         )
     legal = "weights are offloaded together with their optimizer: parallel.offload_optimizer=true"
     require(cfg.offload_optimizer or not cfg.offload_parameters, "parallel.offload_parameters", True, legal)
+    legal = "only parallel=zero2 and zero3 have it (DeepSpeed's ZeRO 1 would take another optimizer)"
+    require(not cfg.fp32_gradients or cfg.name in FP32_GRADIENTS, "parallel.fp32_gradients", True, legal)
     legal = "only parallel=fsdp and hsdp gather by unit"
     require(cfg.unit_mb is None or cfg.name in ("fsdp", "hsdp"), "parallel.unit_mb", cfg.unit_mb, legal)
     for name in ("reduce_bucket_mb", "gather_bucket_mb", "unit_mb", "timeout_minutes"):

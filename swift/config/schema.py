@@ -252,6 +252,9 @@ class ParallelConfig:
     group: int = 0
     """hsdp: ranks, in their order, that hold one copy of weights and optimizer among them; 0: those of a node. zero3:
     ranks that hold a second copy of the compute weights between the passes (hpZ); 0: none."""
+    fp32_gradients: bool = False
+    """zero2, zero3 in bf16: sum gradients over ranks and micro-batches in float32, for twice their bytes; false: in
+    bf16, where a small one may vanish beside a large one. ddp, fsdp and hsdp always sum in float32."""
     unit_mb: Optional[float] = None
     """fsdp, hsdp: a block whose gathered weights exceed this, MB, is gathered layer by layer; null: block by block."""
 

@@ -264,12 +264,16 @@ def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int, gro
         element_bytes: Bytes of a gradient element: DeepSpeed counts buckets in elements.
         group: ZeRO 3: ranks that share a second copy of the weights; 0: there is none.
     """
-    reduce, gather = (int(size / element_bytes) for size in (bucket, cfg.gather_bucket_mb * MB))
+    gather = int(cfg.gather_bucket_mb * MB / element_bytes)
+    wide = cfg.fp32_gradients and element_bytes == 2
+    # ZeRO 3 holds its bucket in the type in which it is sent, ZeRO 2 in that of the weights.
+    reduce = int(bucket / (4 if wide and cfg.zero_stage == 3 else element_bytes))
     zero: dict[str, Any] = {
         "stage": cfg.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": cfg.overlap,
-        "reduce_scatter": True,
+        # ZeRO 2 would divide by the ranks in bf16, before the sum: it rounds where they are no power of two.
+        "reduce_scatter": not (wide and cfg.zero_stage == 2),
         "reduce_bucket_size": reduce,
     }
     if cfg.zero_stage == 3:
@@ -280,7 +284,9 @@ def deepspeed_config(cfg: ParallelConfig, bucket: float, element_bytes: int, gro
     for name, wanted in (("offload_optimizer", cfg.offload_optimizer), ("offload_param", cfg.offload_parameters)):
         if wanted:
             zero[name] = {"device": "cpu", "pin_memory": device.count() > 0}
+    in_fp32 = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}} if wide else {}
     return {
+        **in_fp32,
         "zero_optimization": zero,
         # Torch's AdamW is untested by name only.
         "zero_allow_untested_optimizer": True,

@@ -13,6 +13,8 @@ was watched on running engines (every storage of every tensor, at its peak); tes
 | zero3_offload | host | host | host | as zero3 |
 | fsdp | 4P/N | 8P/N | 4P/N | gathered weights of two blocks, their gradients |
 | hsdp | 4P/G | 8P/G | 4P/G | as fsdp; G ranks of a group |
+
+With parallel.fp32_gradients the gradients of zero2 and zero3 are 4P/N, and zero2 has a float32 copy of a bucket.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ class Sharding:
     """hsdp: ranks that share all; zero3: ranks that share a second copy of the weights (hpZ), 0: there is none."""
     unit: float = math.inf
     """fsdp, hsdp: bytes of gathered weights above which a block is gathered layer by layer."""
+    fp32_gradients: bool = False
+    """ZeRO 2 and 3: gradients of bf16 weights are summed in float32."""
     on_cpu: bool = False
     """ZeRO's step on a CPU was seen to take two temporaries of what is updated; on others one is counted."""
 
@@ -82,8 +86,18 @@ class Sharding:
 
     @property
     def element(self) -> int:
-        """Bytes of a gradient element."""
+        """Bytes of a gradient element as the backward pass makes it."""
         return 2 if self.bf16 and self.zero_stage else 4
+
+    @property
+    def wide(self) -> bool:
+        """Whether gradients are summed in a wider type than they are made in."""
+        return self.fp32_gradients and self.element == 2 and self.zero_stage in (2, 3)
+
+    @property
+    def summed(self) -> int:
+        """Bytes of an element of a gradient that is summed over ranks and micro-batches."""
+        return 4 if self.wide else self.element
 
 
 def reduce_bucket(cfg: Config, largest: int, bf16: bool) -> float:
@@ -123,6 +137,7 @@ def sharding_of(cfg: Config, geometry: Geometry, ranks: int, bf16: bool, ranks_p
         offload_parameters=parallel.offload_parameters,
         loss=cfg.task.loss,
         guarded=cfg.guard.action != "off",
+        fp32_gradients=parallel.fp32_gradients,
         unit=math.inf if parallel.unit_mb is None else parallel.unit_mb * MB,
         group=shard_group(parallel, ranks, ranks_per_node),
     )
@@ -285,7 +300,10 @@ def buffer_bytes(geometry: Geometry, sharding: Sharding, moment: str = "") -> fl
     if sharding.sharded:
         return unit_buffers(geometry, sharding, moment)
     if sharding.zero_stage < 3:
-        return (2 if sharding.overlap else 1) * sharding.reduce_bucket + largest * element
+        # Summed in float32, a bucket of bf16 is copied, and so is a gradient that no bucket holds.
+        filled = min(sharding.reduce_bucket / element, total)
+        sent = 4 * max(filled, largest * (largest > filled)) if sharding.wide else 0
+        return (2 if sharding.overlap else 1) * sharding.reduce_bucket + largest * element + sent
     if not gathers(sharding):
         return 2 * sharding.reduce_bucket + largest * element
     live = min(total, LIVE_PARAMETERS + largest_block(geometry))
@@ -303,9 +321,10 @@ def gradient_bytes(geometry: Geometry, sharding: Sharding, made: int) -> float:
     total, element, ranks = geometry.total_parameters, sharding.element, sharding.ranks
     accumulated = sharding.accumulate > 1
     if sharding.zero_stage == 3:
-        return 0.0 if sharding.offload_optimizer else total * element / ranks
+        return 0.0 if sharding.offload_optimizer else total * sharding.summed / ranks
     if sharding.zero_stage == 2:
-        return total * element / ranks * (2 if accumulated else 1)
+        # In float32 a micro-batch is added to the sum where it is.
+        return total * sharding.summed / ranks * (2 if accumulated and not sharding.wide else 1)
     if sharding.zero_stage == 1:
         # A gradient in a bucket lives there; one larger than a bucket stays where it is until the pass ends.
         large = sum(size for size in geometry.sizes if size > sharding.reduce_bucket / element)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from swift.config.check import FP32_GRADIENTS
 from swift.config.schema import Config
 from swift.plan.activations import CHECKPOINTING
 from swift.plan.devices import GIB, Site
@@ -131,6 +132,9 @@ def _candidates(geometry: Geometry, sharding: Sharding) -> Iterator[tuple[list[s
                 group=0,
             )
             changes.append(f"parallel={strategy}")
+            if changed.fp32_gradients and strategy not in FP32_GRADIENTS:
+                changed = replace(changed, fp32_gradients=False)
+                changes.append("parallel.fp32_gradients=false")
         if kept != sharding.checkpointing:
             changed = replace(changed, checkpointing=kept)
             changes.append(f"parallel.activation_checkpointing={kept}")

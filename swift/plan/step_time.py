@@ -56,7 +56,8 @@ def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
     inside = sharding.group if sharding.strategy == "hsdp" else ranks
     ring, element = (inside - 1) / inside, sharding.element
     micro = sharding.accumulate
-    buckets = math.ceil(total * element / sharding.reduce_bucket)
+    in_bucket = sharding.summed if sharding.zero_stage == 3 else element
+    buckets = math.ceil(total * in_bucket / sharding.reduce_bucket)
     blocks = sum(len(stage.blocks) for stage in geometry.stages)
     if sharding.strategy == "ddp":
         # Lightning leaves out the reduction on all micro-batches but the last.
@@ -64,13 +65,15 @@ def traffic(geometry: Geometry, sharding: Sharding) -> Traffic:
     if sharding.zero_stage in (1, 2):
         times = micro if sharding.zero_stage == 2 else 1
         gathers = math.ceil(total * element / sharding.gather_bucket)
-        return Traffic(times * ring * element * total, ring * element * total, 0.0, times * buckets + gathers)
+        # One all-reduce a bucket where float32 is asked for, else what is counted for ZeRO: a reduction to the owner.
+        sent = times * ring * sharding.summed * total * (2 if sharding.wide else 1)
+        return Traffic(sent, ring * element * total, 0.0, times * buckets + gathers)
     host = 0.0
     if sharding.offload_optimizer:
         # Gradients go down in their own type, weights come up again as often as they are gathered.
         host = micro * total * element / ranks * (3 if sharding.offload_parameters else 1) + total * element / ranks
     width = element if sharding.zero_stage == 3 else (2 if sharding.bf16 else 4)
-    reduced = element if sharding.zero_stage == 3 else 4
+    reduced = sharding.summed if sharding.zero_stage == 3 else 4
     # Gathered for the forward and again for the backward pass, except what stays gathered in between.
     kept = min(total, LIVE_PARAMETERS) if sharding.zero_stage == 3 else 0
     gathered = micro * ring * width * (2 * total - kept)

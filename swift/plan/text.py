@@ -26,6 +26,7 @@ def _head(plan: Plan) -> list[str]:
     x, y, z, t = geometry.volume
     patch = ",".join(map(str, geometry.patch))
     precision = "bf16" if sharding.bf16 else "float32"
+    precision += " (gradients summed in float32)" if sharding.wide else ""
     groups = f" in groups of {sharding.group:,}" if sharding.group else ""
     groups += " for a second copy of the weights" if sharding.group and sharding.zero_stage else ""
     return [

@@ -262,6 +262,11 @@ WRONG: list[tuple[list[str], str, str]] = [
         "parallel.unit_mb=null",
     ),
     (["parallel.compile=maybe"], "parallel.compile=maybe", "must be true or false, or null"),
+    (
+        ["parallel=zero1", "parallel.fp32_gradients=true"],
+        "parallel.fp32_gradients=True",
+        "only parallel=zero2 and zero3",
+    ),
     (["parallel.gather_bucket_mb=-1"], "parallel.gather_bucket_mb=-1.0", "above 0"),
     (["parallel.timeout_minutes=0"], "parallel.timeout_minutes=0.0", "above 0"),
     (["seed=-1"], "seed=-1", "[0, 4294967295]"),

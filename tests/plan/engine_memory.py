@@ -1,4 +1,4 @@
-"""`python -m tests.plan.engine_memory STAGE RANKS BF16 ACCUMULATE`: bytes that a real ZeRO engine holds on a CPU.
+"""`python -m tests.plan.engine_memory STAGE RANKS BF16 ACCUMULATE WIDE`: bytes that a real ZeRO engine holds on a CPU.
 
 Measured are all storages of all tensors of rank 0: after a step, and at the peaks of the backward pass and of the step;
 and how much its resident memory has grown. Printed beside the prediction as one line of JSON.
@@ -42,20 +42,22 @@ VOLUME = (4, 4, 4, 2)
 BUCKET_BYTES = 6_000_000
 
 
-def engine_config(stage: int, bf16: bool, accumulate: int, group: int = 0) -> dict[str, Any]:
+def engine_config(stage: int, bf16: bool, accumulate: int, group: int = 0, wide: bool = False) -> dict[str, Any]:
     """As `swift.parallel.strategies.deepspeed_config` sets it."""
     elements = BUCKET_BYTES // (2 if bf16 else 4)
+    in_fp32 = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}} if wide else {}
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
         "overlap_comm": True,
-        "reduce_scatter": True,
-        "reduce_bucket_size": elements,
+        "reduce_scatter": not (wide and stage == 2),
+        "reduce_bucket_size": elements // (2 if wide and stage == 3 else 1),
     }
     if group:
         zero["zero_hpz_partition_size"] = group
     zero["stage3_prefetch_bucket_size" if stage == 3 else "allgather_bucket_size"] = elements
     return {
+        **in_fp32,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,
         "gradient_clipping": 1.0,
@@ -100,13 +102,19 @@ def resident() -> int:
 
 
 def train(
-    shapes: list[torch.Size], stage: int, bf16: bool, accumulate: int, live: Live, group: int = 0
+    shapes: list[torch.Size],
+    stage: int,
+    bf16: bool,
+    accumulate: int,
+    live: Live,
+    group: int = 0,
+    wide: bool = False,
 ) -> tuple[Any, dict[str, int]]:
     """Two steps of an engine; it, and the peaks of the second step."""
     import deepspeed
     from deepspeed.utils import groups
 
-    settings = engine_config(stage, bf16, accumulate, group)
+    settings = engine_config(stage, bf16, accumulate, group, wide)
     if stage == 3:
         # Groups of ranks are made once in a process.
         secondary = groups._get_zero_param_intra_parallel_group()
@@ -127,20 +135,21 @@ def train(
     return engine, {"backward_peak": backward, "step_peak": live.peak}
 
 
-def measure(stage: int, bf16: bool, accumulate: int, group: int = 0) -> dict[str, int]:
+def measure(stage: int, bf16: bool, accumulate: int, wide: bool = False, group: int = 0) -> dict[str, int]:
     """What this rank holds; for `tests.distributed.ranks.run`."""
     import deepspeed
 
     # Every tensor of 64 KiB or more gets pages of its own (M_MMAP_THRESHOLD), which it gives back: else holes count.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     deepspeed.utils.logging.logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # never called here, and compiled for half a minute
     deepspeed.init_distributed("gloo")
     shapes = [parameter.shape for parameter in on_meta(config("factorized", SHAPE), VOLUME).parameters()]
     # Code, groups of ranks and their buffers come with the first engine, however small.
-    small, _ = train(shapes[-4:], stage, bf16, accumulate, Live(), group)
+    small, _ = train(shapes[-4:], stage, bf16, accumulate, Live(), group, wide)
     before = resident()
     with Live() as live:
-        engine, peaks = train(shapes, stage, bf16, accumulate, live, group)
+        engine, peaks = train(shapes, stage, bf16, accumulate, live, group, wide)
         found = {"states": live.now, **peaks}
     found["resident"] = resident() - before
     del engine, small
@@ -185,7 +194,9 @@ def predict_groups(ranks: int, group: int, bf16: bool, unit_mb: float | None) ->
     }
 
 
-def predict(stage: int, ranks: int, bf16: bool, accumulate: int, group: int = 0) -> dict[str, float]:
+def predict(
+    stage: int, ranks: int, bf16: bool, accumulate: int, wide: bool = False, group: int = 0
+) -> dict[str, float]:
     """The same from `swift.plan.memory`."""
     geometry = build_geometry(config("factorized", SHAPE), VOLUME)
     sharding = Sharding(
@@ -202,6 +213,7 @@ def predict(stage: int, ranks: int, bf16: bool, accumulate: int, group: int = 0)
         False,
         "l1",
         group=group,
+        fp32_gradients=wide,
         on_cpu=True,
     )
     total = geometry.total_parameters
@@ -220,9 +232,10 @@ def main() -> None:
     """Start the ranks and print both."""
     from tests.distributed.ranks import run
 
-    stage, ranks, bf16, accumulate = map(int, sys.argv[1:5])
-    measured = run(measure, ranks, stage, bool(bf16), accumulate)[0]
-    print(json.dumps({"measured": measured, "predicted": predict(stage, ranks, bool(bf16), accumulate)}))
+    stage, ranks, bf16, accumulate, wide = map(int, sys.argv[1:6])
+    how = bool(bf16), accumulate, bool(wide)
+    measured = run(measure, ranks, stage, *how)[0]
+    print(json.dumps({"measured": measured, "predicted": predict(stage, ranks, *how)}))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,23 @@ def test_accumulation_holds_gradients() -> None:
     assert gradient_bytes(GEOMETRY, replace(BASE, accumulate=2), 0) == 4 * P
 
 
+def test_gradients_summed_in_float32_take_four_bytes() -> None:
+    """Of the share of a rank, with and without accumulation; ZeRO 2 sends a copy of what a bucket holds."""
+    for name in ("zero2", "zero3"):
+        plain = replace(ZERO[name], bf16=True, reduce_bucket=200.0, overlap=False)
+        for accumulate in (1, 2):
+            wide = replace(plain, fp32_gradients=True, accumulate=accumulate)
+            assert gradient_bytes(GEOMETRY, wide, P) == 4 * P / 4
+        assert gradient_bytes(GEOMETRY, plain, P) == 2 * P / 4
+        # In float32 already, the setting changes nothing.
+        assert memory(GEOMETRY, replace(wide, bf16=False), 1) == memory(
+            GEOMETRY, replace(plain, bf16=False, accumulate=2), 1
+        )
+    large = replace(ZERO["zero2"], bf16=True, reduce_bucket=1e9)
+    copied = buffer_bytes(GEOMETRY, replace(large, fp32_gradients=True)) - buffer_bytes(GEOMETRY, large)
+    assert copied == 4 * P  # the bucket holds all gradients there are
+
+
 def test_gradients_larger_than_a_bucket_stay_in_zero1() -> None:
     small = replace(ZERO["zero1"], reduce_bucket=4.0 * GEOMETRY.sizes[5])
     large = sum(size for size in GEOMETRY.sizes if size > GEOMETRY.sizes[5])
@@ -176,25 +193,28 @@ def test_the_peak_is_the_worst_moment() -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("stage", "ranks", "bf16", "accumulate"),
+    ("stage", "ranks", "bf16", "accumulate", "wide"),
     [
-        (1, 1, 0, 1),
-        (1, 2, 1, 1),
-        (1, 2, 0, 1),
-        (1, 2, 1, 2),
-        (1, 4, 0, 1),
-        (2, 1, 0, 1),
-        (2, 2, 1, 1),
-        (2, 4, 0, 1),
-        (3, 1, 0, 1),
-        (3, 2, 1, 1),
-        (3, 4, 0, 1),
+        (1, 1, 0, 1, 0),
+        (1, 2, 1, 1, 0),
+        (1, 2, 0, 1, 0),
+        (1, 2, 1, 2, 0),
+        (1, 4, 0, 1, 0),
+        (2, 1, 0, 1, 0),
+        (2, 2, 1, 1, 0),
+        (2, 4, 0, 1, 0),
+        (2, 2, 1, 2, 1),
+        (3, 1, 0, 1, 0),
+        (3, 2, 1, 1, 0),
+        (3, 2, 1, 1, 1),
+        (3, 4, 0, 1, 0),
     ],
 )
-def test_states_of_real_engines(stage: int, ranks: int, bf16: int, accumulate: int) -> None:
+def test_states_of_real_engines(stage: int, ranks: int, bf16: int, accumulate: int, wide: int) -> None:
     """DeepSpeed on gloo ranks: bytes of all tensors after a step, and at the peaks, within 10 %; resident memory."""
-    measured = run(engine_memory.measure, ranks, stage, bool(bf16), accumulate)[0]
-    predicted = engine_memory.predict(stage, ranks, bool(bf16), accumulate)
+    how = bool(bf16), accumulate, bool(wide)
+    measured = run(engine_memory.measure, ranks, stage, *how)[0]
+    predicted = engine_memory.predict(stage, ranks, *how)
     for name in ("states", "backward_peak", "step_peak"):
         assert predicted[name] == pytest.approx(measured[name], rel=0.1), (name, predicted, measured)
     assert predicted["states"] == pytest.approx(measured["resident"], rel=0.1), (predicted, measured)

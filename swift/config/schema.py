@@ -285,7 +285,8 @@ class TrainerConfig:
     checkpoint_every: int
     """Optimizer steps between checkpoints, besides those at validations and at the end; 0: only those."""
     checkpoint_background: bool
-    """Write checkpoints while training goes on (needs host memory for a copy of this rank's states)."""
+    """Write checkpoints while training goes on (needs host memory for a copy of this rank's states, on
+    a GPU page-locked and kept for the next)."""
     figures: bool
     """Draw the loss curve and a reconstruction at the end."""
     wandb: bool

@@ -43,7 +43,7 @@ class CheckpointingStrategy(StepGate):
 
         Each rank draws the elements that it holds, in float32 also where the engine computes in bf16.
         """
-        module = self.lightning_module
+        module, self.saver.where = self.lightning_module, self.root_device
         prepare_blocks(module.model, self.parallel)
         empty = any(parameter.is_meta for parameter in module.parameters())
         if empty:

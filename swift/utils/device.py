@@ -242,6 +242,61 @@ def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def pinned_like(tensor: Tensor) -> Tensor:
+    """Page-locked memory of the host for a tensor of a device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class HostCopy:
+    """A copy of tensors in memory of the host; of a device's, under way on a stream of its own while both work on.
+
+    The device must not change what is copied before `hold` has been called: what it is given after that waits for the
+    copy, what it was given before the copy began comes first. The copy may be read after `wait`.
+
+    Args:
+        tensors: By name.
+        device: Where they are; some may be on the host already.
+        buffers: Page-locked memory by name, kept by the caller from copy to copy; what lacks is added.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, buffers: dict[str, Tensor]) -> None:
+        self.device = device
+        self._end: Any = None
+        if on_host(device):
+            self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            return
+        module = torch.get_device_module(device)
+        stream = module.Stream(device)
+        stream.wait_stream(module.current_stream(device))
+        self.copies = {}
+        with module.stream(stream):
+            for name, tensor in tensors.items():
+                source = tensor.detach()
+                if on_host(source.device):  # offloaded; clone() is done when it returns
+                    self.copies[name] = source.clone()
+                    continue
+                buffer = buffers.get(name)
+                if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                    buffer = buffers[name] = pinned_like(source)
+                buffer.copy_(source, non_blocking=True)
+                # Else the allocator might hand its memory on, should it be freed before the copy has ended.
+                source.record_stream(stream)
+                self.copies[name] = buffer
+            self._end = module.Event()
+            self._end.record(stream)
+
+    def hold(self) -> None:
+        """Let all that the device is given from now on wait for the copy; the host does not wait."""
+        if self._end is not None:
+            torch.get_device_module(self.device).current_stream(self.device).wait_event(self._end)
+
+    def wait(self) -> dict[str, Tensor]:
+        """The copies, when they are complete."""
+        if self._end is not None:
+            self._end.synchronize()
+        return self.copies
+
+
 class Copies:
     """Copies of batches to a device, under way while the host works on.
 

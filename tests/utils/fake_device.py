@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -61,12 +61,14 @@ class FakeXpu:
         copies: Copies begun without waiting.
         waited: Copies that were waited for at once.
         pins: Tensors that were brought to page-locked memory.
+        saves: Copies of states for checkpoints.
         asked: Names of what was asked of the device layer.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.copies = self.waited = self.pins = self.marks = 0
         self.asked: set[str] = set()
+        self.saves: list[_HostCopy] = []
         self._page_locked: dict[int, weakref.ref[Tensor]] = {}
         self._under_way: list[tuple[int, Tensor, np.ndarray]] = []
         answers: dict[str, Callable[..., Any]] = {
@@ -90,6 +92,7 @@ class FakeXpu:
             "is_pinned": self._is_pinned,
             "copied": self._copied,
             "mark": self._mark,
+            "HostCopy": self._to_host,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(device, name, self._noted(name, answer))
@@ -131,8 +134,12 @@ class FakeXpu:
         self.marks += 1
         return _Mark(self, self.marks)
 
+    def _to_host(self, tensors: Mapping[str, Tensor], where: torch.device, buffers: dict[str, Tensor]) -> _HostCopy:
+        self.saves.append(_HostCopy(tensors))
+        return self.saves[-1]
+
     def finish(self, before: int | None = None) -> None:
-        """End the copies begun before a mark, or all.
+        """End the copies begun before a mark, or all, and those of saves.
 
         Raises:
             SpoiltCopy: one whose source is not what it was.
@@ -142,6 +149,30 @@ class FakeXpu:
         for _, wanted, memory in ended:
             if not np.array_equal(wanted.numpy(), memory, equal_nan=wanted.is_floating_point()):
                 raise SpoiltCopy(f"the source of a copy of {wanted.numel()} elements has changed before its end")
+        for save in self.saves:
+            save.end()
+
+
+class _HostCopy:
+    """A copy that ends when the device is told to wait for it, or when everything is waited for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._live = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.held = False
+
+    def hold(self) -> None:
+        self.end()
+        self.held = True
+
+    def wait(self) -> dict[str, Tensor]:
+        return self.copies
+
+    def end(self) -> None:
+        for name, tensor in self._live.items():
+            if not torch.equal(tensor, self.copies[name]):
+                raise SpoiltCopy(f"{name} has changed before the end of its copy")
+        self._live = {}
 
 
 class _Mark:

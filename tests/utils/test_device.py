@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import swift
 from swift.config.compose import typed
+from swift.parallel.checkpoint.saver import Saver
 from swift.parallel.environment import CudaGpus, Gpus, build_accelerator
 from swift.parallel.ranks import Place
 from swift.parallel.setup import resolve
@@ -20,6 +22,7 @@ from swift.parallel.strategies import build_strategy
 from swift.train.run import ranks_to_start, train
 from swift.utils import device
 from swift.utils.errors import UserError
+from tests.runs import weights
 from tests.small import command, composed, metrics, settings
 from tests.utils.fake_device import LATE, NAME, FakeXpu, RefusedCall, SpoiltCopy
 
@@ -130,10 +133,10 @@ def test_a_whole_training_on_the_stand_in(
     monkeypatch: pytest.MonkeyPatch, store: Path, tmp_path: Path, workers: int
 ) -> None:
     """Training, validation, checkpoints and judgement come out as on the CPU, and nothing asks for CUDA."""
-    loading = f"data.workers={workers}"
-    plain = trained(store, tmp_path / "cpu", loading, "trainer.accelerator=cpu")
+    loading = f"data.workers={workers}", "trainer.checkpoint_every=6"
+    plain = trained(store, tmp_path / "cpu", *loading, "trainer.accelerator=cpu")
     fake = FakeXpu(monkeypatch)
-    found = trained(store, tmp_path / "xpu", loading, "trainer.accelerator=xpu")
+    found = trained(store, tmp_path / "xpu", *loading, "trainer.accelerator=xpu")
     fake.finish()
     assert {name: value for name, value in found.items() if name != "seconds"} == plain
     assert metrics(tmp_path / "xpu") == metrics(tmp_path / "cpu")
@@ -142,16 +145,22 @@ def test_a_whole_training_on_the_stand_in(
     assert fake.waited == 0
     assert fake.pins >= fake.copies
     assert {"synchronize", "pinned", "copied", "mark", "set_current"} <= fake.asked
+    # The save in the middle was still being copied when the next step began; after the last one there is none.
+    assert [save.held for save in fake.saves] == [True, False]
+    held, wanted = weights(tmp_path / "xpu"), weights(tmp_path / "cpu")
+    assert held.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in held.items())
     assert NAME in (tmp_path / "xpu" / "provenance.json").read_text()
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("broken", ["slots", "freed", "cuda"])
+@pytest.mark.parametrize("broken", ["slots", "freed", "saved", "cuda"])
 def test_the_stand_in_finds_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, store: Path, tmp_path: Path, broken: str
 ) -> None:
-    """It fails a run that copies straight from the ring, one that lets page-locked memory go, one that asks CUDA."""
-    FakeXpu(monkeypatch)
+    """It fails a run that copies straight from the ring, one that lets page-locked memory go, one that asks CUDA, and
+    one whose optimizer does not wait for the copy of a save."""
+    fake = FakeXpu(monkeypatch)
     wrong: type[AssertionError] = SpoiltCopy
     if broken == "slots":
         monkeypatch.setattr(device, "pins", lambda where: False)
@@ -159,12 +168,61 @@ def test_the_stand_in_finds_what_is_wrong(
     elif broken == "freed":
         # As if every copy had ended at once: nothing is held.
         monkeypatch.setattr(device, "mark", lambda where: SimpleNamespace(query=lambda: True))
+    elif broken == "saved":
+        monkeypatch.setattr(Saver, "before_step", lambda saver: None)
     else:
         wrong = RefusedCall
         monkeypatch.setattr(device, "count", torch.cuda.device_count)
         monkeypatch.setattr(device, "name", lambda index=0: NAME)
+
+    def whole() -> None:
+        trained(store, tmp_path, "trainer.accelerator=xpu", "trainer.checkpoint_every=6")
+        fake.finish()
+
     with pytest.raises(wrong):
-        trained(store, tmp_path, "trainer.accelerator=xpu")
+        whole()
+
+
+def test_a_copy_for_a_checkpoint_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls: it begins after what was given before, the device waits where told to, then the host."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name if name == "main" else "side"
+
+        def wait_stream(self, other: Any) -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: Any) -> None:
+            calls.append(f"{self.name} waits for the copy")
+
+    def record(stream: Any) -> None:
+        calls.append(f"end on {stream.name}")
+
+    event = SimpleNamespace(record=record, synchronize=lambda: calls.append("host waits"))
+    module = SimpleNamespace(
+        Stream=Stream, Event=lambda: event, current_stream=lambda where: Stream("main"), stream=lambda _: nullcontext()
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda where: module)
+    monkeypatch.setattr(device, "on_host", lambda where: False)
+    monkeypatch.setattr(device, "pinned_like", torch.empty_like)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: calls.append(f"kept for {stream.name}"))
+    buffers: dict[str, torch.Tensor] = {}
+    live = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    copy = device.HostCopy(live, torch.device("xpu"), buffers)
+    begun = ["side waits for main", "kept for side", "kept for side", "end on side"]
+    assert calls == begun
+    copy.hold()
+    assert calls == [*begun, "main waits for the copy"]
+    found = copy.wait()
+    assert calls[-1] == "host waits"
+    assert all(torch.equal(found[name], tensor) for name, tensor in live.items())
+    # The next one takes the same memory, but where a shape has changed.
+    places = {name: buffer.data_ptr() for name, buffer in buffers.items()}
+    again = device.HostCopy({"a": torch.zeros(3), "b": torch.zeros(5)}, torch.device("xpu"), buffers).wait()
+    assert again["a"].data_ptr() == places["a"]
+    assert again["b"].shape == (5,)
 
 
 def test_copies_hold_their_sources_until_they_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ def one(bench: Bench, model: str, clips: int, background: bool) -> Row:
     step = Step(settings(bench, model), clips, bench.device, "fp32" if bench.small else "mixed")
     alone = milliseconds(step, bench.device, 0.05 if bench.small else 1.0)
     saver = Saver(0, 1, 1, background, timeout=600)
+    saver.where = bench.device
     shapes = {name: list(shape) for name, shape in parameter_shapes(step.module).items()}
     row: Row = {"alone_ms": alone}
     for number in (1, 2):
@@ -35,6 +36,7 @@ def one(bench: Bench, model: str, clips: int, background: bool) -> Row:
         saver.save(bench.folder / "checkpoints", list(module_pieces(step.module, step.optimizer, 0, 1)), draft)
         synchronize(bench.device)
         stopped = time.perf_counter()
+        saver.before_step()
         for _ in range(3):
             step()
         synchronize(bench.device)

@@ -48,6 +48,7 @@ def stepped(stages: list[tuple[int, bool]]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_sum_in_float32_is_exact_and_one_in_bf16_is_not() -> None:
     first, second = run(stepped, 2, [(2, True), (3, True), (2, False), (3, False)])

@@ -128,8 +128,8 @@ def judge_contrast(
     own = np.diag(raw)
     others = ~np.eye(n, dtype=bool)
     top = raw.max(0)
-    hits = raw >= top - 1e-12
-    hits = hits / hits.sum(0)
+    first = raw >= top - 1e-12
+    hits = first / first.sum(0)
     below = (raw < own) + 0.5 * (raw == own)
     overlap = dice(truth, predicted)
     values = {

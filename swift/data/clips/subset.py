@@ -50,7 +50,7 @@ def spend(
     """
     if max_subjects is None and max_frames is None:
         return index
-    owner = [subjects[scan] for scan in index.scan]
+    owner = [subjects[scan] for scan in index.scan.tolist()]
     names = ranking(owner, seed)
     if max_subjects is not None:
         if not 1 <= max_subjects <= len(names):

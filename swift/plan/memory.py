@@ -234,14 +234,24 @@ def weight_bytes(geometry: Geometry, sharding: Sharding) -> float:
     return 4 * total / sharding.holders
 
 
-def secondary_bytes(geometry: Geometry, sharding: Sharding) -> float:
-    """ZeRO 3 with groups (hpZ): the part of the second copy, from the first forward pass to the end of the step.
+def live_parameters(geometry: Geometry) -> int:
+    """Parameters that ZeRO 3 keeps gathered between the forward and the backward pass."""
+    return min(geometry.total_parameters, LIVE_PARAMETERS + largest_block(geometry))
 
-    DeepSpeed makes one of every parameter, also of those too small to be sharded.
+
+def secondary_bytes(geometry: Geometry, sharding: Sharding, gathered: int = 0) -> float:
+    """ZeRO 3 with groups (hpZ): the part of the second copy, until the end of the step.
+
+    DeepSpeed makes it of a parameter, also of one too small to be sharded, when it lets the gathered one go.
+
+    Args:
+        geometry: The model.
+        sharding: How it is spread.
+        gathered: Parameters that are still whole.
     """
     if sharding.zero_stage < 3 or not sharding.group:
         return 0.0
-    return geometry.total_parameters * sharding.element / sharding.group
+    return (geometry.total_parameters - gathered) * sharding.element / sharding.group
 
 
 def optimizer_bytes(geometry: Geometry, sharding: Sharding) -> float:
@@ -306,7 +316,7 @@ def buffer_bytes(geometry: Geometry, sharding: Sharding, moment: str = "") -> fl
         return (2 if sharding.overlap else 1) * sharding.reduce_bucket + largest * element + sent
     if not gathers(sharding):
         return 2 * sharding.reduce_bucket + largest * element
-    live = min(total, LIVE_PARAMETERS + largest_block(geometry))
+    live = live_parameters(geometry)
     # Parameters are gathered in one flat tensor and copied out of it; gradients are copied into the bucket, and from
     # there, put in order for the ranks, into another of its size. A model that stays gathered is so before its backward
     # pass begins, else both happen at once.
@@ -395,7 +405,7 @@ def backward_memory(geometry: Geometry, sharding: Sharding, moment: Moment, micr
     """One moment of the backward pass."""
     casts = 2 * moment.casts if sharding.widths.name == "autocast" else 0
     return Memory(
-        weight_bytes(geometry, sharding) + secondary_bytes(geometry, sharding),
+        weight_bytes(geometry, sharding) + secondary_bytes(geometry, sharding, live_parameters(geometry)),
         optimizer_bytes(geometry, sharding),
         gradient_bytes(geometry, sharding, moment.gradients),
         micro_batch * (moment.activations + batch_bytes(geometry)) + held_bytes(geometry, sharding, micro_batch),

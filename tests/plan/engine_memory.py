@@ -26,6 +26,7 @@ from swift.plan.memory import (
     Sharding,
     buffer_bytes,
     gradient_bytes,
+    live_parameters,
     memory,
     optimizer_bytes,
     secondary_bytes,
@@ -221,9 +222,10 @@ def predict(
     gradients = gradient_bytes(geometry, sharding, total)
     # ZeRO 3 keeps its gradient buffer and a bucket from one step to the next.
     lasting = gradients + BUCKET_BYTES if stage == 3 else 0
+    second = secondary_bytes(geometry, sharding, live_parameters(geometry))
     return {
         "states": states + lasting,
-        "backward_peak": states + gradients + secondary_bytes(geometry, sharding) + buffer_bytes(geometry, sharding),
+        "backward_peak": states + gradients + buffer_bytes(geometry, sharding) + second,
         "step_peak": step_memory(geometry, sharding).total,
     }
 

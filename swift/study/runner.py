@@ -30,12 +30,14 @@ def finished(run_dir: Path, cfg: Config) -> bool:
     Raises:
         UserError: the folder holds a run with other settings.
     """
-    from swift.config.compose import FROZEN, differences, load_frozen
+    from swift.config.compose import FROZEN, as_begun, differences, load_frozen
 
     summary = run_dir / "summary.json"
     if not summary.is_file() or not (run_dir / FROZEN).is_file():
         return False
-    changed = differences(replace(load_frozen(run_dir, []), run_dir=cfg.run_dir), replace(cfg, resume=None))
+    changed = differences(
+        replace(load_frozen(run_dir, []), run_dir=cfg.run_dir), replace(as_begun(cfg, run_dir), resume=None)
+    )
     changed = [name for name in changed if not name.startswith("launcher")]
     if changed:
         raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}): move it away, or its study")

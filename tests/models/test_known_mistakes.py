@@ -215,7 +215,7 @@ def test_5_every_option_changes_the_parameters_or_the_prediction(name: str, valu
 def test_5_the_list_of_options_is_complete() -> None:
     labels = {"name", "variant"}  # shown to people, read by nothing
     # Which tokens exist shows where a brain is given: test_brain_tokens.py.
-    known = {name for name, _, _ in OPTIONS} | labels | {"tokens"}
+    known = {name for name, _, _ in OPTIONS} | labels | {"tokens", "cohort"}
     assert known == {field.name for field in dataclasses.fields(ModelConfig)}
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -47,7 +48,9 @@ def test_a_run_directory_holds_what_the_design_says(finished: Path, store: Path)
         "tensorboard/events.out",
     }
     assert any(path.startswith("checkpoints/") for path in files)
-    assert load_frozen(finished, []) == typed(composed(*command(store, finished)))
+    frozen, asked = load_frozen(finished, []), typed(composed(*command(store, finished)))
+    assert asked.parallel.compile is None
+    assert frozen == replace(asked, parallel=replace(asked.parallel, compile=False))
     provenance = json.loads((finished / "provenance.json").read_text())
     assert provenance["overrides"] == command(store, finished)
     assert restarts(finished) == []

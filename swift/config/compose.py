@@ -178,6 +178,8 @@ def load_frozen(run_dir: Path, overrides: Sequence[str]) -> Config:
             raise UserError(f"{override}: a resumed run keeps its own configuration; only single values can be changed")
         if section in ("model", "run_dir", "init"):
             raise UserError(f"{override}: a resumed run keeps its model, its weights and its folder")
+        if key == "data.brain" and override.partition("=")[2] != OmegaConf.select(tree, key, default="scan"):
+            raise UserError(f"{override}: a resumed run keeps the tokens of its model")
     try:
         tree.merge_with_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:

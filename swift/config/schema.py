@@ -238,8 +238,9 @@ class ParallelConfig:
     """none: keep all activations | selective: recompute what is large and cheap in each block | block: keep only the
     input of each block."""
     compile: Optional[bool]
-    """torch.compile each block, one graph of each kind of them; null: on a GPU that has what it takes (Triton, a C
-    compiler), where the settings do not rule it out. A run freezes what that came to."""
+    """torch.compile each block, one graph of each kind of them; null: on a GPU of NVIDIA's that has what it takes
+    (Triton, a C compiler), with strategies with which it was tried, where the settings do not rule it out. A run
+    freezes what that came to."""
     reduce_bucket_mb: Optional[float]
     """Gradients are reduced in buckets of this size, MB; null: 100, under ZeRO 1 as large as the largest gradient,
     which would stay whole on every device until the step if no bucket could hold it."""

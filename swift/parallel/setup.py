@@ -60,6 +60,10 @@ def resolve(cfg: Config) -> Setup:
     return Setup(cfg, current_place(), accelerator, _precision(cfg, accelerator), geometry, why)
 
 
+COMPILED = ("single", "ddp", "zero1", "fsdp")
+"""Strategies whose blocks were taken up as one graph here, and compile by default."""
+
+
 def _compile(cfg: Config, accelerator: str) -> tuple[bool, str]:
     """Whether blocks are compiled, and a line that says so where the settings leave it open on a GPU.
 
@@ -68,20 +72,29 @@ def _compile(cfg: Config, accelerator: str) -> tuple[bool, str]:
     Raises:
         UserError: asked for where there is no compiler.
     """
-    wanted, lacks = cfg.parallel.compile, device.lacks_for_compile(accelerator)
-    if wanted and lacks:
-        raise UserError(f"parallel.compile=true: torch.compile needs {lacks}, or use false")
+    wanted = cfg.parallel.compile
+    if wanted:
+        if lacks := device.lacks_for_compile(accelerator):
+            raise UserError(f"parallel.compile=true: torch.compile needs {lacks}, or use false")
+        return True, ""
     if wanted is not None or accelerator == "cpu":
-        return bool(wanted), ""
+        return False, ""
+    if not (device.software() or "").startswith("CUDA"):
+        return False, "parallel.compile=false: never tried on a GPU that is not NVIDIA's; true asks for it"
     if cfg.model.tokens == "brain" and cfg.data.brain == "cohort":
         return False, "parallel.compile=false: blocks on a cohort's tokens are compiled only when asked for (true)"
     if found := cannot_compile(cfg):
         name, value, reason = found
         named = "" if name == "parallel.compile" else f"{name}={value}: "
         return False, f"parallel.compile=false: {named}{reason}"
-    if lacks:
+    if cfg.parallel.name not in COMPILED:
+        return False, f"parallel.compile=false: never tried with parallel={cfg.parallel.name}; true asks for it"
+    if lacks := device.lacks_for_compile(accelerator):
         return False, f"parallel.compile=false: torch.compile needs {lacks}; training goes on without, slower"
-    return True, "parallel.compile=true, as on every GPU unless it is set: the first steps take up to a minute longer"
+    return (
+        True,
+        "parallel.compile=true, as on NVIDIA's GPUs unless it is set: the first steps take up to a minute longer",
+    )
 
 
 def accelerator_of(cfg: Config) -> str:

@@ -71,7 +71,10 @@ def build_data(cfg: Config) -> ClipDataModule:
 
 def make_module(cfg: Config, empty: bool = False) -> TrainingModule:
     """The module of a run: pre-training, or a task with a target."""
-    assert cfg.data.brain == "scan" or cfg.model.cohort is not None, "swift.data.cohort_brain.with_cohort fills it in"
+    if cfg.data.brain == "cohort" and cfg.model.cohort is None:
+        raise UserError(
+            "data.brain=cohort: only training and submitting fill in model.cohort; take data.brain=scan here"
+        )
     if cfg.task.target is None:
         return PretrainModule(cfg, empty)
     return (MapModule if cfg.task.target.kind == "map" else FinetuneModule)(cfg, empty)

@@ -112,8 +112,10 @@ def lacks_for_compile(kind: str) -> str | None:
     if kind == "cpu":
         setting, known, lack = "CXX", ("g++", "clang++"), "a C++ compiler on a CPU; install g++"
     else:
-        from torch.utils._triton import has_triton
-
+        try:
+            from torch.utils._triton import has_triton
+        except ImportError:  # not a public part of torch
+            return "a torch in which Triton can be asked for"
         if not has_triton():
             return "Triton on a GPU, and none that knows this one is installed; install triton"
         setting, known, lack = "CC", ("gcc", "clang"), "a C compiler on a GPU; install gcc"

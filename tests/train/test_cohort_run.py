@@ -53,7 +53,7 @@ def test_a_run_that_goes_on_keeps_it(run: Path) -> None:
     """It is refused on another grid, and is not given up."""
     with pytest.raises(UserError, match=r"data.grid=\[16, 12, 12\].*model.cohort was made for 6x6x6"):
         load_frozen(run, ["data.grid=[16,12,12]"])
-    with pytest.raises(UserError, match=r"data\.brain=scan: the model has the tokens of its cohort"):
+    with pytest.raises(UserError, match=r"data\.brain=scan: a resumed run keeps the tokens"):
         load_frozen(run, ["data.brain=scan"])
 
 

@@ -140,6 +140,8 @@ class Saver:
             self._error = error
         except OSError as error:
             self._error = UserError(f"checkpoint {fresh} cannot be written ({error.strerror or error})")
+        except Exception as error:  # of a thread: nobody else would hear of it
+            self._error = UserError(f"checkpoint {fresh} was not written ({type(error).__name__}: {error})")
         if self._error is not None and self.rank == 0:
             # The room is needed, above all if it ran out.
             shutil.rmtree(fresh, ignore_errors=True)

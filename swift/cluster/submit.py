@@ -48,13 +48,16 @@ class Prepared:
     script: Path
 
 
-def prepare(cfg: Config, overrides: Sequence[str], make_data: Callable[[Config], Path]) -> Prepared:
+def prepare(
+    cfg: Config, overrides: Sequence[str], make_data: Callable[[Config], Path], settle: Callable[[Config], Config]
+) -> Prepared:
     """Check a run, and put everything its job needs into its directory.
 
     Args:
         cfg: Settings with a launcher.
         overrides: The settings given on the command line, as typed.
         make_data: Gives the folder of a store, made first where it does not exist yet (sample, synthetic).
+        settle: Fills in what the data decide on, so that the ranks need not; a dry run leaves that to the job.
 
     Raises:
         UserError: a wrong value, or a missing file or command.
@@ -71,6 +74,8 @@ def prepare(cfg: Config, overrides: Sequence[str], make_data: Callable[[Config],
     _check_same_run(run, frozen)
     check_memory(cfg)
     data = _checked_data(frozen, launcher, make_data)
+    if not launcher.dry_run:
+        frozen = settle(frozen)
     git = git_state(Path(__file__).resolve().parents[1])
     if git["dirty"]:
         log.warning("uncommitted changes: the job gets the code as it is now, %s with changes", git["revision"][:12])

@@ -18,6 +18,7 @@ from swift.config.schema import (
     TrainerConfig,
 )
 from swift.config.schema_data import AugmentConfig, DataConfig
+from swift.utils.bits import from_text
 from swift.utils.cache import REVISION
 from swift.utils.errors import UserError, require
 
@@ -225,7 +226,10 @@ def check_cohort(cfg: Config) -> None:
     require(cfg.data.layout == "swift", "data.brain", brain, legal)
     if cohort is None:
         return  # filled in when the stores are opened
-    there = cohort.partition(":")[0]
+    try:
+        there = "x".join(map(str, from_text(cohort).shape))
+    except ValueError as error:
+        raise UserError(f"model.cohort: {error}; leave it out, data.brain=cohort fills it in") from error
     cells = [-(-n // p) for n, p in zip(cfg.data.grid, cfg.model.patch_size)]
     legal = (
         f"has {'x'.join(map(str, cells))} patches, but model.cohort was made for {there}: it belongs to another grid"

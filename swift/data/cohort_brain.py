@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def _kept_union(path: Path) -> np.ndarray:
 
     Where there is no cache that can be written, it is made anew.
     """
-    store = Store(path)
+    with closing(Store(path)) as store:
+        return _looked_up(store)
+
+
+def _looked_up(store: Store) -> np.ndarray:
     try:
         folder = cache_dir() / FOLDER
     except UserError:
@@ -63,8 +68,7 @@ def _kept_union(path: Path) -> np.ndarray:
         if whole:
             replace_text(kept, to_text(found))
     share = 100 * found.mean()
-    log.info("data.brain=cohort: %s: brain of %d scans in %.1f %% of the grid", path, len(store.scans), share)
-    store.close()
+    log.info("data.brain=cohort: %s: brain of %d scans in %.1f %% of the grid", store.path, len(store.scans), share)
     return found
 
 

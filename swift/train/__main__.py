@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from swift.config.compose import as_begun, conf_dir, load_frozen, typed
+from swift.config.compose import conf_dir, load_frozen, typed
 from swift.config.derive import quote_command_line
 from swift.config.help import register
 from swift.config.names import refuse_unknown
@@ -58,8 +58,7 @@ def run(tree: DictConfig, overrides: Sequence[str], jobs: list[Any]) -> int:
 
         return store_path(cfg.data, cfg.seed)
 
-    # Before a job is queued: its ranks then need not look for themselves. A run that has begun keeps its cells.
-    jobs.append(prepare(with_cohort(as_begun(cfg, Path(cfg.run_dir))), overrides, make_data))
+    jobs.append(prepare(cfg, overrides, make_data, with_cohort))
     return 0
 
 

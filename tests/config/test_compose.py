@@ -114,6 +114,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     (["model.tokens=brain", "parallel.compile=true"], "parallel.compile=True", "a graph of its own"),
     (["model.tokens=brain", "task.hidden=drop", "task.mask_kind=tube"], "model.tokens=brain", "take model.tokens=box"),
     (["data.brain=cohort"], "data.brain=cohort", "about the tokens of model.tokens=brain"),
+    (["model.tokens=brain", "data.brain=cohort", "model.cohort=oops"], "model.cohort", "data.brain=cohort fills it in"),
     (["model.cohort='2x2x2:/w=='"], "data.brain=scan", "the model has the tokens of its cohort"),
     (["data.brain=own"], "data.brain=own", "must be one of scan, cohort"),
     (["task.courses=true"], "task.courses=True", "is for tasks with task.target"),

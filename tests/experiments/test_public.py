@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import torch
 
 from swift.config.compose import load_frozen
 from tests.runs import QUIET, start
+from tests.scripts import load
 
-FILE = Path(__file__).parents[2] / "experiments" / "public" / "run.py"
 SUBJECTS = 12
 TUNED = [
     ("scratch", "scratch"),
@@ -34,15 +33,6 @@ SMALL = [
 ]
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("public_run", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Study:
     """The study run once, its commands in this process, its downloader replaced.
 
@@ -52,7 +42,7 @@ class Study:
     """
 
     def __init__(self, out: Path, patch: pytest.MonkeyPatch) -> None:
-        self.module, self.out, self.said = script(), out, ([], [])  # type: ignore[var-annotated]
+        self.module, self.out, self.said = load("public/run.py"), out, ([], [])  # type: ignore[var-annotated]
         self.calls: list[list[str]] = self.said[0]
         patch.setattr("nilearn.datasets.fetch_development_fmri", self.download)
         patch.setattr(self.module, "call", self.call)

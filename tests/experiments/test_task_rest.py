@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +9,9 @@ import pytest
 
 from swift.evaluate import classical
 from swift.evaluate.classical import FOLDS, Units
+from tests.scripts import load
 
-FILE = Path(__file__).parents[2] / "experiments" / "task_rest" / "frozen.py"
-spec = importlib.util.spec_from_file_location("task_rest_frozen", FILE)
-assert spec is not None
-assert spec.loader is not None
-frozen = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(frozen)
+frozen = load("task_rest/frozen.py")
 
 FRAMES = [(0, 3), (0, 4), (0, 6), (1, 5)]
 

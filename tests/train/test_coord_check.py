@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +23,9 @@ from swift.train.coord_check import (
     settings,
     slope,
 )
+from tests.scripts import load
 
-FILE = Path(__file__).parents[2] / "experiments" / "mu_transfer" / "coord_check.py"
-spec = importlib.util.spec_from_file_location("coord_check_command", FILE)
-assert spec is not None
-assert spec.loader is not None
-command = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(command)
+command = load("mu_transfer/coord_check.py")
 
 SMALL = Plan(widths=(16, 128), steps=3, seeds=1, depths=(1, 1), clips=1, lr=0.02)
 

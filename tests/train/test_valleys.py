@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-FILE = Path(__file__).parents[2] / "experiments" / "mu_transfer" / "valleys.py"
-spec = importlib.util.spec_from_file_location("mu_transfer_valleys", FILE)
-assert spec is not None
-assert spec.loader is not None
-valleys = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(valleys)
+from tests.scripts import load
+
+valleys = load("mu_transfer/valleys.py")
 
 RATES = range(-13, -2)
 BEST = {"mup": {16: -8.3, 48: -8.1, 144: -8.4}, "standard": {16: -5.6, 48: -7.4, 144: -8.7}, "mup16": {144: -5.2}}

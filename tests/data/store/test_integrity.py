@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,22 +11,11 @@ from swift.data.store.check import describe, verify
 from swift.data.store.reader import Damage
 from swift.utils.errors import UserError
 from tests.data.stores import build, content
-
-EXPERIMENT = Path(__file__).parents[3] / "experiments" / "data_integrity"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"data_integrity_{name}", EXPERIMENT / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import load
 
 
 def test_a_few_flips_in_every_region() -> None:
-    figures = script("flips").run(55, seed=1, scans=3)
+    figures = load("data_integrity/flips.py").run(55, seed=1, scans=3)
     assert figures["wrong"] == []
     assert figures["found_named_and_mended"] + figures["without_effect"] == 55
     assert min(figures["by_region"].values()) == 5
@@ -37,14 +23,14 @@ def test_a_few_flips_in_every_region() -> None:
 
 def test_the_flips_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a verify that sees nothing, every round is counted as wrong."""
-    flips = script("flips")
+    flips = load("data_integrity/flips.py")
     monkeypatch.setattr(flips, "verify", lambda store: [])
     assert len(flips.run(8, seed=1, scans=3)["wrong"]) == 8
 
 
 @pytest.mark.slow
 def test_four_kills() -> None:
-    figures = script("kills").run(4, cli=0, seed=2)
+    figures = load("data_integrity/kills.py").run(4, cli=0, seed=2)
     assert figures["wrong"] == []
     assert figures["kills"] == 4
 

@@ -91,10 +91,7 @@ def _compile(cfg: Config, accelerator: str) -> tuple[bool, str]:
         return False, f"parallel.compile=false: never tried with parallel={cfg.parallel.name}; true asks for it"
     if lacks := device.lacks_for_compile(accelerator):
         return False, f"parallel.compile=false: torch.compile needs {lacks}; training goes on without, slower"
-    return (
-        True,
-        "parallel.compile=true, as on NVIDIA's GPUs unless it is set: the first steps take up to a minute longer",
-    )
+    return True, "parallel.compile=true, NVIDIA's GPUs have that by default: the first steps take up to a minute longer"
 
 
 def accelerator_of(cfg: Config) -> str:

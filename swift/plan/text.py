@@ -163,9 +163,10 @@ def _goodput(plan: Plan) -> list[str]:
         why = "the site names no failure_hours" if plan.time else "no step time"
         return [f"goodput: not known ({why})"]
     return [
-        f"goodput {100 * found.share:.1f} %, saving every {found.every:,} steps, with a failure every "
+        f"goodput {100 * found.share:.1f} %, saving every {_steps(found.every)}, with a failure every "
         f"{found.between / 3600:,.1f} h and {plan.site.restart:.0f} s to go on",
-        f"  at most {100 * found.best_share:.1f} %, saving every {_steps(found.best_every)} (Young's rule)",
+        f"  at most {100 * found.best_share:.1f} %, saving every {_steps(found.best_every)} (Young's rule; metadata "
+        "of the files not counted)",
     ]
 
 

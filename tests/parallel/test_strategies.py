@@ -268,7 +268,7 @@ def test_compiling_without_a_compiler_is_one_line(
         ("parallel", {"name": "zero3", "zero_stage": 3}, "parallel.compile=false: ZeRO 3 gathers weights inside"),
         ("parallel", {"name": "fsdp", "unit_mb": 9.0}, "parallel.compile=false: a block gathered layer by layer"),
         ("parallel", {"name": "zero2", "zero_stage": 2}, "parallel.compile=false: never tried with parallel=zero2"),
-        ("parallel", {"name": "fsdp", "activation_checkpointing": "block"}, "parallel.compile=true, as on NVIDIA's"),
+        ("parallel", {"name": "fsdp", "activation_checkpointing": "block"}, "parallel.compile=true, NVIDIA's GPUs"),
         ("parallel", {"compile": True}, ""),
         ("parallel", {"compile": False}, ""),
     ],

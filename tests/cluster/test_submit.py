@@ -9,13 +9,16 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from swift.cluster.submit import point_dir
 from swift.config.compose import load_frozen, typed
 from swift.config.launcher import dealt, frozen_device
+from swift.data.store.reader import Store
 from swift.train import __main__ as command
+from swift.utils.bits import from_text
 from swift.utils.errors import UserError
 from tests.forked import python_m
 from tests.small import DATA, MODEL, TRAINER, composed, small_store
@@ -97,6 +100,20 @@ def test_a_run_is_frozen_submitted_and_announced(cluster: Path, store: Path, tmp
     assert {"swift/train/__main__.py", "conf/config.yaml", "conf/model/tiny.yaml"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
     assert json.loads((run / "jobs.jsonl").read_text())["job"] == "4711"
+
+
+def test_a_job_gets_the_tokens_of_its_cohort(cluster: Path, store: Path, tmp_path: Path) -> None:
+    """Its ranks then need not look at all masks; a dry run does not either, and the job would."""
+    words = [ACCOUNT, "model.tokens=brain", "data.brain=cohort"]
+    for name, extra in (("dry", ["launcher.dry_run=true"]), ("run", [])):
+        done = train(tmp_path / name, store, *words, *extra)
+        assert done.returncode == 0, done.stderr
+    assert load_frozen(tmp_path / "dry", []).model.cohort is None
+    cohort = load_frozen(tmp_path / "run", []).model.cohort
+    assert cohort is not None
+    opened = Store(store)
+    brain = np.any([opened.mask(place) for place in range(len(opened.scans))], axis=0)
+    np.testing.assert_array_equal(from_text(cohort), brain.reshape(3, 4, 3, 4, 3, 4).any((1, 3, 5)))
 
 
 def test_the_batch_system_gets_a_clean_environment(

@@ -6,6 +6,7 @@ Shapes: B batch, X Y Z T token grid, C channels, M = B*X*Y*Z*T, W windows of a g
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -14,9 +15,21 @@ from torch import Tensor, nn
 
 from swift.models import packed
 from swift.models.cells import Cells, Seen, scattered_window
+from swift.models.pieces import cut, joined, rows_at_once
 from swift.models.rope import WindowRotary
 from swift.models.token_sets import TokenSet
-from swift.models.window_layout import Tiles, largest_window, merge, pack, partition, plan_groups, slabs
+from swift.models.window_layout import (
+    Group,
+    Tiles,
+    largest_window,
+    merge,
+    pack,
+    partition,
+    plan_groups,
+    slabs,
+    tokens_of,
+    whole_windows,
+)
 
 METHODS = ("groups", "tiles", "kernel")
 KERNEL_SLOTS = (16, 32, 64)
@@ -144,14 +157,28 @@ class WindowAttention(nn.Module):
     def _by_groups(
         self, x: Tensor, window: tuple[int, ...], cells: Cells | None = None, visible: Tensor | None = None
     ) -> Tensor:
-        groups, batch = plan_groups(tuple(x.shape[1:5]), window, self.shifted), len(x)
-        qkv = slabs(self.qkv(partition(x, groups)), groups, batch)
-        seen: list[Tensor] | list[None] = [None] * len(groups)
+        groups = plan_groups(tuple(x.shape[1:5]), window, self.shifted)
+        # Places of scattered tokens are those of a whole batch.
+        rows = x.shape[:5].numel()
+        if cells is None:
+            rows = rows_at_once(x, rows, 3 * x.shape[5])
+        pieces = whole_windows(groups, len(x), rows)
+        sizes = [tokens_of(piece) for piece in pieces]
+        tokens = cut(partition(x, groups), sizes)
+        seen: Sequence[Tensor] | list[None] = [None] * len(pieces)
         if visible is not None:
-            seen = slabs(partition(visible.unsqueeze(-1), groups), groups, batch)
-        parts = [self._attend(slab, group.shape, cells, keys) for slab, group, keys in zip(qkv, groups, seen)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return merge(self.proj(out), groups, x.shape)
+            seen = cut(partition(visible.unsqueeze(-1), groups), sizes)
+        out = [self._windows(part, piece, cells, keys) for part, piece, keys in zip(tokens, pieces, seen)]
+        return merge(joined(out), groups, x.shape)
+
+    def _windows(
+        self, x: Tensor, piece: Sequence[tuple[Group, int]], cells: Cells | None, visible: Tensor | None
+    ) -> Tensor:
+        """(M, C) -> the same: windows of a piece of `whole_windows`; visible: bool (M, 1)."""
+        keys: list[Tensor] | list[None] = [None] * len(piece) if visible is None else slabs(visible, piece)
+        qkv = slabs(self.qkv(x), piece)
+        parts = [self._attend(slab, group.shape, cells, seen) for slab, (group, _), seen in zip(qkv, piece, keys)]
+        return self.proj(joined(parts))
 
     def _by_tiles(self, x: Tensor, window: tuple[int, ...]) -> Tensor:
         """SDPA over tiles of whole windows, a mask keeping the windows of a tile apart."""

@@ -5,6 +5,7 @@ Shapes: B batch, X Y Z T voxels and frames or their token grid, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from swift.models import packed
 from swift.models.cells import Cells, Seen
 from swift.models.init import NORMAL, Init
+from swift.models.pieces import joined, rows_at_once
 from swift.models.token_sets import TokenSet
 
 
@@ -63,9 +65,17 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, where: TokenSet | None = None) -> Tensor:
         """(B, C_in, X, Y, Z, T) voxels -> (B, x, y, z, t, C) tokens, or of the places of a TokenSet (P, t, C)."""
-        cut = patchify(x, self.patch) if where is None else packed.patches(x, self.patch, where)
+        if where is not None:
+            return self._tokens(packed.patches(x, self.patch, where))
+        x_patches, *others = token_grid(x.shape[2:], self.patch)
+        layer = len(x) * math.prod(others)
+        layers = max(1, rows_at_once(x, x_patches * layer, self.proj.in_features) // layer)
+        parts = [x] if layers == x_patches else x.split(layers * self.patch[0], dim=2)
+        return joined([self._tokens(patchify(part, self.patch)) for part in parts], dim=1)
+
+    def _tokens(self, patches: Tensor) -> Tensor:
         # Voxels come in float32, the weights may be narrower; autocast does as it likes.
-        return self.norm(self.proj(cut.to(self.proj.weight.dtype)))
+        return self.norm(self.proj(patches.to(self.proj.weight.dtype)))
 
 
 class PatchMerging(nn.Module):
@@ -117,7 +127,7 @@ class AbsolutePosition(nn.Module):
             )
         if at is not None:
             return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[-2]]
-        return x + self.space.unsqueeze(3) + self.time[: x.shape[4]]
+        return (x + self.space.unsqueeze(3)).add_(self.time[: x.shape[4]])
 
 
 class AxialPosition(nn.Module):
@@ -172,6 +182,8 @@ class Residual(nn.Module):
         self.layer_scale = layer_scale
         self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale is not None else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.hidden = int(fn.fc1.out_features) if isinstance(fn, Mlp) else 0  # type: ignore[arg-type]
+        self.draws = drop_path > 0 or any(isinstance(part, nn.Dropout) and part.p > 0 for part in fn.modules())
 
     def own_initial_values(self) -> dict[str, Init]:
         """How LayerScale begins."""
@@ -179,6 +191,14 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, where: Cells | Seen | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C), or (P, T, C) of a TokenSet -> the same; `where`: as of `WindowAttention`."""
+        # A token's MLP knows nothing of other tokens. Random numbers are drawn for all at once.
+        tokens = x.shape[:-1].numel()
+        rows = rows_at_once(x, tokens, self.hidden) if self.hidden and not (self.training and self.draws) else tokens
+        if rows == tokens:
+            return self._branch(x, where)
+        return joined([self._branch(part, None) for part in x.flatten(0, -2).split(rows)]).view(x.shape)
+
+    def _branch(self, x: Tensor, where: Cells | Seen | TokenSet | None) -> Tensor:
         y = self.norm(x)
         y = self.fn(y) if where is None or isinstance(self.fn, Mlp) else self.fn(y, where)
         y = packed.drop_clips(self.drop_path, y, where) if isinstance(where, TokenSet) else self.drop_path(y)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from swift.models.pieces import cut
 
 
 class Run(NamedTuple):
@@ -145,7 +148,7 @@ class _Merge(torch.autograd.Function):
 def partition(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
     """Reorder a grid (B, X, Y, Z, T, C) to window-major tokens (M, C), group after group.
 
-    The slab of a group with W windows of N tokens (in one sample) is (B * W * N, C): see `slabs`.
+    A group with W windows of N tokens (in one sample) has B * W * N rows.
     """
     if _is_identity(groups):
         return x.reshape(-1, x.shape[5])
@@ -159,10 +162,39 @@ def merge(x: Tensor, groups: tuple[Group, ...], shape: torch.Size) -> Tensor:
     return _Merge.apply(x, groups, shape)
 
 
-def slabs(x: Tensor, groups: tuple[Group, ...], batch: int) -> list[Tensor]:
-    """Cut window-major tokens (M, D) into one (B * W, N, D) tensor a group."""
-    rows = [batch * group.windows * group.tokens for group in groups]
-    return [part.view(-1, group.tokens, x.shape[1]) for part, group in zip(x.split(rows), groups)]
+@lru_cache(maxsize=1024)
+def whole_windows(groups: tuple[Group, ...], batch: int, rows: int) -> tuple[tuple[tuple[Group, int], ...], ...]:
+    """Cut window-major tokens into pieces of whole windows, `rows` tokens or fewer each, but one window at least.
+
+    Returns:
+        For each piece: the groups it has windows of, in order, and how many.
+    """
+    pieces: list[tuple[tuple[Group, int], ...]] = []
+    piece: list[tuple[Group, int]] = []
+    left = rows
+    for group in groups:
+        windows = batch * group.windows
+        while windows:
+            take = min(windows, max(left, 0) // group.tokens)
+            if not take and piece:
+                pieces.append(tuple(piece))
+                piece, left = [], rows
+                continue
+            take = max(take, 1)
+            piece.append((group, take))
+            windows, left = windows - take, left - take * group.tokens
+    return (*pieces, tuple(piece))
+
+
+def tokens_of(piece: Sequence[tuple[Group, int]]) -> int:
+    """Tokens of a piece of `whole_windows`."""
+    return sum(windows * group.tokens for group, windows in piece)
+
+
+def slabs(x: Tensor, piece: Sequence[tuple[Group, int]]) -> list[Tensor]:
+    """Cut the tokens (M, D) of a piece of `whole_windows` into one (W, N, D) tensor a group."""
+    parts = cut(x, [windows * group.tokens for group, windows in piece])
+    return [part.view(-1, group.tokens, x.shape[1]) for part, (group, _) in zip(parts, piece)]
 
 
 def largest_window(grid: tuple[int, ...], window: tuple[int, ...]) -> int:

@@ -24,7 +24,7 @@ from swift.config.schema import Config
 from swift.models.attention import WindowAttention
 from swift.models.decoders import LocalDecoder
 from swift.models.encoder import SwinBlock
-from swift.models.window_layout import partition, plan_groups, slabs
+from swift.models.window_layout import partition, plan_groups, slabs, whole_windows
 from swift.train.pretrain import Batch, PretrainModule
 from swift.utils.errors import UserError
 
@@ -135,7 +135,8 @@ def logits_size(attention: WindowAttention, x: Tensor) -> float:
     grid = tuple(x.shape[1:5])
     groups = plan_groups(grid, tuple(w or n for w, n in zip(attention.window, grid)), attention.shifted)
     total, count = 0.0, 0
-    for slab, group in zip(slabs(attention.qkv(partition(x, groups)), groups, x.shape[0]), groups):
+    (piece,) = whole_windows(groups, len(x), x.shape[:5].numel())
+    for slab, (group, _) in zip(slabs(attention.qkv(partition(x, groups)), piece), piece):
         q, k, _ = attention.split_heads(slab, group.shape)
         scores = q @ k.transpose(-2, -1) * (attention.scale or q.shape[-1] ** -0.5)
         centred = scores - scores.mean(-1, keepdim=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import tests.bench.v1
 from swift.plan.flops import model_flops
 from swift.utils.errors import UserError
 from tests.bench.gpu import base, build, gates, measure, strategies
@@ -163,6 +164,8 @@ def test_v1_without_its_files_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             main(["--device", "cpu", "--part", "v1", *options])
+    with pytest.raises(UserError, match="swin4d_transformer_ver7"):
+        tests.bench.v1.main([str(tmp_path)])
 
 
 def test_ranks_are_for_the_steps_alone() -> None:

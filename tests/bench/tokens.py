@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from swift.config.schema import Config
 from swift.models.pooling import brain_tokens
 from swift.train.pretrain import PretrainModule
 from swift.train.wiring import build_data
-from tests.bench.encoder import MIB, memory
+from tests.bench.encoder import MIB, memory, wait_briefly
 from tests.bench.gpu.build import make_batch, make_module
 
 MODES: dict[str, list[str]] = {
@@ -39,8 +38,6 @@ MODES: dict[str, list[str]] = {
 }
 """Box is the yardstick."""
 CPU = torch.device("cpu")
-WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-"""How the threads of torch wait for each other."""
 
 
 def settings(model: str, store: str | None, mode: str) -> Config:
@@ -143,10 +140,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not WAITING & os.environ.keys():
-        # As swift does for its commands; torch is imported by now, and read nothing.
-        command = [sys.executable, "-m", "tests.bench.tokens", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | {"GOMP_SPINCOUNT": "1000"})
+    wait_briefly("tests.bench.tokens")
     torch.set_num_threads(options.threads)
     if options.peak:
         print(peak(options.model, options.store, options.peak))

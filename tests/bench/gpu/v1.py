@@ -11,13 +11,14 @@ import importlib
 import importlib.util
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swift.config.schema import ModelConfig
 from swift.models.encoder import SwinEncoder
 from swift.models.v1 import load_v1
 from swift.utils.errors import UserError
@@ -49,9 +50,7 @@ def check(folder: Path | None) -> Path:
         raise UserError("part v1 needs --v1 FOLDER with SwiFT v1's model files: " + " and ".join(FILES))
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise UserError(
-            f"--v1 {folder}: {' and '.join(missing)} is not there; SwiFT v1 has it in project/module/models"
-        )
+        raise UserError(f"{folder}: {' and '.join(missing)} is not there; SwiFT v1 has it in project/module/models")
     return folder
 
 
@@ -66,11 +65,11 @@ def load(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def quiet(bench: Bench) -> Any:
+def quiet(gpu: bool) -> Iterator[None]:
     """Its prints are kept back; on a CPU its marks for NVIDIA's profiler, which needs CUDA, do nothing."""
     nvtx: Any = torch.cuda.nvtx
     before = nvtx.range_push, nvtx.range_pop
-    if not bench.gpu:
+    if not gpu:
         nvtx.range_push = nvtx.range_pop = lambda *_: 0
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -79,26 +78,24 @@ def quiet(bench: Bench) -> Any:
         nvtx.range_push, nvtx.range_pop = before
 
 
-def pair(bench: Bench) -> tuple[nn.Module, SwinEncoder, Any]:
-    """Both encoders with the same weights, and the settings."""
-    cfg = settings(bench, "v1")
-    model, patch = cfg.model, cfg.model.patch_size
-    with quiet(bench):
-        theirs = load(check(bench.v1)).SwinTransformer4D(
-            img_size=(*cfg.data.grid, cfg.data.frames),
+def pair(folder: Path | None, model: ModelConfig, grid: Sequence[int], frames: int) -> tuple[nn.Module, SwinEncoder]:
+    """Both encoders with the same weights, on the CPU: SwiFT v1's own, and ours."""
+    with quiet(gpu=False):
+        theirs = load(check(folder)).SwinTransformer4D(
+            img_size=(*grid, frames),
             in_chans=1,
             embed_dim=model.embed_dim,
             window_size=tuple(model.window),
             first_window_size=tuple(model.window),
-            patch_size=tuple(patch),
+            patch_size=tuple(model.patch_size),
             depths=list(model.depths),
             num_heads=list(model.num_heads),
             # As in its published training: the last stage is never shifted.
             last_layer_full_MSA=True,
         )
-    ours = SwinEncoder(model, cfg.data.grid, cfg.data.frames)
+    ours = SwinEncoder(model, grid, frames)
     load_v1(ours, theirs.state_dict())
-    return theirs.to(bench.device).train(), ours.to(bench.device).train(), cfg
+    return theirs.train(), ours.train()
 
 
 def works(bench: Bench, model: nn.Module, x: Tensor, last: Callable[[Any], Tensor], narrow: bool) -> dict[str, Any]:
@@ -123,11 +120,12 @@ def works(bench: Bench, model: nn.Module, x: Tensor, last: Callable[[Any], Tenso
 
 def one(bench: Bench, clips: int, kind: str, narrow: bool) -> Row:
     """A row."""
-    theirs, ours, cfg = pair(bench)
+    cfg = settings(bench, "v1")
+    theirs, ours = (m.to(bench.device) for m in pair(bench.v1, cfg.model, cfg.data.grid, cfg.data.frames))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(clips, 1, *cfg.data.grid, cfg.data.frames, generator=generator).to(bench.device)
     row: Row = {}
-    with quiet(bench):
+    with quiet(bench.gpu):
         both = {
             "v1": works(bench, theirs, x, lambda y: y, narrow),
             # (B, x, y, z, t, C) -> as v1 has it: (B, C, x, y, z, t)

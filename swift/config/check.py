@@ -35,7 +35,7 @@ CHOICES = {
     "data.layout": ("swift", "swift_v1"),
     "data.brain": ("scan", "cohort"),
     "data.normalization": ("zscore_voxel", "zscore_global", "percent", "minmax", "robust", "none"),
-    "task.mask_kind": ("random", "tube", "temporal"),
+    "task.mask_kind": ("random", "tube", "temporal", "frames"),
     "task.hidden": ("token", "drop"),
     "task.loss": ("l1", "smooth_l1", "l2", "cross_entropy", "contrastive"),
     "task.adapt": ("scratch", "linear", "attentive", "last_block", "lora", "full"),
@@ -157,7 +157,8 @@ def mask_unit(task: TaskConfig, model: ModelConfig) -> list[int]:
     """Voxels x, y, z and frames hidden together, unless the task names a unit: the patch, or what can be dropped."""
     if task.mask_unit is not None:
         return list(task.mask_unit)
-    return [*droppable(model), model.patch_size[3]] if task.hidden == "drop" else list(model.patch_size)
+    boxes = task.hidden == "drop" and task.mask_kind != "frames"
+    return [*droppable(model), model.patch_size[3]] if boxes else list(model.patch_size)
 
 
 def droppable(model: ModelConfig) -> list[int]:
@@ -177,7 +178,7 @@ def check_task(task: TaskConfig, model: ModelConfig, data: DataConfig) -> None:
     require(all(p <= n for p, n in zip(model.patch_size, volume)), "model.patch_size", model.patch_size, legal)
     require(all(u <= n for u, n in zip(unit, volume)), "task.mask_unit", unit, legal)
     counts = [-(-n // u) for n, u in zip(volume, unit)]
-    drawn = {"random": counts, "tube": counts[:3], "temporal": counts[3:]}[task.mask_kind]
+    drawn = {"random": counts, "tube": counts[:3]}.get(task.mask_kind, counts[3:])
     legal = f"must leave a clip of {volume} at least 2 units to choose from with task.mask_kind={task.mask_kind}"
     require(math.prod(drawn) >= 2, "task.mask_unit", unit, legal)
     if task.hidden == "drop":
@@ -189,16 +190,21 @@ def _check_drop(task: TaskConfig, model: ModelConfig, data: DataConfig, unit: li
     what = "with task.hidden=drop"
     require(task.target is None, "task.hidden", "drop", "is for pre-training; a task sees all patches")
     require(model.variant != "v1", "model.variant", "v1", f"is not built {what}; take factorized or joint")
-    legal = f"is not built {what}: task.mask_kind=tube hides the same places in all frames"
-    require(task.mask_kind == "tube", "task.mask_kind", task.mask_kind, legal)
+    legal = f"is not built {what}: take tube (the same places in all frames), or frames (all places)"
+    require(task.mask_kind in ("tube", "frames"), "task.mask_kind", task.mask_kind, legal)
+    legal = f"has no patches to leave out {what}, which has a decoder of its own: leave it at local"
+    require(model.decoder == "local", "model.decoder", model.decoder, legal)
+    require(model.maps == 0, "model.maps", model.maps, f"is not built {what}: take model.maps=0")
+    if task.mask_kind == "frames":
+        steps, together = -(-data.frames // model.patch_size[3]), unit[3] // model.patch_size[3]
+        legal = f"must be a multiple of the {unit[3]} frames of task.mask_unit {what} task.mask_kind=frames"
+        require(steps % together == 0, "data.frames", data.frames, legal)
+        return
     cell = droppable(model)
     legal = f"must be a multiple of {cell} voxels in x, y, z (a token of stage {model.inner_stages + 1}) {what}"
     require(all(u % c == 0 for u, c in zip(unit, cell)), "task.mask_unit", unit, legal)
     legal = f"must be a multiple of task.mask_unit={unit[:3]} on every axis {what}"
     require(all(n % u == 0 for n, u in zip(data.grid, unit)), "data.grid", list(data.grid), legal)
-    legal = f"has no cells to leave out {what}, which has a decoder of its own: leave it at local"
-    require(model.decoder == "local", "model.decoder", model.decoder, legal)
-    require(model.maps == 0, "model.maps", model.maps, f"is not built {what}: take model.maps=0")
 
 
 def check_tokens(cfg: Config) -> None:
@@ -302,7 +308,7 @@ def cannot_compile(cfg: Config) -> tuple[str, object, str] | None:
         legal = "brains differ in their tokens, and each would be a graph of its own: take data.brain=cohort, or false"
         return *compiled, legal
     if cfg.task.target is None and cfg.task.hidden == "drop":
-        return *compiled, "is not built with task.hidden=drop: its third stage has tokens of other places in every clip"
+        return *compiled, "is not built with task.hidden=drop: its tokens have other places, or times, in every clip"
     if parallel.activation_checkpointing == "selective":
         how = "selective checkpointing cannot look into a compiled block; use block or none, or parallel.compile=false"
         return "parallel.activation_checkpointing", "selective", how

@@ -133,17 +133,17 @@ class TaskConfig:
     mask_ratio: float
     """Part of the mask units that is hidden, inside (0, 1)."""
     mask_kind: str
-    """random | tube: the same places in every frame | temporal: the last frames."""
+    """random | tube: the same places in every frame | temporal: the last frames | frames: any frames, all places."""
     mask_unit: Optional[list[int]]
-    """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch, or with task.hidden=drop one
-    token of stage 3 in space."""
+    """Voxels x, y, z and frames hidden together, a multiple of the patch; null: the patch, or with task.hidden=drop
+    task.mask_kind=tube one token of stage 3 in space."""
     loss: str
     """l1 | smooth_l1 | l2; classes: cross_entropy; maps: l2 | contrastive: reconstructive-contrastive."""
     loss_background: bool
     """Include masked voxels outside the brain."""
     hidden: str = "token"
     """Pre-training: token: a mask token stands in the encoder for a hidden patch | drop: the encoder sees visible units
-    alone, which costs a third and less; needs mask_kind=tube."""
+    (mask_kind=tube) or frames (mask_kind=frames) alone, which costs a third and less."""
     target: Optional[TargetConfig] = None
     """What to predict; null: pre-training."""
     adapt: str = "scratch"

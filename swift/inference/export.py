@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from swift.config.schema import Config
     from swift.models.autoencoder import MaskedAutoencoder
+    from swift.models.drop import AnyDrop
     from swift.models.heads import TargetModel
-    from swift.models.visible import VisibleAutoencoder
 
 DTYPES = ("fp32", "bf16")
 LEFT_OUT = "left-out-by-export"
@@ -38,7 +38,7 @@ class Exported:
         step: Optimizer steps it was trained for.
     """
 
-    model: MaskedAutoencoder | VisibleAutoencoder | TargetModel
+    model: MaskedAutoencoder | AnyDrop | TargetModel
     config: Config
     contract: dict[str, Any]
     step: int

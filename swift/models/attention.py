@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swift.models import packed
-from swift.models.cells import Cells, Seen, scattered_window
+from swift.models.cells import Cells, Frames, Seen, scattered_window
 from swift.models.pieces import cut, joined, rows_at_once
 from swift.models.rope import WindowRotary
 from swift.models.token_sets import TokenSet
@@ -72,6 +72,14 @@ def tile_slots(tokens: int) -> int:
     return max(TILE_SLOTS, -(-tokens // 8) * 8)
 
 
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, most: int
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The arguments of SDPA in pieces of at most `most` windows."""
+    masks = [None] * -(-len(q) // most) if seen is None else seen.split(most)
+    return list(zip(q.split(most), k.split(most), v.split(most), masks))
+
+
 class WindowAttention(nn.Module):
     """Attention among the tokens of one window of x, y, z, t tokens.
 
@@ -125,7 +133,9 @@ class WindowAttention(nn.Module):
         """Tokens of a window on a grid."""
         return tuple(w or n for w, n in zip(self.window, grid))
 
-    def split_heads(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None = None) -> tuple[Tensor, ...]:
+    def split_heads(
+        self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | Frames | None = None
+    ) -> tuple[Tensor, ...]:
         """(W, N, 3C) -> queries, keys and values (W, heads, N, head_dim) of windows of `shape` = x, y, z, t tokens."""
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if self.rotary is None:
@@ -133,7 +143,7 @@ class WindowAttention(nn.Module):
         else:
             # split, not slices: its gradient is one concatenation instead of a zero-filled tensor a slice.
             qk, v = qkv.split((2, 1), dim=2)
-            turned = self.rotary(qk, shape) if cells is None else cells.turn(self.rotary, qk, shape[3])
+            turned = self.rotary(qk, shape) if cells is None else cells.turn(self.rotary, qk, shape)
             q, k = turned.unbind(2)
             v = v.squeeze(2)
         return tuple(part.transpose(1, 2) for part in (q, k, v))
@@ -143,7 +153,7 @@ class WindowAttention(nn.Module):
         """Of attention weights, now."""
         return self.attention_dropout if self.training else 0.0
 
-    def _attend(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | None, keys: Tensor | None) -> Tensor:
+    def _attend(self, qkv: Tensor, shape: tuple[int, ...], cells: Cells | Frames | None, keys: Tensor | None) -> Tensor:
         """(W, N, 3C) -> (W * N, C) for windows of `shape` = x, y, z, t tokens; keys: bool (W, N, 1), those seen."""
         q, k, v = self.split_heads(qkv, shape, cells)
         seen = None
@@ -151,11 +161,16 @@ class WindowAttention(nn.Module):
             # A token that nobody sees may see itself, so that no row is empty.
             own = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
             seen = (keys.transpose(1, 2) | own).unsqueeze(1)
-        out = F.scaled_dot_product_attention(q, k, v, seen, self.drop_rate, scale=self.scale)
+        # CUDA's kernels cannot launch more rows at once.
+        parts = [
+            F.scaled_dot_product_attention(some_q, some_k, some_v, mask, self.drop_rate, scale=self.scale)
+            for some_q, some_k, some_v, mask in _rows(q, k, v, seen, MOST_ROWS if q.is_cuda else len(q))
+        ]
+        out = joined(parts)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
 
     def _by_groups(
-        self, x: Tensor, window: tuple[int, ...], cells: Cells | None = None, visible: Tensor | None = None
+        self, x: Tensor, window: tuple[int, ...], cells: Cells | Frames | None = None, visible: Tensor | None = None
     ) -> Tensor:
         groups = plan_groups(tuple(x.shape[1:5]), window, self.shifted)
         # Places of scattered tokens are those of a whole batch.
@@ -172,7 +187,7 @@ class WindowAttention(nn.Module):
         return merge(joined(out), groups, x.shape)
 
     def _windows(
-        self, x: Tensor, piece: Sequence[tuple[Group, int]], cells: Cells | None, visible: Tensor | None
+        self, x: Tensor, piece: Sequence[tuple[Group, int]], cells: Cells | Frames | None, visible: Tensor | None
     ) -> Tensor:
         """(M, C) -> the same: windows of a piece of `whole_windows`; visible: bool (M, 1)."""
         keys: list[Tensor] | list[None] = [None] * len(piece) if visible is None else slabs(visible, piece)
@@ -218,18 +233,24 @@ class WindowAttention(nn.Module):
         out = window_attention(qkv, rotations, grid, list(window), self.shifted, slots, self.heads, self.scale)
         return self.proj(out).view(x.shape)
 
-    def forward(self, x: Tensor, where: Cells | Seen | TokenSet | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: Cells | Frames | Seen | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C) -> the same.
 
         Args:
             x: Tokens.
             where: Which places of the grid (B, N, 1, 1, T, C) tokens have: all N of a frame then see each other. Or the
-                places of (P, T, C) tokens: windows are those of the grid. Or which tokens of a whole grid are seen.
+                places of (P, T, C) tokens: windows are those of the grid. Or the time steps of tokens: those of a clip
+                then all see each other. Or which tokens of a whole grid are seen.
         """
         if isinstance(where, TokenSet):
             return packed.attention(self, x, where)
         cells, visible = (where.cells, where.visible) if isinstance(where, Seen) else (where, None)
         grid = tuple(x.shape[1:5])
+        if isinstance(cells, Frames):
+            if visible is not None or self.window[3] != 1:
+                rotated = None if self.window[3] == 1 else cells
+                return self.dropout(self._by_groups(x, cells.window(self.window_on(grid), grid), rotated, visible))
+            cells = None
         if cells is not None and self.window[:3] != (1, 1, 1):
             return self.dropout(self._by_groups(x, scattered_window(self.window, grid), cells, visible))
         window = self.window_on(grid)

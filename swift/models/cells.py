@@ -1,8 +1,9 @@
 """Tokens that have only some places of their grid: where they are, and rotary positions for them.
 
-The visible cells of a stage whose hidden ones do not exist (`swift.models.visible`).
+The visible cells of a stage whose hidden ones do not exist (`swift.models.visible`), and the visible time steps of a
+clip (`swift.models.visible_frames`).
 
-Shapes: B batch, N tokens of a frame, W windows of a sample, G places of the grid in a frame.
+Shapes: B batch, N tokens of a frame, W windows of a sample, G places of the grid in a frame, V visible time steps.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Cells(NamedTuple):
     grid: tuple[int, ...]
     """Tokens x, y, z of the whole grid."""
 
-    def turn(self, rotary: WindowRotary, qk: Tensor, frames: int) -> Tensor:
+    def turn(self, rotary: WindowRotary, qk: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Rotate (B * W, N * frames, 2, heads, head_dim) tokens of windows by their places in the grid."""
+        frames = shape[3]
         # The whole grid, also where it is larger than the window that the layer was built for: what counts is how far
         # two tokens are apart.
         window = (*self.grid, max(frames, rotary.window[3]))
@@ -59,13 +61,37 @@ class Cells(NamedTuple):
         return turned.flatten(0, 1)
 
 
+class Frames(NamedTuple):
+    """Time steps that the tokens of each sample have; those of one sample all see each other, in no windows of time."""
+
+    steps: Tensor
+    """int64 (B, V), ascending."""
+    total: int
+    """Time steps of a whole clip."""
+
+    def window(self, window: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The window x, y, z, t on `tokens`: in time all there are, where it has an extent in time."""
+        return window if window[3] == 1 else (*window[:3], tokens[3])
+
+    def turn(self, rotary: WindowRotary, qk: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Rotate (B * W, N, 2, heads, head_dim) tokens of windows of `shape` by place and by their true time step."""
+        x, y, z, _ = shape
+        window = (*rotary.window[:3], max(self.total, rotary.window[3]))
+        dtype = torch.promote_types(rotary.rotations.dtype, torch.float32)
+        table = _rotations(window, rotary.axes, rotary.head_dim, rotary.base, dtype, qk.device)
+        inside = table.view(*window, -1)[:x, :y, :z, self.steps]  # (x, y, z, B, V, head_dim / 2)
+        rotations = inside.permute(3, 0, 1, 2, 4, 5).flatten(1, 4)
+        turned = rotate(qk.unflatten(0, (len(self.steps), -1)), rotations[:, None, :, None, None])
+        return turned.flatten(0, 1)
+
+
 class Seen(NamedTuple):
     """Which tokens of a grid are there to be seen; the others are computed, and nobody looks at them."""
 
     visible: Tensor
     """bool (B, X, Y, Z, T)."""
-    cells: Cells | None
-    """Their places, where all tokens of a frame see each other."""
+    cells: Cells | Frames | None
+    """Their places, where all tokens of a frame see each other, or all time steps do."""
 
 
 @lru_cache(maxsize=64)

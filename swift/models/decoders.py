@@ -20,6 +20,35 @@ from swift.models.packed import Take, from_parents, to_grid
 from swift.models.token_sets import TokenSet
 
 
+def on_patches(
+    features: list[Tensor], norms: nn.ModuleList, laterals: nn.ModuleList, where: Sequence[TokenSet] | None = None
+) -> Tensor:
+    """Features of all stages, each normalized and mapped to D channels, summed on the patch grid.
+
+    Args:
+        features: (B, Xs, Ys, Zs, t, C_s), or (P_s, t, C_s) of places `where`.
+        norms: Of each stage.
+        laterals: Of each stage.
+        where: The places of every stage; None: the whole grids.
+
+    Returns:
+        (B, x, y, z, t, D), or (P, t, D).
+    """
+    # From coarse to fine, doubling each time, so that no stage is repeated to the full grid by itself.
+    hidden: Tensor | None = None
+    for stage in reversed(range(len(features))):
+        here = laterals[stage](norms[stage](features[stage]))
+        if hidden is not None and where is not None:
+            here = here + from_parents(hidden, where[stage])
+        elif hidden is not None:
+            x, y, z = here.shape[1:4]
+            doubled = hidden.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+            here = here + doubled[:, :x, :y, :z]
+        hidden = here
+    assert hidden is not None
+    return hidden
+
+
 class LocalDecoder(nn.Module):
     """Per-patch head over the features of all stages, each brought back to the patch grid.
 
@@ -46,29 +75,13 @@ class LocalDecoder(nn.Module):
         The same from features (P_s, t, C_s) of places `where`; voxels of patches that do not exist are 0. Of some of
         these patches alone, `rows` int64 (R,) of P * t: (R, px*py*pz*pt).
         """
-        joined = self._joined(features, where)
+        joined = on_patches(features, self.norms, self.laterals, where)
         if rows is not None:
             joined = Take.apply(joined.flatten(0, 1), rows)
         values: Tensor = self.head(F.gelu(self.norm(joined)))
         if rows is not None:
             return values
         return unpatchify(values if where is None else to_grid(values, where[0]), self.patch, self.volume)
-
-    def _joined(self, features: list[Tensor], where: Sequence[TokenSet] | None) -> Tensor:
-        """Features of all stages on the patch grid: (B, x, y, z, t, D), or (P, t, D)."""
-        # From coarse to fine, doubling each time, so that no stage is repeated to the full grid by itself.
-        hidden: Tensor | None = None
-        for stage in reversed(range(len(features))):
-            here = self.laterals[stage](self.norms[stage](features[stage]))
-            if hidden is not None and where is not None:
-                here = here + from_parents(hidden, where[stage])
-            elif hidden is not None:
-                x, y, z = here.shape[1:4]
-                doubled = hidden.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-                here = here + doubled[:, :x, :y, :z]
-            hidden = here
-        assert hidden is not None
-        return hidden
 
 
 class LinearDecoder(nn.Module):

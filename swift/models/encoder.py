@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
 from swift.models.attention import WindowAttention
-from swift.models.cells import Cells, Seen
+from swift.models.cells import Cells, Frames, Seen
 from swift.models.init import draw
 from swift.models.layers import AbsolutePosition, AxialPosition, PatchEmbed, PatchMerging, Residual, token_grid
 from swift.models.packed import to_grid
@@ -84,7 +84,7 @@ class SwinBlock(nn.Module):
                 fn = _attention(cfg, stage, grid, shifted, _branch_axes(name))
             self.add_module(name, Residual(dim, fn, cfg.layer_scale, drop_path))
 
-    def forward(self, x: Tensor, where: Cells | Seen | TokenSet | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: Cells | Frames | Seen | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C), or (P, T, C) of a TokenSet -> the same; `where`: as of `WindowAttention`."""
         for name in self.order:
             branch = self.get_submodule(name)

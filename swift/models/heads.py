@@ -13,6 +13,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig, TaskConfig
+from swift.models import drop
 from swift.models.adapt import adapt, keep_frozen_still
 from swift.models.autoencoder import MaskedAutoencoder
 from swift.models.encoder import SwinEncoder
@@ -20,7 +21,6 @@ from swift.models.init import FIRST_WEIGHT, NORMAL, ZERO, Init
 from swift.models.map_heads import MapHead, build_map_head
 from swift.models.maps import LinearPart, Maps
 from swift.models.pooling import brain_tokens, pool
-from swift.models.visible import VisibleAutoencoder, units_of
 
 EPSILON = 1e-6
 """Under the root of a variance, whose gradient at 0 would be infinite."""
@@ -201,9 +201,9 @@ class TargetModel(nn.Module):
 
 def build_model(
     cfg: ModelConfig, task: TaskConfig, grid: Sequence[int], frames: int
-) -> MaskedAutoencoder | VisibleAutoencoder | TargetModel:
+) -> MaskedAutoencoder | drop.AnyDrop | TargetModel:
     """The model of a task: encoder with decoder, or with head."""
     if task.target is not None:
         return TargetModel(cfg, task, grid, frames)
-    units = units_of(cfg, task, (*grid, frames))
-    return MaskedAutoencoder(cfg, grid, frames) if units is None else VisibleAutoencoder(cfg, units)
+    units = drop.cut(cfg, task, (*grid, frames))
+    return MaskedAutoencoder(cfg, grid, frames) if units is None else drop.build(cfg, units)

@@ -16,7 +16,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from swift.models import packed
-from swift.models.cells import Cells, Seen
+from swift.models.cells import Cells, Frames, Seen
 from swift.models.init import NORMAL, Init
 from swift.models.pieces import joined, rows_at_once
 from swift.models.token_sets import TokenSet
@@ -100,6 +100,11 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
+def _of_times(table: Tensor, x: Tensor, times: Tensor | None) -> Tensor:
+    """Entries (T, C) of a table for the first T time steps of x (..., T, C); of `times` (B, T): (B, 1, 1, 1, T, C)."""
+    return table[: x.shape[-2]] if times is None else table[times][:, None, None, None]
+
+
 class AbsolutePosition(nn.Module):
     """Learned tables of SwiFT v1: one over space, one over time, summed."""
 
@@ -112,12 +117,13 @@ class AbsolutePosition(nn.Module):
         """How the tables begin."""
         return {"space": NORMAL, "time": NORMAL}
 
-    def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None, times: Tensor | None = None) -> Tensor:
         """Add to (B, X, Y, Z, T, C); a clip may have fewer frames than the table.
 
         Args:
             x: Tokens.
             at: Takes the entries of the tokens that x has, (X, Y, Z, C) -> the shape of x without T; None: it has all.
+            times: int64 (B, T), the time step of each token; None: the first T.
         """
         fits = x.shape[-2] <= self.time.shape[0] and (at is not None or x.shape[1:4] == self.space.shape[:3])
         if not fits:
@@ -127,7 +133,7 @@ class AbsolutePosition(nn.Module):
             )
         if at is not None:
             return x + at(self.space).unsqueeze(-2) + self.time[: x.shape[-2]]
-        return (x + self.space.unsqueeze(3)).add_(self.time[: x.shape[4]])
+        return (x + self.space.unsqueeze(3)).add_(_of_times(self.time, x, times))
 
 
 class AxialPosition(nn.Module):
@@ -142,8 +148,8 @@ class AxialPosition(nn.Module):
         """How the tables begin."""
         return dict.fromkeys("xyzt", NORMAL)
 
-    def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table. `at`: as of `AbsolutePosition`."""
+    def forward(self, x: Tensor, at: Callable[[Tensor], Tensor] | None = None, times: Tensor | None = None) -> Tensor:
+        """Add to (B, X, Y, Z, T, C); each axis may be shorter than its table. Others as of `AbsolutePosition`."""
         tables = [getattr(self, axis) for axis in "xyzt"]
         lengths = x.shape[1:5] if at is None else [0, 0, 0, x.shape[-2]]  # `at` looks at the grid itself
         for axis, length, table in zip("xyzt", lengths, tables):
@@ -152,8 +158,8 @@ class AxialPosition(nn.Module):
         if at is not None:
             space = tables[0][:, None, None] + tables[1][:, None] + tables[2]
             return x + at(space).unsqueeze(-2) + tables[3][: x.shape[-2]]
-        tx, ty, tz, tt = (table[:length] for table, length in zip(tables, x.shape[1:5]))
-        return x + (tx[:, None, None, None] + ty[:, None, None] + tz[:, None] + tt)
+        tx, ty, tz = (table[:length] for table, length in zip(tables, x.shape[1:4]))
+        return x + (tx[:, None, None, None] + ty[:, None, None] + tz[:, None] + _of_times(tables[3], x, times))
 
 
 class _AddScaled(torch.autograd.Function):
@@ -189,7 +195,7 @@ class Residual(nn.Module):
         """How LayerScale begins."""
         return {} if self.layer_scale is None else {"gamma": Init(False, float(self.layer_scale))}
 
-    def forward(self, x: Tensor, where: Cells | Seen | TokenSet | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: Cells | Frames | Seen | TokenSet | None = None) -> Tensor:
         """(B, X, Y, Z, T, C), or (P, T, C) of a TokenSet -> the same; `where`: as of `WindowAttention`."""
         # A token's MLP knows nothing of other tokens. Random numbers are drawn for all at once.
         tokens = x.shape[:-1].numel()
@@ -198,7 +204,7 @@ class Residual(nn.Module):
             return self._branch(x, where)
         return joined([self._branch(part, None) for part in x.flatten(0, -2).split(rows)]).view(x.shape)
 
-    def _branch(self, x: Tensor, where: Cells | Seen | TokenSet | None) -> Tensor:
+    def _branch(self, x: Tensor, where: Cells | Frames | Seen | TokenSet | None) -> Tensor:
         y = self.norm(x)
         y = self.fn(y) if where is None or isinstance(self.fn, Mlp) else self.fn(y, where)
         y = packed.drop_clips(self.drop_path, y, where) if isinstance(where, TokenSet) else self.drop_path(y)

@@ -16,7 +16,7 @@ from torch import Tensor
 from swift.models.layers import token_grid
 from swift.models.noise import GOLDEN, mix, signed
 
-MASK_KINDS = ("random", "tube", "temporal")
+MASK_KINDS = ("random", "tube", "temporal", "frames")
 
 
 def unit_noise(seed: int, sample_id: Tensor, units: int) -> Tensor:
@@ -46,7 +46,8 @@ def draw_mask(
         patch: voxels and frames of a token.
         unit: voxels and frames hidden together, a multiple of the patch on each axis.
         ratio: part of the units that is hidden; round(ratio * U) of them exactly, at least one hidden and one visible.
-        kind: random: any units | tube: the same places in all frames | temporal: the last frames, all places.
+        kind: random: any units | tube: the same places in all frames | temporal: the last frames, all places | frames:
+            any frames, all places.
 
     Returns:
         bool (B, X, Y, Z, T), True = hidden.
@@ -58,7 +59,7 @@ def draw_mask(
         hidden = torch.arange(units[3], device=sample_id.device) >= units[3] - hidden_count(ratio, units[3])
         mask = hidden.expand(len(sample_id), *units[:3], units[3])
     else:
-        drawn = units if kind == "random" else (*units[:3], 1)
+        drawn = {"random": units, "tube": (*units[:3], 1), "frames": (1, 1, 1, units[3])}[kind]
         count = drawn[0] * drawn[1] * drawn[2] * drawn[3]
         noise = unit_noise(seed, sample_id, count)
         chosen = noise.argsort(dim=1)[:, : hidden_count(ratio, count)]

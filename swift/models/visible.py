@@ -27,7 +27,7 @@ from swift.models.cells import Cells, unit_tokens
 from swift.models.encoder import Stage, SwinBlock, SwinEncoder, stage_grids
 from swift.models.init import NORMAL, Init, draw
 from swift.models.layers import AxialPosition, tokens_along
-from swift.models.masking import hidden_count
+from swift.models.masking import draw_shown, hidden_count
 from swift.models.row_loss import mean_of_clips, row_sums
 
 DECODER_BLOCKS = 2
@@ -93,6 +93,14 @@ class Units:
         """Bool (B, X, Y, Z) voxels of the brain -> bool (B, U), units that have one."""
         return _blocks(brain, self.voxels).flatten(4).any(-1).flatten(1)
 
+    def draw(self, seed: int, sample_id: Tensor, brain: Tensor) -> Tensor:
+        """Visible units of each sample, int64 (B, V), of those that touch its brain (`draw_shown`)."""
+        return draw_shown(seed, sample_id, self.touched(brain), self.shown)
+
+    def usable(self, brain: Tensor) -> Tensor:
+        """Clips of whose brain something can be shown beside something hidden, bool (B,)."""
+        return self.touched(brain).sum(1) >= 2
+
     def places(self, shown: Tensor, stage: int) -> Tensor:
         """Units int64 (B, V) -> the places (B, V, tokens of a unit) of their tokens in the grid of a stage."""
         return unit_tokens(self.counts, self.tokens(stage), shown.device)[shown]
@@ -112,13 +120,8 @@ class Units:
         return flags.argsort(dim=1, descending=True, stable=True)[:, : self.hidden_cells]
 
 
-def units_of(cfg: ModelConfig, task: TaskConfig, volume: Sequence[int]) -> Units | None:
-    """How clips of `volume` voxels and frames are cut into units; None: hidden patches are tokens.
-
-    The settings must have passed `swift.config.check`.
-    """
-    if task.target is not None or task.hidden == "token":
-        return None
+def units_of(cfg: ModelConfig, task: TaskConfig, volume: Sequence[int]) -> Units:
+    """How clips of `volume` voxels and frames are cut. The settings must have passed `swift.config.check`."""
     unit = mask_unit(task, cfg)
     counts = [n // size for n, size in zip(volume[:3], unit)]
     shown = math.prod(counts) - hidden_count(task.mask_ratio, math.prod(counts))
@@ -369,6 +372,11 @@ class VisibleAutoencoder(nn.Module):
                 f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.units.volume}"
             )
         return self.decoder(*encode_visible(self.encoder, self.units, x, shown), shown)
+
+
+def put_cells(units: Units, cells: Tensor, shown: Tensor) -> Tensor:
+    """Predictions of hidden cells (B, H, T, cx, cy, cz) -> (B, 1, X, Y, Z, T), 0 in visible units."""
+    return put(cells, units.hidden(shown), units.volume)
 
 
 def hidden_loss(units: Units, prediction: Tensor, x: Tensor, counted: Tensor, shown: Tensor, kind: str) -> Tensor:

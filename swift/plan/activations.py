@@ -111,7 +111,7 @@ def decoder_bytes(geometry: Geometry, widths: Widths) -> int:
     rows = geometry.head_rows
     if cells is not None:
         total += sum(branch_bytes(branch, widths) for block in cells.blocks for branch in block.branches)
-        rows = cells.hidden * last.grid[3]
+        rows = cells.rows
     total += norm_bytes(rows, geometry.decoder_dim, widths)
     return total + rows * geometry.decoder_dim * (widths.stream + widths.product)
 
@@ -130,7 +130,7 @@ def predicted_voxels(geometry: Geometry) -> int:
     cells = geometry.cells
     if geometry.hidden is not None:
         return geometry.head_rows * geometry.patch_voxels
-    return geometry.voxels if cells is None else cells.hidden * cells.voxels * geometry.volume[3]
+    return geometry.voxels if cells is None else cells.predicted
 
 
 def loss_bytes(geometry: Geometry, loss: str) -> int:

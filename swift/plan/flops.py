@@ -81,8 +81,7 @@ def decoder_flops(geometry: Geometry) -> Flops:
     if geometry.cells is not None:
         cells, width = geometry.cells, geometry.decoder_dim
         laterals = [linear(stage.tokens, stage.width, width) for stage in geometry.stages[cells.first :]]
-        rows = cells.hidden * last.grid[3]
-        return _sum([*laterals, *map(block_flops, cells.blocks), linear(rows, width, cells.voxels * patch[3])])
+        return _sum([*laterals, *map(block_flops, cells.blocks), linear(cells.rows, width, cells.voxels)])
     if geometry.decoder == "local":
         laterals = [linear(stage.tokens, stage.width, geometry.decoder_dim) for stage in geometry.stages]
         return _sum([*laterals, linear(geometry.head_rows, geometry.decoder_dim, geometry.patch_voxels)])

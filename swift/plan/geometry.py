@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from swift.config.check import mask_unit
 from swift.config.schema import Config, ModelConfig, TaskConfig
+from swift.models import drop
 from swift.models.attention import KERNEL_SLOTS, WindowAttention
 from swift.models.autoencoder import MaskedAutoencoder
-from swift.models.cells import scattered_window
+from swift.models.cells import Frames, scattered_window
 from swift.models.decoders import LinearDecoder, LocalDecoder
 from swift.models.encoder import Stage as StageModule
 from swift.models.encoder import SwinBlock, SwinEncoder
@@ -28,7 +29,8 @@ from swift.models.map_heads import build_map_head
 from swift.models.masking import hidden_count
 from swift.models.pooling import brain_tokens
 from swift.models.token_sets import sets_of
-from swift.models.visible import CellDecoder, Units, VisibleAutoencoder, units_of
+from swift.models.visible import CellDecoder, VisibleAutoencoder
+from swift.models.visible_frames import FrameAutoencoder, FrameDecoder, FrameUnits
 from swift.models.window_layout import plan_groups
 from swift.plan.map_head import HeadSizes, head_sizes
 from swift.utils.bits import from_text
@@ -120,16 +122,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cells:
-    """What task.hidden=drop decodes in place of patches."""
+    """What task.hidden=drop decodes: hidden cells, or the patches of hidden frames."""
 
     blocks: tuple[Block, ...]
     """Of the decoder."""
     first: int
     """The stage, counted from 0, whose features come first."""
-    hidden: int
-    """Hidden cells of a time step."""
+    rows: int
+    """That reach the decoder's head, of all time steps."""
     voxels: int
-    """Of a cell, in space."""
+    """Of a row, in its space and time."""
+    predicted: int
+    """Voxels of a clip that are predicted."""
+    shown: str
+    """What the encoder sees."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +208,10 @@ def count(modules: Iterable[nn.Module | nn.Parameter]) -> int:
     )
 
 
-def _branch(block: SwinBlock, name: str, grid: tuple[int, ...], clips: int, scattered: bool) -> Branch:
-    """A branch on `clips` grids; scattered: on (N, 1, 1, t) tokens of a larger grid."""
+def _branch(
+    block: SwinBlock, name: str, grid: tuple[int, ...], clips: int, scattered: bool, frames: Frames | None
+) -> Branch:
+    """A branch on `clips` grids; scattered: on (N, 1, 1, t) tokens of a larger grid; frames: on some of its frames."""
     branch = block.get_submodule(name)
     assert isinstance(branch, Residual)
     tokens, scaled = clips * math.prod(grid), branch.gamma is not None
@@ -215,6 +223,8 @@ def _branch(block: SwinBlock, name: str, grid: tuple[int, ...], clips: int, scat
     assert isinstance(fn, WindowAttention)
     scattered = scattered and fn.window[:3] != (1, 1, 1)
     window = scattered_window(fn.window, grid) if scattered else fn.window_on(grid)
+    if frames is not None:
+        window = frames.window(window, grid)
     groups = plan_groups(grid, window, fn.shifted)
     windows = tuple((clips * group.windows, group.tokens) for group in groups)
     width, rotary = fn.proj.in_features, fn.rotary is not None
@@ -234,19 +244,29 @@ def _branch(block: SwinBlock, name: str, grid: tuple[int, ...], clips: int, scat
 
 
 def _blocks(
-    modules: Iterable[nn.Module], grid: tuple[int, ...], clips: int = 1, scattered: bool = False
+    modules: Iterable[nn.Module],
+    grid: tuple[int, ...],
+    clips: int = 1,
+    scattered: bool = False,
+    frames: Frames | None = None,
 ) -> tuple[Block, ...]:
     blocks = []
     for block in modules:
         assert isinstance(block, SwinBlock)
-        blocks.append(Block(tuple(_branch(block, name, grid, clips, scattered) for name in block.order)))
+        blocks.append(Block(tuple(_branch(block, name, grid, clips, scattered, frames) for name in block.order)))
     return tuple(blocks)
 
 
-def _stages(encoder: SwinEncoder, units: Units | None) -> tuple[Stage, ...]:
+def _stages(encoder: SwinEncoder, units: drop.AnyUnits | None) -> tuple[Stage, ...]:
+    shown: Frames | None = None
+    whole = encoder.grids
+    if isinstance(units, FrameUnits):
+        shown = Frames(torch.arange(units.shown, device="cpu")[None], units.frames)
+        whole = [(*grid[:3], units.shown) for grid in whole]
+        units = None
     inner = -1 if units is None else units.inner
     # For each stage: its grid, how many of them there are in a clip, and whether it is a part of a larger one.
-    grids = [(grid, 1, False) for grid in encoder.grids]
+    grids = [(grid, 1, False) for grid in whole]
     if units is not None:
         frames = (units.frames,)
         grids[:inner] = [((*units.tokens(index), *frames), units.shown, False) for index in range(inner)]
@@ -254,10 +274,10 @@ def _stages(encoder: SwinEncoder, units: Units | None) -> tuple[Stage, ...]:
     stages = []
     for index, (module, (grid, clips, scattered)) in enumerate(zip(encoder.stages, grids)):
         assert isinstance(module, StageModule)
-        blocks = _blocks(module.blocks, grid, clips, scattered)
+        blocks = _blocks(module.blocks, grid, clips, scattered, shown)
         rows = 0
         if index < len(grids) - 1:
-            rows = math.prod(encoder.grids[index + 1]) if index >= inner else clips * math.prod(grid) // 8
+            rows = math.prod(whole[index + 1]) if index >= inner else clips * math.prod(grid) // 8
         together = (clips * grid[0], *grid[1:])
         stages.append(
             Stage(together, blocks[0].width, blocks, rows, count([module.downsample]), math.prod(together[:3]))
@@ -307,10 +327,18 @@ def on_brain(geometry: Geometry, present: Tensor) -> Geometry:
     return replace(geometry, stages=tuple(stages))
 
 
+DECODERS: dict[type[nn.Module], str] = {
+    LocalDecoder: "local",
+    LinearDecoder: "linear",
+    CellDecoder: "cells",
+    FrameDecoder: "frames",
+}
+
+
 def build_geometry(
     cfg: ModelConfig,
     volume: tuple[int, ...],
-    units: Units | None = None,
+    units: drop.AnyUnits | None = None,
     brain: Tensor | None = None,
     hidden: float | None = None,
 ) -> Geometry:
@@ -319,7 +347,7 @@ def build_geometry(
     Args:
         cfg: Of the model.
         volume: Of a clip.
-        units: Of task.hidden=drop (`swift.models.visible.units_of`).
+        units: Of task.hidden=drop (`swift.models.drop.cut`).
         brain: Of a clip with tokens=brain, bool (1, X, Y, Z); None: `usual_brain`; with data.brain=cohort that
             of the cohort.
         hidden: Part of the patches that training predicts, where it predicts the hidden ones alone (`hidden_part`).
@@ -327,19 +355,26 @@ def build_geometry(
     Raises:
         UserError: the architecture does not fit the volume.
     """
-    model: MaskedAutoencoder | VisibleAutoencoder
+    model: MaskedAutoencoder | drop.AnyDrop
     try:
         with torch.device("meta"):
-            model = MaskedAutoencoder(cfg, volume[:3], volume[3]) if units is None else VisibleAutoencoder(cfg, units)
+            model = MaskedAutoencoder(cfg, volume[:3], volume[3]) if units is None else drop.build(cfg, units)
     except ValueError as error:
         raise UserError(str(error)) from error
     encoder = model.encoder
     linear = model.linear if isinstance(model, MaskedAutoencoder) else None
     cells = None
-    if units is not None:
-        assert isinstance(model, VisibleAutoencoder)
-        blocks = _blocks(model.decoder.blocks, (*units.cells, units.frames))
-        cells = Cells(blocks, units.inner, units.hidden_cells, math.prod(units.cell))
+    if isinstance(model, VisibleAutoencoder):
+        cut, cell = model.units, math.prod(model.units.cell)
+        blocks = _blocks(model.decoder.blocks, (*cut.cells, cut.frames))
+        rows, predicted = cut.hidden_cells * cut.frames, cut.hidden_cells * cell * volume[3]
+        cells = Cells(blocks, cut.inner, rows, cell * cut.patch[3], predicted, "units")
+    elif isinstance(model, FrameAutoencoder):
+        grid, patch = model.encoder.grids[0], math.prod(cfg.patch_size)
+        hidden_steps = grid[3] - model.units.shown
+        rows = math.prod(grid[:3]) * hidden_steps
+        predicted = math.prod(volume[:3]) * hidden_steps * cfg.patch_size[3]
+        cells = Cells(_blocks(model.decoder.blocks, grid), 0, rows, patch, predicted, "frames")
     token = [model.mask_token] if isinstance(model, MaskedAutoencoder) else []
     parameters = {
         "patch embedding": count([encoder.patch_embed]),
@@ -362,7 +397,7 @@ def build_geometry(
         patch_norm=cfg.patch_norm,
         stages=stages,
         final_norm=cfg.final_norm,
-        decoder={LocalDecoder: "local", LinearDecoder: "linear", CellDecoder: "cells"}[type(model.decoder)],
+        decoder=DECODERS[type(model.decoder)],
         decoder_dim=cfg.decoder_dim,
         maps=cfg.maps,
         maps_trained=linear is not None and linear.shared,
@@ -388,7 +423,7 @@ def hidden_part(cfg: ModelConfig, task: TaskConfig, volume: Sequence[int]) -> fl
     if cfg.tokens == "box" or cfg.decoder != "local" or cfg.maps:
         return None
     units = token_grid(volume, mask_unit(task, cfg))
-    drawn = math.prod({"random": units, "tube": units[:3], "temporal": units[3:]}[task.mask_kind])
+    drawn = math.prod({"random": units, "tube": units[:3]}.get(task.mask_kind, units[3:]))
     return hidden_count(task.mask_ratio, drawn) / drawn
 
 
@@ -430,7 +465,7 @@ def geometry_of(cfg: Config) -> Geometry:
         UserError: the architecture does not fit the clip.
     """
     volume = (*cfg.data.grid, cfg.data.frames)
-    units, hidden = units_of(cfg.model, cfg.task, volume), hidden_part(cfg.model, cfg.task, volume)
+    units, hidden = drop.cut(cfg.model, cfg.task, volume), hidden_part(cfg.model, cfg.task, volume)
     found = build_geometry(cfg.model, volume, units, hidden=hidden)
     if cfg.task.target is None or cfg.task.target.kind != "map":
         return found

@@ -32,7 +32,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"model {cfg.model.name} ({cfg.model.variant}), clip {x}x{y}x{z} voxels x {t} frames, "
         f"patch {patch}: {geometry.tokens:,} tokens"
-        + ("" if geometry.cells is None else " of visible units (task.hidden=drop)")
+        + ("" if geometry.cells is None else f" of visible {geometry.cells.shown} (task.hidden=drop)")
         + _shares(plan),
         f"parallel={sharding.strategy}, {precision}, activation checkpointing {sharding.checkpointing}, "
         f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''} of {plan.site.name} "

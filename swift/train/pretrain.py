@@ -17,9 +17,11 @@ from swift.config.schema import Config, ModelConfig
 from swift.data.clips.mixture import Stores
 from swift.models import any_mask
 from swift.models.autoencoder import MaskedAutoencoder, clip_sums, reconstruction_loss, rows_loss
+from swift.models.drop import AnyDrop, AnyUnits
 from swift.models.heads import build_model
-from swift.models.masking import draw_mask, draw_shown, mask_voxels
-from swift.models.visible import Units, VisibleAutoencoder, hidden_loss, put
+from swift.models.masking import draw_mask, mask_voxels
+from swift.models.visible import Units, hidden_loss, put_cells
+from swift.models.visible_frames import frames_loss
 from swift.train.base import Batch, TrainingModule
 from swift.train.scan_maps import ScanMaps
 
@@ -98,25 +100,27 @@ class PretrainModule(TrainingModule):
         """Of model.maps_of=scan: the maps of every scan, from its training frames."""
 
     @property
-    def units(self) -> Units | None:
-        """Of task.hidden=drop: how clips are cut into units."""
-        model: MaskedAutoencoder | VisibleAutoencoder = self.model
-        return model.units if isinstance(model, VisibleAutoencoder) else None
+    def units(self) -> AnyUnits | None:
+        """Of task.hidden=drop: how clips are cut into what is shown or left out."""
+        model: MaskedAutoencoder | AnyDrop = self.model
+        return None if isinstance(model, MaskedAutoencoder) else model.units
 
     def build_model(self, cfg: ModelConfig) -> nn.Module:
         """The model of an architecture, on the grid of this run."""
         return build_model(cfg, self.cfg.task, self.cfg.data.grid, self.cfg.data.frames)
 
-    def draw_shown(self, units: Units, batch: Batch) -> Tensor:
-        """Visible units, int64 (B, V): for each sample a function of the run's seed, its identity and its brain."""
-        touched = units.touched(batch["brain"])
-        self.unseen.note(touched.sum(1) < 2, batch)
-        return draw_shown(self.cfg.seed, batch["sample_id"], touched, units.shown)
+    def draw_shown(self, units: AnyUnits, batch: Batch) -> Tensor:
+        """Visible units or time steps, int64 (B, V): for each sample a function of the run's seed, its identity and
+        (units) its brain.
+        """
+        if isinstance(units, Units):
+            self.unseen.note(~units.usable(batch["brain"]), batch)
+        return units.draw(self.cfg.seed, batch["sample_id"], batch["brain"])
 
     def usable(self, batch: Batch) -> Tensor:
         """Clips in the loss, bool (B,): no padding, and with task.hidden=drop something of the brain is shown."""
         valid = batch["valid"]
-        return valid if self.units is None else valid & (self.units.touched(batch["brain"]).sum(1) >= 2)
+        return valid if self.units is None else valid & self.units.usable(batch["brain"])
 
     def draw_mask(self, batch: Batch) -> Tensor:
         """Hidden tokens, bool (B, x, y, z, t): for each sample a function of the run's seed and its identity."""
@@ -141,8 +145,10 @@ class PretrainModule(TrainingModule):
         """Prediction (B, 1, X, Y, Z, T) and the token mask (B, x, y, z, t) it was made under."""
         if self.units is not None:
             shown = self.draw_shown(self.units, batch)
-            cells = self.model(batch["bold"], shown)
-            return put(cells, self.units.hidden(shown), self.units.volume), self.units.mask(shown)
+            hidden = self.model(batch["bold"], shown)
+            if isinstance(self.units, Units):
+                return put_cells(self.units, hidden, shown), self.units.mask(shown)
+            return self.units.put(hidden, shown), self.units.mask(shown)
         mask = self.draw_mask(batch)
         return self.reconstruct_under(batch, mask), mask
 
@@ -163,7 +169,9 @@ class PretrainModule(TrainingModule):
         counted = self.usable(batch).view(-1, 1, 1, 1).expand_as(batch["brain"])
         if not self.cfg.task.loss_background:
             counted = counted & batch["brain"]
-        return hidden_loss(self.units, prediction, batch["bold"], counted, shown, self.cfg.task.loss)
+        if isinstance(self.units, Units):
+            return hidden_loss(self.units, prediction, batch["bold"], counted, shown, self.cfg.task.loss)
+        return frames_loss(self.units, prediction, batch["bold"], counted, shown, self.cfg.task.loss)
 
     def _loss_of_tokens(self, batch: Batch) -> Tensor:
         """The loss of a model with mask tokens; on brain tokens only hidden patches reach the head."""

@@ -71,6 +71,7 @@ def test_one_value_changes_one_value() -> None:
 
 
 DROP = ["task.hidden=drop", "task.mask_kind=tube"]
+FRAMES = ["task.hidden=drop", "task.mask_kind=frames"]
 
 
 def test_the_mask_unit_follows_the_patch() -> None:
@@ -83,6 +84,8 @@ def test_the_mask_unit_follows_the_patch() -> None:
     assert mask_unit(cfg.task, cfg.model) == [24, 24, 12, 2]
     cfg = typed(composed("model.depths=[2,2]", "model.num_heads=[4,8]", *DROP))
     assert mask_unit(cfg.task, cfg.model) == [12, 12, 12, 1]
+    cfg = typed(composed("model.patch_size=[6,6,6,2]", *FRAMES))
+    assert mask_unit(cfg.task, cfg.model) == [6, 6, 6, 2]
 
 
 # --- wrong values -------------------------------------------------------------------------------------------------
@@ -198,13 +201,19 @@ WRONG: list[tuple[list[str], str, str]] = [
         "task.mask_kind=temporal",
     ),
     (["task.hidden=gone"], "task.hidden=gone", "token, drop"),
-    (["task.hidden=drop"], "task.mask_kind=random", "task.mask_kind=tube hides the same places"),
+    (["task.hidden=drop"], "task.mask_kind=random", "take tube (the same places in all frames), or frames"),
+    (["task.hidden=drop", "task.mask_kind=temporal"], "task.mask_kind=temporal", "or frames (all places)"),
     ([*DROP, "model=v1"], "model.variant=v1", "factorized or joint"),
     ([*DROP, "task.mask_unit=[12,24,24,1]"], "task.mask_unit=[12, 24, 24, 1]", "[24, 24, 24] voxels in x, y, z"),
     ([*DROP, "task.mask_unit=[9,24,24,1]"], "task.mask_unit=[9, 24, 24, 1]", MULTIPLE),
     ([*DROP, "data.grid=[48,60,48]"], "data.grid=[48, 60, 48]", "multiple of task.mask_unit=[24, 24, 24]"),
     ([*DROP, "model.decoder=linear"], "model.decoder=linear", "leave it at local"),
     ([*DROP, "model.maps=3"], "model.maps=3", "take model.maps=0"),
+    ([*FRAMES, "model.maps=3"], "model.maps=3", "take model.maps=0"),
+    ([*FRAMES, "model.decoder=linear"], "model.decoder=linear", "leave it at local"),
+    ([*FRAMES, "model.tokens=brain"], "model.tokens=brain", "take model.tokens=box"),
+    ([*FRAMES, "task.mask_unit=[6,6,6,8]"], "data.frames=20", "multiple of the 8 frames of task.mask_unit"),
+    ([*FRAMES, "task.mask_unit=[6,6,6,20]"], "task.mask_unit=[6, 6, 6, 20]", "at least 2 units to choose from"),
     ([*DROP, "parallel.compile=true"], "parallel.compile=True", "not built with task.hidden=drop"),
     (["task=sex", "task.hidden=drop"], "task.hidden=drop", "a task sees all patches"),
     (["optimizer.lr=0"], "optimizer.lr=0.0", "above 0"),

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from swift.config.compose import CHECKPOINTS, typed
+from swift.data.cohort_brain import with_cohort
 from swift.parallel.checkpoint import files as checkpoint
 from swift.parallel.setup import resolve
 from swift.train.wiring import build_data, build_module, build_trainer
@@ -44,6 +45,7 @@ def build(store: Path, run_dir: Path, overrides: list[str]) -> tuple[pl.Lightnin
     """As the command does it."""
     torch.use_deterministic_algorithms(True)
     cfg = typed(composed(*command(store, run_dir, "trainer.accelerator=cpu", "trainer.figures=false", *overrides)))
+    cfg = with_cohort(cfg)
     module, data = build_module(resolve(cfg), empty=True), build_data(cfg)
     return module, data, build_trainer(resolve(cfg), overrides)
 

@@ -2,7 +2,8 @@
 
 Every attention is a full N x N softmax with a mask that leaves out hidden keys; what hidden queries find is never read.
 Nothing is gathered. In the first stages tokens see those of their own window of their own unit, from then on all of
-their frame (or time window). Names and legend as in `reference`.
+their frame (or time window). Where whole frames are left out, windows are as ever in space, and whole in time. Names
+and legend as in `reference`.
 """
 
 from __future__ import annotations
@@ -52,9 +53,19 @@ def attention(cfg: ModelConfig, state: State, name: str, branch: str, x: Tensor,
 
 
 def block(
-    cfg: ModelConfig, state: State, stage: int, number: int, x: Tensor, unit: tuple[int, ...] | None, visible: Tensor
+    cfg: ModelConfig,
+    state: State,
+    stage: int,
+    number: int,
+    x: Tensor,
+    unit: tuple[int, ...] | None,
+    visible: Tensor,
+    whole_time: bool = False,
 ) -> Tensor:
-    """One block of stage `stage`; unit: tokens of a unit, None: the whole grid is one, and one window in space."""
+    """One block of stage `stage`; unit: tokens of a unit, None: the whole grid is one, and one window in space.
+
+    whole_time: Windows that extend in time extend over all of it.
+    """
     tokens = tuple(x.shape[1:5])
     last = stage == len(cfg.depths) - 1
     shifted = number % 2 == 1 and not (last and cfg.last_stage == "unshifted")
@@ -67,6 +78,8 @@ def block(
             window = plain.attention_windows(cfg, branch, tokens, last)
             if unit is None and branch != "time":
                 window = (*tokens[:3], window[3])
+            if whole_time and branch != "space":
+                window = (*window[:3], tokens[3])
             allowed = allowed_keys(tokens, unit or tokens, window, shifted, visible)
             y = attention(cfg, state, f"{name}.fn", branch, y, cfg.num_heads[stage], allowed)
         x = x + (y if cfg.layer_scale is None else state[f"{name}.gamma"] * y)
@@ -147,3 +160,61 @@ def decode(cfg: ModelConfig, volume: tuple[int, ...], state: State, features: li
     # Frames of a patch are outermost in the map of a cell.
     values = values.unflatten(-1, (cfg.patch_size[3], -1)).transpose(-1, -2).flatten(-2)
     return plain.unpatch(values, (*cell, cfg.patch_size[3]), volume)  # type: ignore[arg-type]
+
+
+# --- whole frames -------------------------------------------------------------------------------------------------
+def encode_frames(cfg: ModelConfig, state: State, x: Tensor, visible: Tensor) -> list[Tensor]:
+    """Features (B, Xs, Ys, Zs, T, Cs) of every stage of a model that leaves frames out; hidden tokens are 0.
+
+    Windows in space are as ever, in time all tokens see each other. visible: bool (B, X, Y, Z, T), of any shape.
+    """
+    x = plain.embed_patches(cfg, state, x)
+    if cfg.position == "rope_global":
+        for axis, name in enumerate("xyz"):
+            x = x + state[f"position.{name}"].reshape(-1, *[1] * (3 - axis), x.shape[-1])
+        x = x + state["position.t"]
+    features = []
+    for stage, depth in enumerate(cfg.depths):
+        if cfg.position == "absolute":
+            x = x + state[f"stages.{stage}.position.space"][:, :, :, None] + state[f"stages.{stage}.position.time"]
+        for number in range(depth):
+            x = block(cfg, state, stage, number, x, tuple(x.shape[1:5]), visible, whole_time=True)
+        x = torch.where(visible[..., None], x, 0.0)
+        features.append(x)
+        if stage < len(cfg.depths) - 1:
+            x = plain.merge_patches(state, f"stages.{stage}.downsample", x)
+            for axis in (1, 2, 3):
+                visible = plain.pad_end(visible, axis, 2)
+            eight = [visible[:, i::2, j::2, k::2] for i, j, k in product(range(2), repeat=3)]
+            visible = torch.stack(eight).any(0)
+    if cfg.final_norm:
+        features[-1] = plain.layer_norm(state, "norm", features[-1])
+    return features
+
+
+def decode_frames(
+    cfg: ModelConfig, volume: tuple[int, ...], state: State, features: list[Tensor], visible: Tensor
+) -> Tensor:
+    """Features of every stage -> voxels (B, 1, X, Y, Z, T); visible: bool (B, X, Y, Z, T).
+
+    A mask token stands for what is hidden; then positions, a block over all time steps of a place, and a linear map.
+    """
+    tokens = tuple(visible.shape[1:])
+    x = torch.zeros(())
+    for number, feature in enumerate(features):
+        here = plain.layer_norm(state, f"decoder.norms.{number}", feature)
+        x = x + plain.upsample(plain.linear(state, f"decoder.laterals.{number}", here), 2**number, tokens)
+    x = torch.where(visible[..., None], x, state["decoder.mask_token"])
+    x = x + state["decoder.position.x"][:, None, None, None] + state["decoder.position.y"][:, None, None]
+    x = x + state["decoder.position.z"][:, None] + state["decoder.position.t"]
+    y = plain.layer_norm(state, "decoder.blocks.0.attn.norm", x)
+    inside = replace(cfg, position="none")
+    every = torch.ones(len(x), *tokens, dtype=torch.bool)
+    width = cfg.decoder_dim
+    heads = max(heads for heads in range(1, max(1, width // 16) + 1) if width % heads == 0)
+    allowed = allowed_keys(tokens, (1, 1, 1, tokens[3]), (1, 1, 1, tokens[3]), False, every)
+    x = x + attention(inside, state, "decoder.blocks.0.attn.fn", "time", y, heads, allowed)
+    y = plain.layer_norm(state, "decoder.blocks.0.mlp.norm", x)
+    x = x + plain.mlp(state, "decoder.blocks.0.mlp.fn", y)
+    values = plain.linear(state, "decoder.head", plain.gelu(plain.layer_norm(state, "decoder.norm", x)))
+    return plain.unpatch(values, tuple(cfg.patch_size), volume)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from swift.config.schema import ModelConfig
 from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss, rows_loss
 from swift.models.visible import VisibleAutoencoder, hidden_loss
+from swift.models.visible_frames import FrameAutoencoder, frames_loss
 from swift.parallel.recompute import recomputing
 
 Volume = tuple[int, int, int, int]
@@ -162,6 +163,15 @@ def kept_by_visible(model: VisibleAutoencoder, loss: str = "l1") -> int:
     brain = torch.ones(1, *units.volume[:3], dtype=torch.bool)
     shown = torch.arange(units.shown).unsqueeze(0)
     return saved_bytes(lambda: hidden_loss(units, model(x, shown), x, brain, shown, loss), model)
+
+
+def kept_by_frames(model: FrameAutoencoder, loss: str = "l1") -> int:
+    """What a real forward pass of task.hidden=drop task.mask_kind=frames on this CPU keeps of one clip."""
+    units = model.units
+    x = torch.zeros(1, 1, *units.volume, dtype=next(model.parameters()).dtype)
+    brain = torch.ones(1, *units.volume[:3], dtype=torch.bool)
+    shown = torch.arange(units.shown).unsqueeze(0)
+    return saved_bytes(lambda: frames_loss(units, model(x, shown), x, brain, shown, loss), model)
 
 
 def _flash(

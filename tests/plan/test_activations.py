@@ -7,11 +7,12 @@ import torch
 
 from swift.models.attention import WindowAttention
 from swift.models.visible import Units, VisibleAutoencoder
+from swift.models.visible_frames import FrameAutoencoder, FrameUnits
 from swift.plan.__main__ import composed
 from swift.plan.activations import Widths, decoder_bytes, kept_bytes, loss_bytes, moments
 from swift.plan.geometry import build_geometry, usual_brain
 from tests.models.cases import SHAPES, VARIANTS, Shape, config
-from tests.plan.measure import kept_by, kept_by_gpu_autocast, kept_by_visible, peak_of_step
+from tests.plan.measure import kept_by, kept_by_frames, kept_by_gpu_autocast, kept_by_visible, peak_of_step
 
 # Wide enough that the rotations of a layer, a constant left out, are small beside its activations.
 SHAPE = Shape((16, 16, 16), 8, (2, 2, 2, 1), (4, 4, 4, 4), (2, 2), 32, (2, 4))
@@ -70,6 +71,16 @@ def test_visible_units_alone(variant: str, loss: str) -> None:
     units = Units(VOLUME, (8, 8, 8), (2, 2, 2, 1), 2, 3)
     predicted = kept_bytes(build_geometry(cfg, VOLUME, units), Widths("fp32"), "none", loss)
     assert predicted == pytest.approx(kept_by_visible(VisibleAutoencoder(cfg, units), loss), rel=0.02)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("variant", ["joint", "factorized", "factorized-ts-each"])
+def test_visible_frames_alone(variant: str, loss: str) -> None:
+    """task.hidden=drop task.mask_kind=frames, 3 of 8 frames."""
+    cfg = config(variant, SHAPE)
+    units = FrameUnits(VOLUME, tuple(cfg.patch_size), cfg.patch_size[3], 3, 0.6)
+    predicted = kept_bytes(build_geometry(cfg, VOLUME, units), Widths("fp32"), "none", loss)
+    assert predicted == pytest.approx(kept_by_frames(FrameAutoencoder(cfg, units), loss), rel=0.03)
 
 
 @pytest.mark.parametrize("variant", ["v1", "joint", "joint-rope", "factorized"])

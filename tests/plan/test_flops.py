@@ -15,11 +15,14 @@ from swift.models.autoencoder import MaskedAutoencoder, reconstruction_loss, row
 from swift.models.encoder import SwinEncoder
 from swift.models.masking import draw_mask
 from swift.models.visible import hidden_loss
+from swift.models.visible_frames import frames_loss
 from swift.plan.__main__ import composed
 from swift.plan.flops import BrainCosts, flops_by_part, model_flops, tuning_flops
 from swift.plan.geometry import build_geometry, geometry_of, hidden_part
 from tests.models.cases import SHAPES, config
 from tests.models.test_visible import build as visible_model
+from tests.models.test_visible_frames import SHAPES as FRAME_SHAPES
+from tests.models.test_visible_frames import build as frames_model
 from tests.small import settings
 
 CLIP = (96, 96, 96, 20)
@@ -142,6 +145,33 @@ def test_visible_units_alone(variant: str, shape: str) -> None:
     predicted = model_flops(build_geometry(model.encoder.cfg, model.units.volume, model.units))
     assert predicted.forward == pytest.approx(forward.get_total_flops(), rel=1e-9)
     assert predicted.backward == pytest.approx(backward.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", FRAME_SHAPES)
+@pytest.mark.parametrize("variant", ["joint-rope", "factorized-ts", "factorized-each"])
+def test_visible_frames_alone(variant: str, shape: str) -> None:
+    model, clips, shown = frames_model(variant, shape)
+    brain = torch.ones(1, *clips.shape[2:5], dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = frames_loss(model.units, model(clips[:1], shown[:1]), clips[:1], brain, shown[:1], "l1")
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    predicted = model_flops(build_geometry(model.encoder.cfg, model.units.volume, model.units))
+    assert predicted.forward == pytest.approx(forward.get_total_flops(), rel=1e-9)
+    assert predicted.backward == pytest.approx(backward.get_total_flops(), rel=1e-9)
+
+
+def test_dropping_hidden_frames_at_full_size() -> None:
+    """51m, 4 of 20 frames: all linear maps of the encoder at 0.2; the whole model at a third."""
+    words = [*COMPOSED, "model=51m"]
+    box, drop = (
+        flops_by_part(geometry_of(composed([*words, *more])[0]))
+        for more in ([], ["task.hidden=drop", "task.mask_kind=frames"])
+    )
+    for name in ("patch embedding", *(f"stage {n}" for n in range(1, 5)), *(f"merging {n}" for n in range(1, 4))):
+        assert drop[name].forward == pytest.approx(0.2 * box[name].forward, rel=0.01), name
+    assert sum(part.total for part in drop.values()) < 0.35 * sum(part.total for part in box.values())
 
 
 def test_dropping_hidden_units_at_full_size() -> None:

@@ -248,6 +248,7 @@ def test_of_a_cohorts_tokens_each_clip_counts_its_own_brain(options: list[str]) 
 # --- hidden units that the encoder never sees ---------------------------------------------------------------------
 DROP = ["task.hidden=drop", "task.mask_kind=tube", "model.patch_size=[2,2,2,2]"]
 """27 units of 4x4x4 voxels."""
+WHOLE_FRAMES = ["task.mask_kind=frames", "model.patch_size=[2,2,2,2]", "task.mask_ratio=0.7"]
 
 
 @pytest.mark.parametrize("options", [[], ["task.loss=l2", "task.loss_background=true"], ["task.loss=smooth_l1"]])
@@ -286,6 +287,26 @@ def test_visible_units_do_not_depend_on_the_batch() -> None:
     assert torch.equal(module.draw_mask(make_batch([6]))[0], mask[1])
     assert not torch.equal(mask[0], mask[1])
     assert not torch.equal(build_module(resolve(settings(*DROP, "seed=1"))).draw_mask(make_batch([5, 6])), mask)
+
+
+@pytest.mark.parametrize("options", [[], ["task.loss=l2", "task.loss_background=true"], ["task.mask_unit=[2,2,2,4]"]])
+def test_the_loss_of_hidden_frames_is_that_of_the_whole_prediction(options: list[str]) -> None:
+    """A padding row, and a clip without a brain. Under its own mask the slow path says the same."""
+    module = build_module(resolve(settings("task.hidden=drop", *WHOLE_FRAMES, *options))).eval()
+    batch = make_batch([3, -1, 8, 5])
+    batch["brain"][3] = False
+    prediction, mask = module.reconstruct(batch)
+    assert mask.flatten(1, 3).sum(1).unique().tolist() == [0, mask[0, ..., 0].numel()]
+    counted = module.counted_voxels(batch, mask)
+    assert counted.flatten(1).any(1).tolist() == [True, False, True, False]
+    difference = (prediction - batch["bold"])[:, 0]
+    each = LOSSES[module.cfg.task.loss](difference, torch.zeros_like(difference), reduction="none")
+    expected = torch.stack([each[row][counted[row]].mean() for row in (0, 2)]).mean()
+    check_loss(module, batch, expected)
+    tokens = build_module(resolve(settings(*WHOLE_FRAMES, *options)))
+    assert torch.equal(tokens.draw_mask(batch), mask)
+    hidden = mask_voxels(mask, module.cfg.model.patch_size, batch["bold"].shape[2:]).unsqueeze(1)
+    torch.testing.assert_close(module.reconstruct_under(batch, mask)[hidden], prediction[hidden], rtol=1e-4, atol=1e-5)
 
 
 def test_a_scan_of_which_nothing_can_be_shown_is_named_once(

@@ -25,13 +25,13 @@ FOLDER = "brains"
 """In the cache."""
 
 
-def union(store: Store) -> tuple[np.ndarray, bool]:
-    """Voxels that any scan of a store has in its brain mask, bool (X, Y, Z), and whether all masks could be read.
+def union(store: Store, places: Sequence[int]) -> tuple[np.ndarray, bool]:
+    """Voxels that any of these scans has in its brain mask, bool (X, Y, Z), and whether all masks could be read.
 
     One scan at a time; a damaged mask is named and left out, and stops the training that comes to read it.
     """
     found, whole = np.zeros(store.grid, bool), True
-    for place in range(len(store.scans)):
+    for place in places:
         try:
             found |= store.mask_alone(place)
         except CorruptData as error:
@@ -40,21 +40,26 @@ def union(store: Store) -> tuple[np.ndarray, bool]:
     return found, whole
 
 
-def _kept_union(path: Path) -> np.ndarray:
-    """`union` of a store, made once and kept in the cache under what the store holds; ranks of a job wait for it.
+def _kept_union(path: Path, exclude: Sequence[str]) -> np.ndarray:
+    """`union` of a store but for data.exclude, made once and kept in the cache; ranks of a job wait for it.
 
-    Where there is no cache that can be written, it is made anew.
+    It is kept under what the store holds and the scans that are left out. Where there is no cache that can be written,
+    it is made anew.
     """
     with closing(Store(path)) as store:
-        return _looked_up(store)
+        return _looked_up(store, set(exclude))
 
 
-def _looked_up(store: Store) -> np.ndarray:
+def _looked_up(store: Store, exclude: set[str]) -> np.ndarray:
+    # A name that is nowhere is refused where the scans are chosen; here it may be one of another store of a mixture.
+    places = [n for n, scan in enumerate(store.scans) if exclude.isdisjoint((scan.scan_id, scan.subject))]
     try:
         folder = cache_dir() / FOLDER
     except UserError:
-        return union(store)[0]
+        return union(store, places)[0]
     told = hashlib.sha256(b"".join((store.path / name).read_bytes() for name in ("store.json", "manifest.csv")))
+    if len(places) < len(store.scans):
+        told.update(str(places).encode())
     kept = folder / f"{told.hexdigest()[:32]}.txt"
     with only_here(folder):
         if kept.exists():
@@ -64,11 +69,11 @@ def _looked_up(store: Store) -> np.ndarray:
                 found = None
             if found is not None and found.shape == store.grid:
                 return found
-        found, whole = union(store)
+        found, whole = union(store, places)
         if whole:
             replace_text(kept, to_text(found))
     share = 100 * found.mean()
-    log.info("data.brain=cohort: %s: brain of %d scans in %.1f %% of the grid", store.path, len(store.scans), share)
+    log.info("data.brain=cohort: %s: brain of %d scans in %.1f %% of the grid", store.path, len(places), share)
     return found
 
 
@@ -91,7 +96,7 @@ def with_cohort(cfg: Config) -> Config:
     paths = [Path(cohort.path) for cohort in cfg.data.mixture] or [store_path(cfg.data, cfg.seed)]
     brain = np.zeros(cfg.data.grid, bool)
     for path in paths:
-        found = _kept_union(path)
+        found = _kept_union(path, cfg.data.exclude)
         if found.shape != brain.shape:
             raise UserError(
                 f"data.brain=cohort: the masks of {path} have the grid {list(found.shape)}, not "

@@ -92,6 +92,17 @@ def test_it_is_made_once(tmp_path: Path, cache: Path, monkeypatch: pytest.Monkey
     assert with_cohort(own) is own
 
 
+def test_excluded_scans_are_not_in_it(tmp_path: Path) -> None:
+    """By name of a scan or a subject, of a store of a mixture too; kept apart from the union of all."""
+    one, two = build(tmp_path / "one", [1, 2]), build(tmp_path / "two", [3, 4])
+    for names, numbers in (([], [1, 2, 3, 4]), (["02"], [1, 3, 4]), (["sub-02_task-rest", "03"], [1, 4])):
+        cfg = asking(one, two, patch=(1, 1, 1, 1))
+        for _ in range(2):
+            found = with_cohort(replace(cfg, data=replace(cfg.data, exclude=names))).model.cohort
+            assert found is not None
+            assert np.array_equal(from_text(found), np.stack([scan(number)[1] for number in numbers]).any(0))
+
+
 def test_a_damaged_mask_is_named_and_the_union_not_kept(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

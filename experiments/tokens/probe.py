@@ -294,7 +294,7 @@ def tables(rows: list[Row]) -> list[str]:
                 cells.append("")
                 continue
             values = drawn(mine, figure)
-            low, high = np.quantile(values[1:], [0.025, 0.975])
+            low, high = np.nanquantile(values[1:], [0.025, 0.975])
             cells.append(f"{values[0]:.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | {mine[0]['seconds']:.0f} | {len(mine)} | {steps:.0f} | " + " | ".join(cells) + " |")
     lines += ["", "| first minus second | " + " | ".join(FIGURES.values()) + " |", "|" + "---|" * (1 + len(FIGURES))]
@@ -327,7 +327,7 @@ def show() -> None:
             if not mine:
                 continue
             values = drawn(mine, key)
-            low, high = np.quantile(values[1:], [0.025, 0.975])
+            low, high = np.nanquantile(values[1:], [0.025, 0.975])
             axis.plot([low, high], [place, place], "-", color="0.5")
             axis.plot([drawn([row], key)[0] for row in mine], [place] * len(mine), "o", color="C0", alpha=0.5)
             axis.plot(values[0], place, "|", color="black", markersize=14)

@@ -1,13 +1,15 @@
 """Leaving out one optimizer step under every strategy: after its gradient norm is known, before anything is changed.
 
-Weights, moments and Adam's count stay as they are; the schedule and the order of the data go on. Single, ddp and fsdp
-drop the gradients, and torch's optimizers pass over parameters that have none. DeepSpeed's ZeRO optimizers have a path
-of their own for steps that overflow in fp16, and take it here.
+Weights, moments and Adam's count stay as they are; the schedule and the order of the data go on. Under single, ddp and
+fsdp torch's fused AdamW is told by a number on its device (found_inf, made for steps that overflow in fp16), so that
+nobody waits for the decision. DeepSpeed's ZeRO optimizers have a path of their own for such steps, and take it here;
+they ask on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,40 @@ from swift.parallel.checkpoint.pieces import parameter_shapes
 from swift.parallel.checkpoint.saver import Saver, gather, read_verified
 from swift.utils.errors import UserError
 
-SkipRule = Callable[[Tensor], bool]
-"""Takes the gradient norm (NaN where it is not finite), returns whether to skip the step. All ranks call it."""
+SkipRule = Callable[[Tensor], Tensor]
+"""Takes the gradient norm (NaN where it is not finite), returns whether to skip the step: a bool () on the device, of
+which the host need not know yet. All ranks call it."""
+
+
+def leave_out(optimizer: Any, bad: Tensor) -> None:
+    """Let the next step of an optimizer change nothing if `bad`; only one that is not fused waits to know."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+    if inner.defaults.get("fused"):
+        inner.found_inf = bad.float()
+    elif bool(bad):
+        drop_gradients(parameter for group in inner.param_groups for parameter in group["params"])
+
+
+@contextmanager
+def kept_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Gradients put aside, so that other passes can be run in between, and put back bit for bit.
+
+    Those of ddp lie in its buckets, which the next backward pass writes over: they are copied to the host. Those of
+    fully_shard are tensors of their own.
+    """
+    mine = list(parameters)
+    kept = [
+        (parameter, grad if isinstance(grad, DTensor) else grad.to("cpu", copy=True))
+        for parameter in mine
+        if (grad := parameter.grad) is not None
+    ]
+    drop_gradients(mine)
+    try:
+        yield
+    finally:
+        drop_gradients(mine)
+        for parameter, grad in kept:
+            parameter.grad = grad if isinstance(grad, DTensor) else grad.to(parameter.device)
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:
@@ -46,7 +80,7 @@ def skip_zero_steps(optimizer: Any, skip: SkipRule) -> None:
 
         def check(partition_gradients: bool = True) -> None:
             known[:] = [norm_of()]
-            optimizer.overflow = skip(combined(known) / optimizer.loss_scale)
+            optimizer.overflow = bool(skip(combined(known) / optimizer.loss_scale))
 
         def norm(norm_type: int = 2) -> Any:
             return known.pop() if known else norm_of(norm_type)
@@ -57,7 +91,7 @@ def skip_zero_steps(optimizer: Any, skip: SkipRule) -> None:
 
     def check_groups(*args: Any, **kwargs: Any) -> bool:
         found = groups_of()
-        if skip(combined(found) / optimizer.loss_scale):
+        if bool(skip(combined(found) / optimizer.loss_scale)):
             known.clear()
             optimizer.overflow = True
             if not args and kwargs.get("update_scale", True):  # before DeepSpeed 0.19 it also cleaned up
@@ -79,10 +113,16 @@ class StepGate:
     precision_plugin: Any
     pieces: Any
     refresh: Any
+    asks_late = True
+    """Whether a step is taken or left out without the host knowing; else the host has waited for it."""
 
     def skip_steps_by(self, skip: SkipRule) -> None:
         """Let `skip` decide about every step from now on."""
         self.precision_plugin.skip = skip
+
+    def kept_gradients(self) -> AbstractContextManager[None]:
+        """A context for passes between the gradients of a step and that step."""
+        return kept_gradients(self.lightning_module.parameters())
 
     def discard(self) -> None:
         """Forget the gradients of a micro-batch that was only looked at; the rule skips every step meanwhile."""
@@ -136,11 +176,12 @@ class DeepSpeedStepGate(StepGate):
 
     deepspeed_engine: Any
     _last_norm: Tensor | None = None
+    asks_late = False
 
     def skip_steps_by(self, skip: SkipRule) -> None:
         """Let `skip` decide about every step from now on."""
 
-        def note_norm(norm: Tensor) -> bool:
+        def note_norm(norm: Tensor) -> Tensor:
             self._last_norm = norm
             return skip(norm)
 

@@ -29,7 +29,7 @@ from swift.parallel.checkpoint.saver import Saver
 from swift.parallel.environment import Ranks, build_accelerator, check_place
 from swift.parallel.ranks import Place
 from swift.parallel.setup import Setup
-from swift.parallel.step_gate import DeepSpeedStepGate, SkipRule, drop_gradients
+from swift.parallel.step_gate import DeepSpeedStepGate, SkipRule, leave_out
 from swift.plan.memory import MB, reduce_bucket
 from swift.utils import device
 from swift.utils.errors import UserError
@@ -48,8 +48,8 @@ class _ClipsByNorm:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
         self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.skip is not None and self.skip(self.norm):
-            drop_gradients(parameters)
+        if self.skip is not None:
+            leave_out(optimizer, self.skip(self.norm))
 
 
 class _Float32(_ClipsByNorm, Precision):
@@ -337,7 +337,7 @@ def build_strategy(setup: Setup) -> dict[str, Any]:
         strategy = _Fsdp(group, narrow, precision_plugin=_Float32(), **shared)
     else:
         # Buffers are tables, the same on all ranks: nothing to broadcast. Gradients live in the reduction buckets;
-        # those that were dropped get their place there again in the next backward pass.
+        # those that were put aside get their place there again in the next backward pass.
         buckets: dict[str, Any] = {
             "broadcast_buffers": False,
             "gradient_as_bucket_view": True,

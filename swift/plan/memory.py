@@ -391,9 +391,16 @@ def batch_bytes(geometry: Geometry) -> int:
 
 
 def held_bytes(geometry: Geometry, sharding: Sharding, micro_batch: int) -> int:
-    """Earlier micro-batches of the step, in fp32, which the guard holds."""
+    """Earlier micro-batches of the step and all of the step before, in fp32, which the guard holds.
+
+    DeepSpeed's steps are judged at their end: nothing is held of the step before.
+    """
+    if not sharding.guarded:
+        return 0
     one = micro_batch * geometry.voxels * 4
-    return min((sharding.accumulate - 1) * one, max(HELD_BYTES, one)) if sharding.guarded else 0
+    most = max(HELD_BYTES, one)
+    before = 0 if sharding.strategy.startswith("zero") else min(sharding.accumulate * one, most)
+    return min((sharding.accumulate - 1) * one, most) + before
 
 
 def backward_moments(geometry: Geometry, sharding: Sharding) -> list[Moment]:

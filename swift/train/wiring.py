@@ -282,6 +282,7 @@ def build_trainer(setup: Setup, overrides: Sequence[str]) -> pl.Trainer:
     saves = SaveCheckpoints(
         run_dir / CHECKPOINTS, spread["strategy"].saver, cfg.trainer.checkpoint_every, monitored(cfg, "val/select")
     )
+    guard = None if cfg.guard.action == "off" else Guard(cfg, run_dir, run_dir / CHECKPOINTS)
     trainer = pl.Trainer(
         **spread,
         max_steps=cfg.trainer.max_steps,
@@ -299,9 +300,9 @@ def build_trainer(setup: Setup, overrides: Sequence[str]) -> pl.Trainer:
         callbacks=[
             *build_callbacks(setup, overrides),
             # Before what saves: a step that is bad is dealt with first.
-            *([] if cfg.guard.action == "off" else [Guard(cfg, run_dir, run_dir / CHECKPOINTS)]),
+            *([guard] if guard is not None else []),
             saves,
-            StopOnSignal(saves),
+            StopOnSignal(saves, guard),
             Heartbeat(run_dir),
         ],
         enable_checkpointing=False,

@@ -1,15 +1,21 @@
 """Steps whose numbers are bad: left out on all ranks alike, with a record of what and where it was.
 
-The decision is made when the gradient norm of an optimizer step is known and nothing has been changed yet
+The decision is made when the gradient norm of an optimizer step is there and nothing has been changed yet
 (`swift.parallel.step_gate`), from the mean loss and the norm over all ranks: one all-reduce of four numbers. A step
 that is left out changes no weight, no moment and no count of Adam. Step number, learning rate and next batch are what
-they would have been. The bad step is looked at when it is over, as the weights are still the same.
+they would have been.
+
+The device compares these numbers with limits that the host has made from the steps before, and the host reads them when
+the passes of the next step have been launched and its weights are not changed yet: so nobody waits, and a bad step is
+looked at with the weights it had. Where anything depends on the verdict (a log line, a checkpoint, a validation, the
+end; guard.action=stop or rollback; DeepSpeed, which asks the host) it is read at the end of the step.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +59,21 @@ class Micro:
     loss: Tensor | None = None
 
 
+@dataclass
+class Pending:
+    """A step whose numbers are on their way to the host.
+
+    Attributes:
+        numbers: sums: loss, norm, ranks with a loss, ranks with a norm that is not finite.
+        warm: Whether its warm-up was over.
+        micros: Its micro-batches.
+    """
+
+    numbers: device.HostCopy
+    warm: bool
+    micros: list[Micro]
+
+
 class Guard(pl.Callback):
     """Leaves out bad optimizer steps, or ends or rolls back the run there; see `swift.config.schema.GuardConfig`.
 
@@ -70,11 +91,12 @@ class Guard(pl.Callback):
         self.records = self.batches = 0
         """Written so far."""
         self._micros: list[Micro] = []
-        self._verdict: Verdict | None = None
+        self._pending: Pending | None = None
         self._looking = False
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on."""
+        assert self._pending is None, "a step is judged before it is saved"
         return {"watch": self.watch.state_dict(), "records": self.records, "batches": self.batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -86,14 +108,14 @@ class Guard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide about every step from now on."""
         strategy: Any = trainer.strategy
-        strategy.skip_steps_by(lambda norm: self._is_bad(trainer, norm))
+        strategy.skip_steps_by(lambda norm: self._is_bad(trainer, pl_module, norm))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Hold the batch until the step is over."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._micros.clear()
+            self._micros = []
         held = sum(_bytes(micro.batch) for micro in self._micros)
         whole = not self._micros or held + _bytes(batch) <= HELD_BYTES or not all(name in batch for name in ROWS)
         kept = batch if whole else {name: value for name, value in batch.items() if name not in CLIPS}
@@ -104,41 +126,77 @@ class Guard(pl.Callback):
         if not self._looking:
             self._micros[-1].loss = loss.detach()
 
-    def _is_bad(self, trainer: pl.Trainer, norm: Tensor) -> bool:
-        """Whether to leave the step out; all ranks come to the same answer."""
+    def _is_bad(self, trainer: pl.Trainer, module: pl.LightningModule, norm: Tensor) -> Tensor:
+        """Whether to leave the step out, a bool () on the device; all ranks come to the same answer."""
         if self._looking:
-            return True
-        device = trainer.strategy.root_device
+            return torch.tensor(True)
+        strategy: Any = trainer.strategy
+        if self._pending is not None:
+            self._settle(trainer, module, strategy.kept_gradients())
+        where = trainer.strategy.root_device
         losses = [micro.loss for micro in self._micros if micro.loss is not None]
-        values = torch.stack([torch.stack(losses).float().sum().to(device), norm.detach().float().to(device)])
+        values = torch.stack([torch.stack(losses).float().sum().to(where), norm.detach().float().to(where)])
         good = torch.isfinite(values)
         sums = torch.cat([torch.where(good, values, 0.0), (~good).float()])
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
-        loss, size, bad_losses, bad_norms = sums.tolist()
-        world = trainer.world_size
-        self._verdict = self.watch.decide(
-            float("nan") if bad_losses else loss / world,
-            float("nan") if bad_norms else size / world,
-            trainer.global_step >= self.cfg.optimizer.warmup_steps,
-        )
-        return self._verdict.bad
+        warm = trainer.global_step >= self.cfg.optimizer.warmup_steps
+        self._pending = Pending(device.HostCopy({"sums": sums}, where, {}), warm, self._micros)
+        limits = self.watch.limits(warm)
+        means = sums[:2].double() / trainer.world_size  # as the host divides and compares
+        return (sums[2:] > 0).any() | (means[0] > limits["loss"]) | (means[1] > limits["norm"])
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After the last micro-batch of a bad step: record it, then do what was chosen."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        verdict, self._verdict = self._verdict, None
-        if verdict is not None and verdict.kind == NEW_LEVEL and trainer.is_global_zero:
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Judge the last step now, if it is not judged yet; all ranks together, and before the next step's passes."""
+        if self._pending is not None:
+            self._settle(trainer, trainer.lightning_module, nullcontext())
+
+    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule, aside: AbstractContextManager[None]) -> None:
+        """Judge the pending step and answer if it was bad, `aside` around further passes. The weights are its own."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        loss, size, bad_losses, bad_norms = pending.numbers.wait()["sums"].tolist()
+        verdict = self.watch.decide(
+            float("nan") if bad_losses else loss / trainer.world_size,
+            float("nan") if bad_norms else size / trainer.world_size,
+            pending.warm,
+        )
+        if verdict.kind == NEW_LEVEL and trainer.is_global_zero:
             log.warning(
                 "step %d: loss %.4g, gradient norm %.4g, after %d spikes in a row: taken for the new level",
                 *(trainer.global_step, verdict.loss, verdict.norm, self.guard.patience),
             )
-        if verdict is not None and verdict.bad:
-            self._answer(trainer, pl_module, verdict)
-        self._micros.clear()
+        if verdict.bad:
+            current, self._micros = self._micros, pending.micros
+            with aside:
+                self._answer(trainer, module, verdict)
+            self._micros = current
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last micro-batch of a step: judge it now if anything depends on it, else when the next is there."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if self._asked_now(trainer, batch_idx):
+            self.settle(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No step follows."""
+        self.settle(trainer)
+
+    def _asked_now(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Whether something at the end of this step depends on its verdict."""
+        strategy, step, cfg = trainer.strategy, trainer.global_step, self.cfg.trainer
+        assert isinstance(trainer.val_check_batch, int)
+        return (
+            self.guard.action != "skip"
+            or not strategy.asks_late  # type: ignore[attr-defined]  # of swift's strategies
+            or step % (cfg.log_every or 1) == 0
+            or (cfg.checkpoint_every > 0 and step % cfg.checkpoint_every == 0)
+            or (batch_idx + 1) % trainer.val_check_batch == 0
+            or step >= trainer.max_steps
+        )
 
     # ------------------------------------------------------------------------------------------ after a bad step
     def _answer(self, trainer: pl.Trainer, module: pl.LightningModule, verdict: Verdict) -> None:

@@ -19,6 +19,8 @@ import torch
 from swift.parallel.checkpoint.saver import SaveCheckpoints
 from swift.parallel.ranks import current_place
 from swift.plan.file_system import HEARTBEAT_SECONDS
+from swift.train.callbacks.guard import Guard
+from swift.utils import device
 from swift.utils.entry import INTERRUPTED_STATUS, STOPPED_STATUS
 from swift.utils.files import replace_text
 
@@ -35,18 +37,21 @@ class StopOnSignal(pl.Callback):
 
     Ctrl-C does the same and ends with status 130; a second one stops at once, without saving.
 
-    The handlers only set a flag; data workers leave it to their rank (`swift.utils.signals`). The ranks compare their
-    flags at the start of every step, when everything of the step before has been done and logged, so the run goes on
-    from there as if it had not stopped.
+    The handlers only set a flag; data workers leave it to their rank (`swift.utils.signals`). All ranks stop at the
+    start of a step, when everything of the step before has been done and logged, so the run goes on from there as if it
+    had not stopped. Several ranks compare their flags at the start of a step and read the result at the start of the
+    next: by then it has long been there, so that no device is waited for; they stop a step later.
 
     Args:
         saves: Saves the checkpoints of the run.
+        guard: Judges the last step before it is saved; None: nothing is watched.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, saves: SaveCheckpoints) -> None:
-        self.saves = saves
+    def __init__(self, saves: SaveCheckpoints, guard: Guard | None = None) -> None:
+        self.saves, self.guard = saves, guard
+        self._flags: device.HostCopy | None = None
         self.asked = 0
         """The signal, 0 before one has come."""
 
@@ -82,12 +87,16 @@ class StopOnSignal(pl.Callback):
         """The largest signal any rank has got; all ranks call it together."""
         if trainer.world_size == 1:
             return self.asked
-        flag = torch.tensor([self.asked], device=trainer.strategy.root_device)
+        before, where = self._flags, trainer.strategy.root_device
+        flag = torch.full((), self.asked, device=where)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return int(flag)
+        self._flags = device.HostCopy({"asked": flag}, where, {})
+        return 0 if before is None else int(before.wait()["asked"])
 
     def _stop(self, trainer: pl.Trainer, asked: int) -> NoReturn:
         step = trainer.global_step
+        if self.guard is not None:
+            self.guard.settle(trainer)
         if self.saves.saved != step:
             trainer.save_checkpoint(self.saves.folder)
         self.saves.saver.finish()

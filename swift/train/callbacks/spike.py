@@ -96,6 +96,12 @@ class Watch:
         self.bad = 0
         """Bad steps in all."""
 
+    def limits(self, warm: bool = True) -> dict[str, float]:
+        """What loss and norm of the next step may be: above it `decide` will call the step bad; inf: no limit."""
+        if not warm or self.spikes >= self.patience:  # one more is a new level
+            return dict.fromkeys(self.windows, math.inf)
+        return {name: window.statistic().get("limit", math.inf) for name, window in self.windows.items()}
+
     def decide(self, loss: float, norm: float, warm: bool = True) -> Verdict:
         """Decide about a step; a good one enters the windows.
 

@@ -285,6 +285,25 @@ def test_rollback_without_a_checkpoint_and_stop_end_the_run(store: Path, tmp_pat
     assert found["error"].startswith("step 2: loss is not finite, and guard.action=stop")
 
 
+def test_a_verdict_read_a_step_late_is_answered_as_one_read_at_once(store: Path, tmp_path: Path) -> None:
+    """Of a step that is logged the verdict is read at its end, else when the gradients of the next step are there."""
+    trouble = [(2, 0, "nan"), (3, 0, "gradient"), (5, 0, "gradient"), (7, 0, "spike")]
+    settings = [*TRAINING, "trainer.accumulate=2", "trainer.checkpoint_every=5"]
+    made = []
+    for every in (1, 100):
+        run_dir = tmp_path / str(every)
+        found = plants.train(store, run_dir, [*settings, f"trainer.log_every={every}"], trouble)
+        assert (found["error"], recorded_steps(run_dir)) == (None, [2, 3, 5, 7])
+        lines = [line for line in jsonl.read(run_dir / "metrics.jsonl") if "guard/what" in line]
+        told = [{name: value for name, value in line.items() if name != "time"} for line in lines]
+        made.append([found["losses"], *(record(run_dir, step) for step in recorded_steps(run_dir)), *told])
+    for at_once, late in zip(*made, strict=True):
+        assert json.dumps(at_once) == json.dumps(late)  # as text, in which NaN is NaN
+    left, right = weights(tmp_path / "1"), weights(tmp_path / "100")
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_and_files_are_few(store: Path, tmp_path: Path) -> None:
     settings = [*TRAINING, "guard.limit=4", "guard.records=2", "guard.batches=1"]
     found = plants.train(store, tmp_path, settings, [(step, 0, "nan") for step in (2, 4, 5, 6, 7)])

@@ -149,11 +149,23 @@ def test_all_ranks_stop_when_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     saves = Saves(0)
-    callback = StopOnSignal(saves)
+    callback, trainer = StopOnSignal(saves), fake_trainer(saves, world=2)
+    callback.on_train_batch_start(trainer, None, None, 0)
+    assert saves.calls == []  # the answer of the ranks is read a step later
     with pytest.raises(SystemExit):
-        callback.on_train_batch_start(fake_trainer(saves, world=2), None, None, 0)
+        callback.on_train_batch_start(trainer, None, None, 1)
     assert callback.asked == 0
     assert len(saves.calls) == 2
+
+
+def test_the_last_step_is_judged_before_it_is_saved() -> None:
+    saves = Saves(0)
+    guard = SimpleNamespace(settle=lambda trainer: saves.calls.append("judged"))
+    callback = StopOnSignal(saves, guard)
+    callback._note(signal.SIGUSR1, None)
+    with pytest.raises(SystemExit):
+        callback.on_train_batch_start(fake_trainer(saves), None, None, 0)
+    assert saves.calls[0] == "judged"
 
 
 class Clock:

@@ -129,3 +129,22 @@ def test_a_watch_goes_on_from_its_state() -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert begun + [second.decide(*values).kind for values in zip(losses[402:], norms[402:])] == kinds
     assert kinds.count(LOSS_SPIKE) == 7
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_limits_say_what_will_be_decided(seed: int) -> None:
+    """The device compares with `limits` before `decide` has seen the numbers: both must come to the same."""
+    rng = np.random.default_rng(seed)
+    watch = Watch(window=6, factor=3.0, patience=2)
+    kinds = set()
+    for step in range(400):
+        loss, norm = np.exp(rng.normal(scale=0.3, size=2) + (rng.random(2) < 0.25) * rng.uniform(0, 3, size=2))
+        loss, norm = (math.nan if rng.random() < 0.03 else float(np.float32(value)) for value in (loss, norm))
+        if step % 7 == 0 and all(limit < math.inf for limit in watch.limits().values()):
+            loss = watch.limits()["loss"]  # the limit itself is none too much
+        limits = watch.limits(warm=step >= 20)
+        within = loss <= limits["loss"] and norm <= limits["norm"]
+        verdict = watch.decide(loss, norm, warm=step >= 20)
+        kinds.add(verdict.kind)
+        assert verdict.bad == (not within)
+    assert kinds == {"ok", "loss is not finite", "gradient is not finite", "loss spike", "gradient spike", "new level"}

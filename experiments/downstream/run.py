@@ -64,7 +64,10 @@ PRETRAINED = ("linear", "full")
 FRAME = ("model.patch_size=[4,4,4,1]", "data.frames=8")
 """A label of every frame wants tokens of one frame; with pre-training of its own."""
 ABLATION = {"mask_ratio": ("0.5", "0.8"), "patch_size": ("[4,4,4,4]", "[4,4,4,8]")}
-STAGES = ("table", "baselines", "curve", "null", "ablation")
+MAPS = ("model.maps=20", "model.maps_of=shared")
+COURSES = (*MAPS, "task.courses=true")
+"""Pre-training with spatial maps that all subjects share, and a head that gets their courses."""
+STAGES = ("table", "baselines", "curve", "maps", "null", "ablation")
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,15 @@ def points(out: Path, stage: str) -> list[Point]:
                     made.append(tuning(out, f"curve/{n}/{method}-{seed}", CURVE_TASK, method, seed, *budget))
                 about = (f"task={CURVE_TASK}", *common(out, seed), f"data.split={out / 'split.json'}", *budget)
                 made.append(Point(f"curve/{n}/baselines-{seed}", about, True))
+        return made
+    if stage == "maps":
+        made = [pretraining(out, "maps/pretrain", *MAPS)]
+        for seed in range(SEEDS):
+            for n in SIZES:
+                for method in ("random_linear", "linear", "full"):
+                    about = (*COURSES, f"data.max_subjects={n}", f"data.budget_seed={seed}")
+                    name = f"maps/{n}/{method}-{seed}"
+                    made.append(tuning(out, name, CURVE_TASK, method, seed, *about, init="maps/pretrain"))
         return made
     if stage == "null":
         return [

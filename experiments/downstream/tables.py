@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 FULL = "pre-trained, full"
-SHOWN = ("scratch", "pre-trained, linear", FULL, "connectome (correlation)", "fluctuation of parcels")
+WITH_MAPS = ", maps"
+"""After the name of a method whose head gets the courses of maps too."""
+SHOWN = (
+    "scratch",
+    "pre-trained, linear",
+    FULL,
+    "random weights, linear" + WITH_MAPS,
+    "pre-trained, linear" + WITH_MAPS,
+    FULL + WITH_MAPS,
+    "connectome (correlation)",
+    "fluctuation of parcels",
+)
 """Methods in the figure of the learning curve; summary.json has them all."""
 
 
@@ -64,6 +76,8 @@ def curve(out: Path, to: Path, task: str, sizes: Sequence[int], truth: float) ->
         if not folder.is_dir():
             continue
         found = results([folder])
+        if (out / f"maps/{n}").is_dir():
+            found += [replace(run, method=run.method + WITH_MAPS) for run in results([out / f"maps/{n}"])]
         runs = {name: [run for run in found if run.method == name] for name in {run.method for run in found}}
         for name, mine in runs.items():
             curves.setdefault(name, []).append((n, cell(mine, "auroc")))
@@ -72,9 +86,10 @@ def curve(out: Path, to: Path, task: str, sizes: Sequence[int], truth: float) ->
                 row = {"difference": test.difference, "low": test.low, "high": test.high, "p": test.p}
                 gains.setdefault(name, {})[str(n)] = row
     learning_curve({m: c for m, c in curves.items() if m in SHOWN}, "auroc", to / "learning_curve.png", truth)
-    for n, row in gains.get("scratch", {}).items():
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        print(f"{n:>4} subjects: {FULL} minus scratch {row['difference']:+.3f} {interval}, paired p {row['p']:.4f}")
+    for other in ("scratch", FULL + WITH_MAPS):
+        for n, row in gains.get(other, {}).items():
+            interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+            print(f"{n:>4} subjects: {FULL} minus {other} {row['difference']:+.3f} {interval}, paired p {row['p']:.4f}")
     cells = {
         name: {str(n): {"mean": c.mean, "sd": c.sd, "low": c.low, "high": c.high} for n, c in some}
         for name, some in sorted(curves.items())

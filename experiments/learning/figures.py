@@ -61,6 +61,10 @@ def draw_trained(points: dict[str, Any], suites: dict[str, dict[str, Any]], out:
             ax.set_title(titles[suite])
 
 
+FARTHEST = 1.0
+"""Differences above it would make all others one point: they are written in words."""
+
+
 def draw_factors(rows: list[tuple[str, dict[str, Any]]], out: Path) -> None:
     """Difference of each factor to its base, a panel for each base.
 
@@ -72,7 +76,11 @@ def draw_factors(rows: list[tuple[str, dict[str, Any]]], out: Path) -> None:
         titles = {"network": "around the network alone", "maps": "around model.maps=20"}
         for ax, (base, title) in zip(fig.subplots(1, 2, sharey=True), titles.items()):
             for place, (_, found) in enumerate(reversed(rows)):
-                if one := found.get(base):
+                if (one := found.get(base)) and one.low > FARTHEST:
+                    where = {"xy": (1, place), "xycoords": ("axes fraction", "data"), "xytext": (-4, 0)}
+                    text = f"+{one.mean:.1f}, far outside →"
+                    ax.annotate(text, **where, textcoords="offset points", ha="right", va="center", fontsize=6.5)
+                elif one:
                     colour = BLUE if one.high < 0 else VERMILION if one.low > 0 else "0.5"
                     ax.plot([one.low, one.high], [place, place], color=colour, lw=1.5)
                     ax.plot(one.mean, place, "o", color=colour, ms=3.5)

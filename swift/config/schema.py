@@ -381,7 +381,7 @@ class LauncherConfig:
     monitor_seconds: int
     """Seconds between samples of load and memory of every node; 0: none."""
     save_seconds: int
-    """Seconds before the time limit at which the run saves, stops, and is queued again."""
+    """Seconds before the time limit at which the run is told to save and stop; two steps and a save must fit."""
     hang_minutes: float
     """A run without a step for so long is ended and queued again."""
     fruitless_restarts: int

@@ -76,6 +76,8 @@ def _rows(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, most: int
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """The arguments of SDPA in pieces of at most `most` windows."""
+    if len(q) <= most:
+        return [(q, k, v, seen)]
     masks = [None] * -(-len(q) // most) if seen is None else seen.split(most)
     return list(zip(q.split(most), k.split(most), v.split(most), masks))
 
@@ -161,10 +163,11 @@ class WindowAttention(nn.Module):
             # A token that nobody sees may see itself, so that no row is empty.
             own = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
             seen = (keys.transpose(1, 2) | own).unsqueeze(1)
-        # CUDA's kernels cannot launch more rows at once.
+        # CUDA's kernels cannot launch more rows at once; elsewhere a GPU does not come this way (`method`).
+        most = MOST_ROWS if isinstance(cells, Frames) and q.is_cuda else len(q)
         parts = [
             F.scaled_dot_product_attention(some_q, some_k, some_v, mask, self.drop_rate, scale=self.scale)
-            for some_q, some_k, some_v, mask in _rows(q, k, v, seen, MOST_ROWS if q.is_cuda else len(q))
+            for some_q, some_k, some_v, mask in _rows(q, k, v, seen, most)
         ]
         out = joined(parts)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])

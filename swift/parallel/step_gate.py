@@ -9,7 +9,7 @@ they ask on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,29 @@ def leave_out(optimizer: Any, bad: Tensor) -> None:
 
 @contextmanager
 def kept_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Gradients put aside, so that other passes can be run in between, and put back bit for bit.
+    """Gradients put aside on the host, so that other passes can be run in between, and put back bit for bit.
 
-    Those of ddp lie in its buckets, which the next backward pass writes over: they are copied to the host. Those of
-    fully_shard are tensors of their own.
+    Those passes need the device's memory, and write over the buckets in which the gradients of ddp lie. Of a gradient
+    in shards each rank puts its own aside.
     """
-    mine = list(parameters)
-    kept = [
-        (parameter, grad if isinstance(grad, DTensor) else grad.to("cpu", copy=True))
-        for parameter in mine
-        if (grad := parameter.grad) is not None
-    ]
+    mine = [parameter for parameter in parameters if parameter.grad is not None]
+    kept = [_on_host(parameter.grad) for parameter in mine if parameter.grad is not None]
     drop_gradients(mine)
     try:
         yield
     finally:
-        drop_gradients(mine)
-        for parameter, grad in kept:
-            parameter.grad = grad if isinstance(grad, DTensor) else grad.to(parameter.device)
+        for parameter, put_back in zip(mine, kept, strict=True):
+            parameter.grad = put_back()
+
+
+def _on_host(grad: Tensor) -> Callable[[], Tensor]:
+    """Copy a gradient to the host; returns what makes it again."""
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    copy, where = local.detach().to("cpu", copy=True), local.device
+    if not isinstance(grad, DTensor):
+        return lambda: copy.to(where)
+    mesh, placements, shape, stride = grad.device_mesh, grad.placements, grad.shape, grad.stride()
+    return lambda: DTensor.from_local(copy.to(where), mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:
@@ -124,6 +129,11 @@ class StepGate:
         """A context for passes between the gradients of a step and that step."""
         return kept_gradients(self.lightning_module.parameters())
 
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """A context for passes after a step, of which nobody needs the gradients."""
+        drop_gradients(self.lightning_module.parameters())
+        return nullcontext()
+
     def discard(self) -> None:
         """Forget the gradients of a micro-batch that was only looked at; the rule skips every step meanwhile."""
         drop_gradients(self.lightning_module.parameters())
@@ -190,6 +200,10 @@ class DeepSpeedStepGate(StepGate):
     def discard(self) -> None:
         """Take the engine past a micro-batch; the rule skips its step."""
         self.deepspeed_engine.step()
+
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """As they are: the engine has its own."""
+        return nullcontext()
 
     def gradient_norm(self) -> Tensor | None:
         """Global norm of the gradients of the last optimizer step before clipping, None before the first."""

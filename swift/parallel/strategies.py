@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -121,11 +122,23 @@ class _Fsdp(CheckpointingStrategy, DDPStrategy):
 
     def pieces(self, steps: int | None = None, moments: bool = True) -> Iterable[Piece]:
         """The pieces that this rank holds; before a load, `steps` sets Adam's count."""
+        self.reshard()
+        return super().pieces(steps, moments)
+
+    @contextmanager
+    def kept_gradients(self) -> Iterator[None]:
+        """A context for passes between the gradients of a step and that step, which must not find whole weights."""
+        with super().kept_gradients():
+            try:
+                yield
+            finally:
+                self.reshard()
+
+    def reshard(self) -> None:
+        """Give up whole weights: after a forward pass alone the outermost ones are left, and no step changes them."""
         for module in self.lightning_module.modules():
-            # After a validation the outermost weights are still whole, and not those that the optimizer knows.
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return super().pieces(steps, moments)
 
     def configure_ddp(self) -> None:
         """Nothing: the module is sharded already, in place."""

@@ -35,7 +35,7 @@ BUCKET = 100 * MB
 LIVE_PARAMETERS = 1_000_000_000
 PERSISTENT_PARAMETER = 100_000
 HELD_BYTES = 2 << 30
-"""Batches of an optimizer step that the guard holds on the device until it is over; those beyond are read again."""
+"""Batches of an optimizer step that the guard holds on the device until it is judged; others are read again."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Sharding:
     offload_parameters: bool
     loss: str
     guarded: bool = False
-    """The guard holds the batches of a step until it is over."""
+    """The guard holds the batches of a step until it is judged."""
     group: int = 0
     """hsdp: ranks that share all; zero3: ranks that share a second copy of the weights (hpZ), 0: there is none."""
     unit: float = math.inf

@@ -146,7 +146,8 @@ def test_a_whole_training_on_the_stand_in(
     assert fake.pins >= fake.copies
     assert {"synchronize", "pinned", "copied", "mark", "set_current"} <= fake.asked
     # The save in the middle was still being copied when the next step began; after the last one there is none.
-    assert [save.held for save in fake.saves] == [True, False]
+    saves = [save for save in fake.saves if "numbers" not in save.copies]  # those are the guard's
+    assert [save.held for save in saves] == [True, False]
     held, wanted = weights(tmp_path / "xpu"), weights(tmp_path / "cpu")
     assert held.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in held.items())

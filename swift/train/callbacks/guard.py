@@ -14,8 +14,8 @@ end; guard.action=stop or rollback; DeepSpeed, which asks the host) it is read a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 ROWS, CLIPS = ("sample_id", "scan", "start", "valid"), ("bold", "brain")
 """Entries of a batch: where its clips come from, and the clips themselves."""
+Aside = Callable[[], AbstractContextManager[None]]
+"""Makes a context for further passes, in which gradients are put aside or given up."""
 RANKS = 2
 """Ranks whose batches are kept of one step."""
 
@@ -64,12 +66,13 @@ class Pending:
     """A step whose numbers are on their way to the host.
 
     Attributes:
-        numbers: sums: loss, norm, ranks with a loss, ranks with a norm that is not finite.
+        copy: numbers (5,): sums over ranks of loss, norm, losses and norms that are not finite; whether the device has
+            left the step out.
         warm: Whether its warm-up was over.
         micros: Its micro-batches.
     """
 
-    numbers: device.HostCopy
+    copy: device.HostCopy
     warm: bool
     micros: list[Micro]
 
@@ -113,7 +116,7 @@ class Guard(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Hold the batch until the step is over."""
+        """Hold the batch until the step is judged."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._micros = []
         held = sum(_bytes(micro.batch) for micro in self._micros)
@@ -132,7 +135,7 @@ class Guard(pl.Callback):
             return torch.tensor(True)
         strategy: Any = trainer.strategy
         if self._pending is not None:
-            self._settle(trainer, module, strategy.kept_gradients())
+            self._settle(trainer, module, strategy.kept_gradients)
         where = trainer.strategy.root_device
         losses = [micro.loss for micro in self._micros if micro.loss is not None]
         values = torch.stack([torch.stack(losses).float().sum().to(where), norm.detach().float().to(where)])
@@ -141,26 +144,32 @@ class Guard(pl.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
         warm = trainer.global_step >= self.cfg.optimizer.warmup_steps
-        self._pending = Pending(device.HostCopy({"sums": sums}, where, {}), warm, self._micros)
         limits = self.watch.limits(warm)
         means = sums[:2].double() / trainer.world_size  # as the host divides and compares
-        return (sums[2:] > 0).any() | (means[0] > limits["loss"]) | (means[1] > limits["norm"])
+        over = (means[0] > limits["loss"]) | (means[1] > limits["norm"])
+        bad: Tensor = over | (sums[2:] > 0).any() | ~torch.isfinite(sums).all()
+        self._pending = Pending(
+            device.HostCopy({"numbers": torch.cat([sums, bad.float()[None]])}, where, {}), warm, self._micros
+        )
+        return bad
 
     def settle(self, trainer: pl.Trainer) -> None:
         """Judge the last step now, if it is not judged yet; all ranks together, and before the next step's passes."""
+        strategy: Any = trainer.strategy
         if self._pending is not None:
-            self._settle(trainer, trainer.lightning_module, nullcontext())
+            self._settle(trainer, trainer.lightning_module, strategy.without_gradients)
 
-    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule, aside: AbstractContextManager[None]) -> None:
+    def _settle(self, trainer: pl.Trainer, module: pl.LightningModule, aside: Aside) -> None:
         """Judge the pending step and answer if it was bad, `aside` around further passes. The weights are its own."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        loss, size, bad_losses, bad_norms = pending.numbers.wait()["sums"].tolist()
+        loss, size, bad_losses, bad_norms, left_out = pending.copy.wait()["numbers"].tolist()
         verdict = self.watch.decide(
             float("nan") if bad_losses else loss / trainer.world_size,
             float("nan") if bad_norms else size / trainer.world_size,
             pending.warm,
         )
+        assert verdict.bad == bool(left_out), "the device and the host decide the same"
         if verdict.kind == NEW_LEVEL and trainer.is_global_zero:
             log.warning(
                 "step %d: loss %.4g, gradient norm %.4g, after %d spikes in a row: taken for the new level",
@@ -168,8 +177,7 @@ class Guard(pl.Callback):
             )
         if verdict.bad:
             current, self._micros = self._micros, pending.micros
-            with aside:
-                self._answer(trainer, module, verdict)
+            self._answer(trainer, module, verdict, aside)
             self._micros = current
 
     def on_train_batch_end(
@@ -186,25 +194,27 @@ class Guard(pl.Callback):
         self.settle(trainer)
 
     def _asked_now(self, trainer: pl.Trainer, batch_idx: int) -> bool:
-        """Whether something at the end of this step depends on its verdict."""
+        """Whether something at the end of this step depends on its verdict, or waits for the device anyway."""
         strategy, step, cfg = trainer.strategy, trainer.global_step, self.cfg.trainer
-        assert isinstance(trainer.val_check_batch, int)
         return (
             self.guard.action != "skip"
             or not strategy.asks_late  # type: ignore[attr-defined]  # of swift's strategies
             or step % (cfg.log_every or 1) == 0
             or (cfg.checkpoint_every > 0 and step % cfg.checkpoint_every == 0)
-            or (batch_idx + 1) % trainer.val_check_batch == 0
+            or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0  # infinite where nothing is validated
             or step >= trainer.max_steps
         )
 
     # ------------------------------------------------------------------------------------------ after a bad step
-    def _answer(self, trainer: pl.Trainer, module: pl.LightningModule, verdict: Verdict) -> None:
+    def _answer(self, trainer: pl.Trainer, module: pl.LightningModule, verdict: Verdict, aside: Aside) -> None:
         strategy: Any = trainer.strategy
         step = trainer.global_step
         weights = strategy.bad_weights()
         keep = self.records < self.guard.records and self.batches < self.guard.batches
-        found = {} if verdict.spike or not keep else self._look_again(trainer, module, verdict.kind == GRADIENT)
+        found = {}
+        if keep and not verdict.spike:
+            with aside():
+                found = self._look_again(trainer, module, verdict.kind == GRADIENT)
         losses = [float("nan") if micro.loss is None else float(micro.loss) for micro in self._micros]
         mine = {"rank": trainer.global_rank, "losses": losses, "found": found, "bad_weights": weights}
         ranks = gather(mine, trainer.world_size)

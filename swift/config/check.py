@@ -197,7 +197,7 @@ def _check_drop(task: TaskConfig, model: ModelConfig, data: DataConfig, unit: li
     require(model.maps == 0, "model.maps", model.maps, f"is not built {what}: take model.maps=0")
     if task.mask_kind == "frames":
         steps, together = -(-data.frames // model.patch_size[3]), unit[3] // model.patch_size[3]
-        legal = f"must be a multiple of the {unit[3]} frames of task.mask_unit {what} task.mask_kind=frames"
+        legal = f"must fill whole units of {unit[3]} frames (task.mask_unit) {what} task.mask_kind=frames"
         require(steps % together == 0, "data.frames", data.frames, legal)
         return
     cell = droppable(model)

@@ -72,14 +72,12 @@ def tile_slots(tokens: int) -> int:
     return max(TILE_SLOTS, -(-tokens // 8) * 8)
 
 
-def _rows(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, most: int
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """The arguments of SDPA in pieces of at most `most` windows."""
-    if len(q) <= most:
+def _rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The arguments of SDPA, on CUDA in pieces of windows that its kernels can launch at once."""
+    if not q.is_cuda or len(q) <= MOST_ROWS:
         return [(q, k, v, seen)]
-    masks = [None] * -(-len(q) // most) if seen is None else seen.split(most)
-    return list(zip(q.split(most), k.split(most), v.split(most), masks))
+    masks = [None] * -(-len(q) // MOST_ROWS) if seen is None else seen.split(MOST_ROWS)
+    return list(zip(q.split(MOST_ROWS), k.split(MOST_ROWS), v.split(MOST_ROWS), masks))
 
 
 class WindowAttention(nn.Module):
@@ -163,11 +161,9 @@ class WindowAttention(nn.Module):
             # A token that nobody sees may see itself, so that no row is empty.
             own = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
             seen = (keys.transpose(1, 2) | own).unsqueeze(1)
-        # CUDA's kernels cannot launch more rows at once; elsewhere a GPU does not come this way (`method`).
-        most = MOST_ROWS if isinstance(cells, Frames) and q.is_cuda else len(q)
         parts = [
             F.scaled_dot_product_attention(some_q, some_k, some_v, mask, self.drop_rate, scale=self.scale)
-            for some_q, some_k, some_v, mask in _rows(q, k, v, seen, most)
+            for some_q, some_k, some_v, mask in _rows(q, k, v, seen)
         ]
         out = joined(parts)
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
@@ -176,9 +172,9 @@ class WindowAttention(nn.Module):
         self, x: Tensor, window: tuple[int, ...], cells: Cells | Frames | None = None, visible: Tensor | None = None
     ) -> Tensor:
         groups = plan_groups(tuple(x.shape[1:5]), window, self.shifted)
-        # Places of scattered tokens are those of a whole batch.
+        # Places of scattered tokens are those of a whole batch, and random numbers are drawn for all at once.
         rows = x.shape[:5].numel()
-        if cells is None:
+        if cells is None and not self.drop_rate:
             rows = rows_at_once(x, rows, 3 * x.shape[5])
         pieces = whole_windows(groups, len(x), rows)
         sizes = [tokens_of(piece) for piece in pieces]

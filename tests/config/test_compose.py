@@ -212,7 +212,7 @@ WRONG: list[tuple[list[str], str, str]] = [
     ([*FRAMES, "model.maps=3"], "model.maps=3", "take model.maps=0"),
     ([*FRAMES, "model.decoder=linear"], "model.decoder=linear", "leave it at local"),
     ([*FRAMES, "model.tokens=brain"], "model.tokens=brain", "take model.tokens=box"),
-    ([*FRAMES, "task.mask_unit=[6,6,6,8]"], "data.frames=20", "multiple of the 8 frames of task.mask_unit"),
+    ([*FRAMES, "task.mask_unit=[6,6,6,8]"], "data.frames=20", "fill whole units of 8 frames (task.mask_unit)"),
     ([*FRAMES, "task.mask_unit=[6,6,6,20]"], "task.mask_unit=[6, 6, 6, 20]", "at least 2 units to choose from"),
     ([*DROP, "parallel.compile=true"], "parallel.compile=True", "not built with task.hidden=drop"),
     (["task=sex", "task.hidden=drop"], "task.hidden=drop", "a task sees all patches"),

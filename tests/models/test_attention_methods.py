@@ -109,6 +109,25 @@ def test_tiles_beyond_a_limit_go_in_several_calls(
     assert max(rows) <= 3
 
 
+@pytest.mark.parametrize("window", [(1, 1, 1, 3), (2, 2, 2, 1)])
+def test_groups_beyond_a_limit_go_in_several_calls_on_cuda(
+    window: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(window, True, 6)
+    x, weight = torch.randn(1, 6, 5, 4, 7, 12), torch.randn(1, 6, 5, 4, 7, 12)
+    monkeypatch.setattr(WindowAttention, "method", "groups")
+    expected = [part.double() for part in results(layer, x, weight)]
+    rows = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda *a, **k: rows.append(len(a[0])) or sdpa(*a, **k)
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(attention, "MOST_ROWS", 3)
+    assert far(results(layer, x, weight), expected) < 2e-6
+    assert max(rows) == 3
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 def test_every_token_lies_in_one_slot_with_its_own_window(shifted: bool) -> None:
     grid, window, slots = (5, 3, 4, 2), (4, 2, 2, 1), 32

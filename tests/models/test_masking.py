@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swift.models.masking import draw_mask, mask_voxels, unit_noise
+from swift.models.masking import MASK_KINDS, draw_mask, mask_voxels, unit_noise
 
 CASES = [
     # volume, patch, unit: all divide; a unit of several patches; nothing divides; a unit of everything but one axis.
@@ -71,6 +71,30 @@ def slow_mask(
     """bool (X, Y, Z, T) tokens, by loops: a token has the fate of the unit that holds its first voxel."""
     units = [math.ceil(n / u) for n, u in zip(volume, unit, strict=True)]
     drawn = {"random": units, "tube": [*units[:3], 1]}.get(kind, [1, 1, 1, units[3]])
+    count = math.prod(drawn)
+    hide = min(max(round(ratio * count), 1), count - 1)
+    if kind == "temporal":
+        chosen = set(range(count - hide, count))
+    else:
+        signed = slow_noise(seed, [sample], count)[0].view(np.int64)
+        chosen = set(np.argsort(signed, kind="stable")[:hide].tolist())
+    tokens = [math.ceil(n / p) for n, p in zip(volume, patch, strict=True)]
+    out = np.zeros(tokens, bool)
+    for place in np.ndindex(*tokens):
+        inside = [place[axis] * patch[axis] // unit[axis] for axis in range(4)]
+        inside = [here if n > 1 else 0 for here, n in zip(inside, drawn, strict=True)]
+        out[place] = int(np.ravel_multi_index(inside, drawn)) in chosen
+    return out
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize(("volume", "patch", "unit"), CASES)
+@pytest.mark.parametrize("ratio", [0.2, 0.8])
+def test_masks_equal_a_loop_over_tokens(
+    kind: str, volume: tuple[int, ...], patch: tuple[int, ...], unit: tuple[int, ...], ratio: float
+) -> None:
+    units = [math.ceil(n / u) for n, u in zip(volume, unit, strict=True)]
+    drawn = {"random": units, "tube": units[:3]}.get(kind, units[3:])
     if math.prod(drawn) < 2:
         with pytest.raises(ValueError, match="at least 2 units"):
             draw_mask(5, sample_ids(0), volume, patch, unit, ratio, kind)

@@ -7,6 +7,7 @@ import torch
 from timm.layers import Mlp
 
 from swift.models import pieces
+from swift.models.attention import WindowAttention
 from swift.models.layers import Residual
 from swift.models.pieces import rows_at_once
 from swift.models.window_layout import plan_groups, tokens_of, whole_windows
@@ -69,3 +70,13 @@ def test_random_numbers_are_drawn_for_all_rows_at_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 30)
     torch.manual_seed(3)
     assert torch.equal(branch(x), found)
+
+
+def test_attention_draws_for_all_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = WindowAttention(8, 2, (2, 2, 2, 1), False, None, 0.5, 0.0).train()
+    x = torch.randn(1, 4, 4, 4, 3, 8)
+    torch.manual_seed(3)
+    found = layer(x)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 30)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), found)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from swift.models.any_mask import reconstruct
-from swift.models.attention import WindowAttention
 from swift.models.autoencoder import reconstruction_loss
 from swift.models.encoder import SwinEncoder
 from swift.models.masking import draw_mask, hidden_count
@@ -153,19 +152,6 @@ def test_the_loss_is_that_of_the_whole_prediction(kind: str) -> None:
     assert found.item() == pytest.approx(reconstruction_loss(whole, clips, hidden, kind).item(), rel=1e-5)
     nothing = frames_loss(model.units, predicted[2:], clips[2:], counted[2:], shown[2:], kind)
     assert nothing.item() == 0
-
-
-def test_rows_of_attention_are_cut_where_a_kernel_could_not_launch_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from swift.models import attention
-
-    x = torch.randn(7, 2, 3, 4, generator=seeded(0))
-    seen = torch.rand(7, 1, 3, 3, generator=seeded(1)) < 0.5
-    for mask in (None, seen):
-        pieces = attention._rows(x, x + 1, x + 2, mask, 3)
-        assert [len(piece[0]) for piece in pieces] == [3, 3, 1]
-        assert torch.equal(torch.cat([piece[2] for piece in pieces]), x + 2)
-        assert [piece[3] is None for piece in pieces] == [mask is None] * 3
-    assert WindowAttention.method is None
 
 
 def test_a_clip_of_another_size_is_refused() -> None:

@@ -121,15 +121,16 @@ def test_bf16_leaves_out_the_same_steps(name: str, store: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_verdict_read_a_step_late_changes_no_bit(name: str, store: Path, tmp_path: Path) -> None:
+def test_a_verdict_read_a_step_late_changes_no_bit(store: Path, tmp_path: Path) -> None:
     """With no weights kept beside the records nothing but the guard itself gives up whole weights of fsdp."""
     made = []
     for every in (1, 100):
-        words = [*RUN, f"parallel={name}", *PARTS, "guard.weights_mb=0", f"trainer.log_every={every}"]
-        ranks = run(plants.train, 2, store, tmp_path / str(every), words, TROUBLE)
+        words = [*RUN, "trainer.max_steps=6", "parallel=fsdp", *TWO, "guard.weights_mb=0", f"trainer.log_every={every}"]
+        ranks = run(plants.train, 2, store, tmp_path / str(every), words, TROUBLE[:2])
         assert [rank["error"] for rank in ranks] == [None, None]
-        made.append(([rank["losses"] for rank in ranks], [record(tmp_path / str(every), step) for step in LEFT_OUT]))
+        made.append(
+            ([rank["losses"] for rank in ranks], [record(tmp_path / str(every), step) for step in LEFT_OUT[:2]])
+        )
     assert str(made[0]) == str(made[1])  # as text, in which NaN is NaN
     left, right = weights(tmp_path / "1"), weights(tmp_path / "100")
     assert all(torch.equal(tensor, right[key]) for key, tensor in left.items())

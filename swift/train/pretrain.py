@@ -102,8 +102,8 @@ class PretrainModule(TrainingModule):
     @property
     def units(self) -> AnyUnits | None:
         """Of task.hidden=drop: how clips are cut into what is shown or left out."""
-        model: MaskedAutoencoder | AnyDrop = self.model
-        return None if isinstance(model, MaskedAutoencoder) else model.units
+        model: nn.Module = self.model  # a bench may wrap it
+        return model.units if isinstance(model, AnyDrop) else None
 
     def build_model(self, cfg: ModelConfig) -> nn.Module:
         """The model of an architecture, on the grid of this run."""

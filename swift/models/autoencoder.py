@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swift.config.schema import ModelConfig
-from swift.models.decoders import LinearDecoder, LocalDecoder, build_decoder
+from swift.models.decoders import LinearDecoder, LocalDecoder, build_decoder, check_size
 from swift.models.encoder import SwinEncoder
 from swift.models.init import FIRST_WEIGHT, NORMAL, STD, ZERO, Init
 from swift.models.layers import tokens_along
@@ -86,8 +86,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: a clip of another size than the decoder was built for; no maps where each scan has its own.
         """
-        if tuple(x.shape[2:]) != self.volume:
-            raise ValueError(f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.volume}")
+        check_size(x, self.volume)
         where = self.encoder.token_sets(brain, x)
         tokens = self.encoder.embed(x, where)
         hidden = mask if where is None else to_places(mask, where[0])

@@ -6,6 +6,8 @@ Shapes: B batch, X Y Z T voxels and frames, x y z t token grid, C channels, D de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,34 @@ from swift.models.init import ZERO, Init, draw
 from swift.models.layers import unpatchify
 from swift.models.packed import Take, from_parents, to_grid
 from swift.models.token_sets import TokenSet
+
+HEAD_CHANNELS = 16
+"""Channels of an attention head of a decoder with blocks, where decoder_dim allows."""
+
+
+def block_settings(cfg: ModelConfig, **own: Any) -> ModelConfig:
+    """Settings of the blocks of a decoder: `own`, the width of the decoder, no positions and nothing dropped."""
+    most = max(1, cfg.decoder_dim // HEAD_CHANNELS)
+    heads = next(heads for heads in range(most, 0, -1) if cfg.decoder_dim % heads == 0)
+    return replace(
+        cfg,
+        embed_dim=cfg.decoder_dim,
+        num_heads=[heads],
+        position="none",
+        last_stage="windowed",
+        layer_scale=None,
+        dropout=0.0,
+        attention_dropout=0.0,
+        # The width is the same at every embed_dim.
+        attention_base_width=None,
+        **own,
+    )
+
+
+def check_size(x: Tensor, volume: tuple[int, ...]) -> None:
+    """Raise ValueError unless (B, C, X, Y, Z, T) are clips of the voxels and frames that a model was built for."""
+    if tuple(x.shape[2:]) != volume:
+        raise ValueError(f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {volume}")
 
 
 def on_patches(

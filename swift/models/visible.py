@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from swift.config.check import mask_unit
 from swift.config.schema import ModelConfig, TaskConfig
 from swift.models.cells import Cells, unit_tokens
+from swift.models.decoders import block_settings, check_size
 from swift.models.encoder import Stage, SwinBlock, SwinEncoder, stage_grids
 from swift.models.init import NORMAL, Init, draw
 from swift.models.layers import AxialPosition, tokens_along
@@ -31,8 +32,6 @@ from swift.models.masking import draw_shown, hidden_count
 from swift.models.row_loss import mean_of_clips, row_sums
 
 DECODER_BLOCKS = 2
-HEAD_CHANNELS = 16
-"""Channels of an attention head of the decoder, where decoder_dim allows."""
 
 
 @dataclass(frozen=True)
@@ -247,24 +246,13 @@ class CellDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width))
         grid = (*units.cells, frames)
         self.position = AxialPosition(grid, width)
-        most = max(1, width // HEAD_CHANNELS)
-        heads = next(heads for heads in range(most, 0, -1) if width % heads == 0)
-        inside = replace(
+        inside = block_settings(
             cfg,
-            embed_dim=width,
             depths=[DECODER_BLOCKS],
-            num_heads=[heads],
             attention="factorized",
             order="st",
             mlp="shared",
-            position="none",
             window=[*units.cells, cfg.window[3]],
-            last_stage="windowed",
-            layer_scale=None,
-            dropout=0.0,
-            attention_dropout=0.0,
-            # Its width is the same at every embed_dim.
-            attention_base_width=None,
         )
         # The second is shifted in time; in space one window is the grid.
         self.blocks = nn.ModuleList(SwinBlock(inside, 0, grid, index % 2 == 1, 0.0) for index in range(DECODER_BLOCKS))
@@ -367,10 +355,7 @@ class VisibleAutoencoder(nn.Module):
         Raises:
             ValueError: a clip of another size than the model was built for.
         """
-        if tuple(x.shape[2:]) != self.units.volume:
-            raise ValueError(
-                f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.units.volume}"
-            )
+        check_size(x, self.units.volume)
         return self.decoder(*encode_visible(self.encoder, self.units, x, shown), shown)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from swift.config.check import mask_unit
 from swift.config.schema import ModelConfig, TaskConfig
 from swift.models.cells import Frames
-from swift.models.decoders import on_patches
+from swift.models.decoders import block_settings, check_size, on_patches
 from swift.models.encoder import SwinBlock, SwinEncoder
 from swift.models.init import NORMAL, Init, draw
 from swift.models.layers import AxialPosition, token_grid, unpatchify
 from swift.models.masking import draw_mask, hidden_count
 from swift.models.row_loss import mean_of_clips, row_sums
-from swift.models.visible import HEAD_CHANNELS
 
 MLP_RATIO = 1.0
 """Of the decoder's block, which runs on all patches of all frames: a wider one would cost as much as the encoder."""
@@ -134,24 +133,9 @@ class FrameDecoder(nn.Module):
         self.laterals = nn.ModuleList(nn.Linear(dim, width) for dim in dims)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.position = AxialPosition(grid, width)
-        most = max(1, width // HEAD_CHANNELS)
-        heads = next(heads for heads in range(most, 0, -1) if width % heads == 0)
-        inside = replace(
-            cfg,
-            embed_dim=width,
-            depths=[1],
-            num_heads=[heads],
-            # All time steps of one place: its neighbours in space have met in the encoder.
-            attention="joint",
-            window=[1, 1, 1, grid[3]],
-            position="none",
-            mlp_ratio=MLP_RATIO,
-            last_stage="windowed",
-            layer_scale=None,
-            dropout=0.0,
-            attention_dropout=0.0,
-            attention_base_width=None,
-        )
+        # All time steps of one place: its neighbours in space have met in the encoder.
+        window = [1, 1, 1, grid[3]]
+        inside = block_settings(cfg, depths=[1], attention="joint", window=window, mlp_ratio=MLP_RATIO)
         self.blocks = nn.ModuleList([SwinBlock(inside, 0, grid, False, 0.0)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, math.prod(units.patch))
@@ -216,10 +200,7 @@ class FrameAutoencoder(nn.Module):
         Raises:
             ValueError: a clip of another size than the model was built for.
         """
-        if tuple(x.shape[2:]) != self.units.volume:
-            raise ValueError(
-                f"clip of {tuple(x.shape[2:])} voxels and frames, the model was built for {self.units.volume}"
-            )
+        check_size(x, self.units.volume)
         tokens = self.encoder.embed(self.units.take(x, shown))
         features = encode_frames(self.encoder, tokens, Frames(shown, self.units.frames))
         found: Tensor = self.decoder(features, shown)

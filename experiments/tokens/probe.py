@@ -333,7 +333,7 @@ def show() -> None:
             axis.plot(values[0], place, "|", color="black", markersize=14)
         axis.set_xlabel(title)
         axis.set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.savefig(HERE / "probe.png", dpi=110)
     (HERE / "probe.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

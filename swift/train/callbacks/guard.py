@@ -40,8 +40,6 @@ ROWS, CLIPS = ("sample_id", "scan", "start", "valid"), ("bold", "brain")
 """Entries of a batch: where its clips come from, and the clips themselves."""
 Aside = Callable[[], AbstractContextManager[None]]
 """Makes a context for further passes, in which gradients are put aside or given up."""
-RANKS = 2
-"""Ranks whose batches are kept of one step."""
 
 
 @dataclass
@@ -218,7 +216,7 @@ class Guard(pl.Callback):
         losses = [float("nan") if micro.loss is None else float(micro.loss) for micro in self._micros]
         mine = {"rank": trainer.global_rank, "losses": losses, "found": found, "bad_weights": weights}
         ranks = gather(mine, trainer.world_size)
-        chosen = suspects(ranks, verdict)
+        chosen = incident.suspects(ranks, verdict)
         details = None
         if trainer.global_rank in chosen and self.records < self.guard.records:
             details = self._details(trainer, chosen[trainer.global_rank], found)
@@ -367,7 +365,7 @@ class Guard(pl.Callback):
         if not trainer.is_global_zero:
             return
         numbers = {"guard/left_out": self.watch.bad, "guard/loss": verdict.loss, "guard/grad_norm": verdict.norm}
-        where = "; ".join(map(_where, reports)) or "no rank stands out"
+        where = "; ".join(map(incident.where, reports)) or "no rank stands out"
         for logger in trainer.loggers:
             words = {"guard/what": verdict.kind, "guard/where": where} if isinstance(logger, JsonlLogger) else {}
             logger.log_metrics(numbers | words, step=step)  # type: ignore[arg-type]
@@ -399,38 +397,6 @@ class Guard(pl.Callback):
                 f"step {step}: {ends}; resume={self.run_dir} goes on from the last checkpoint "
                 "(with guard.action=rollback the run goes back by itself)"
             )
-
-
-def suspects(ranks: list[dict[str, Any]], verdict: Verdict) -> dict[int, int]:
-    """Ranks to look at closely, each with its micro-batch.
-
-    Those with a loss that is not finite; else those where something not finite was found when the step was run again;
-    else the one with the largest loss.
-    """
-    bad = {}
-    for rank in ranks:
-        places = [place for place, loss in enumerate(rank["losses"]) if not abs(loss) < float("inf")]
-        if places:
-            bad[rank["rank"]] = places[0]
-    if not bad:
-        bad = {rank["rank"]: min(rank["found"]) for rank in ranks if rank["found"]}
-    if not bad and verdict.spike:
-        top = max(ranks, key=lambda rank: max(rank["losses"]))
-        bad = {top["rank"]: top["losses"].index(max(top["losses"]))}
-    return dict(sorted(bad.items())[:RANKS])
-
-
-def _where(report: dict[str, Any]) -> str:
-    clips, first = report["clips"], report["first"]
-    odd = [clip for clip in clips if clip["values"]["nan"] or clip["values"]["inf"]] or clips
-    text = f"rank {report['rank']}"
-    if odd:
-        clip = odd[0]
-        frames = clip["frames"]
-        text += f", shard {clip['shard']}, scan {clip['scan']}, frames {frames['first']} to {frames['last']}"
-    if first:
-        text += f", first in {first['layer']} ({first['what']})"
-    return text
 
 
 def _bytes(batch: Mapping[str, Any]) -> int:

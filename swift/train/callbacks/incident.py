@@ -21,6 +21,7 @@ from torch import Tensor
 
 from swift.data.store.format import CorruptData
 from swift.train.callbacks.nonfinite import describe
+from swift.train.callbacks.spike import Verdict
 from swift.utils.errors import UserError
 from swift.utils.files import replace_text
 from swift.utils.jsonl import plain
@@ -36,6 +37,9 @@ _BATCH = "batch/"
 _INSIDE, _OUTSIDE = "packed/inside", "packed/outside"
 CLOSE = 1e-3
 """Relative difference of two values that were computed from the same codes on different devices."""
+
+RANKS = 2
+"""Ranks whose batches are kept of one step."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -191,3 +195,36 @@ def read_again(data: Any, rows: list[tuple[int, int, int, int]]) -> dict[str, Te
     packed["meta"] = torch.tensor(rows, dtype=torch.int64)
     dense = data.scattered(packed)
     return dense if data.augment is None else data.augment(dense)
+
+
+def suspects(ranks: list[dict[str, Any]], verdict: Verdict) -> dict[int, int]:
+    """Ranks to look at closely, each with its micro-batch.
+
+    Those with a loss that is not finite; else those where something not finite was found when the step was run again;
+    else the one with the largest loss.
+    """
+    bad = {}
+    for rank in ranks:
+        places = [place for place, loss in enumerate(rank["losses"]) if not abs(loss) < float("inf")]
+        if places:
+            bad[rank["rank"]] = places[0]
+    if not bad:
+        bad = {rank["rank"]: min(rank["found"]) for rank in ranks if rank["found"]}
+    if not bad and verdict.spike:
+        top = max(ranks, key=lambda rank: max(rank["losses"]))
+        bad = {top["rank"]: top["losses"].index(max(top["losses"]))}
+    return dict(sorted(bad.items())[:RANKS])
+
+
+def where(report: dict[str, Any]) -> str:
+    """A rank, the frames in question and the layer, in words: of the report of a rank."""
+    clips, first = report["clips"], report["first"]
+    odd = [clip for clip in clips if clip["values"]["nan"] or clip["values"]["inf"]] or clips
+    text = f"rank {report['rank']}"
+    if odd:
+        clip = odd[0]
+        frames = clip["frames"]
+        text += f", shard {clip['shard']}, scan {clip['scan']}, frames {frames['first']} to {frames['last']}"
+    if first:
+        text += f", first in {first['layer']} ({first['what']})"
+    return text

@@ -78,9 +78,11 @@ class StopOnSignal(pl.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked:
             signal.default_int_handler(number, frame)
-        if number == signal.SIGINT and not current_place().rank:
+        place = current_place()
+        if number == signal.SIGINT and not place.rank:
             # Neither print nor logging: they may be what this has interrupted.
-            os.write(2, b"\nsaving and stopping at the end of this step; Ctrl-C again stops now\n")
+            when = "this" if place.world == 1 else "the next"
+            os.write(2, f"\nsaving and stopping at the end of {when} step; Ctrl-C again stops now\n".encode())
         self.asked = number
 
     def _agreed(self, trainer: pl.Trainer) -> int:
